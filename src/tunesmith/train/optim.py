@@ -1,0 +1,182 @@
+"""AdamW over float32 masters, the learning-rate schedule, clipping and fp16's loss scale: all that turns a gradient into a step.
+
+Everything here is a pure function of its state, and the state is plain tensors and numbers, so a checkpoint holds it without pickle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.config.schema import Train
+
+DECAY_SHARE = 0.2  # wsd: the last fifth falls to zero (Hägele et al. 2024 find 10-20 % enough)
+
+
+def schedule(kind: str, step: int, total: int, warmup_ratio: float) -> float:
+    """The share of the peak learning rate used by step `step` (0 .. total - 1).
+
+    Warm-up rises in equal parts and never wastes a step on zero; the decay is transformers' (cosine and linear reach zero at `total`).
+    """
+    warmup = math.ceil(total * warmup_ratio)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total - warmup)
+    match kind:
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            return 1 - progress
+        case "wsd":
+            left = max(1, math.ceil(total * DECAY_SHARE))
+            return min(1.0, (total - step) / left)
+    return 1.0
+
+
+def learning_rate(train: Train, method: str) -> float:
+    """The peak rate: as given, or the method's usual one. LoRA learns about ten times faster than full fine-tuning (Schulman et al. 2025)."""
+    return train.learning_rate if train.learning_rate != "auto" else {"full": 2e-5}.get(method, 2e-4)
+
+
+class Optimizer:
+    """torch's AdamW over float32 masters.
+
+    A parameter in lower precision has a float32 master and a float32 gradient: the parameter is the master, rounded. bf16 keeps eight
+    bits, so an update under 0.4 % of a weight would round to nothing. Gradients of such parameters move to the master as they come, so
+    several micro-batches add up in float32 and only one layer's 16-bit gradient lives at a time.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], train: Train, peak: float, fast: Iterable[str] = ()):
+        """`parameters` by name; `fast` names those LoRA+ speeds up by `train.loraplus_ratio` (the B matrices)."""
+        self.parameters, self.peak, self.train = dict(parameters), peak, train
+        self.masters: dict[str, Tensor] = {}
+        self._hooks = []
+        for name, p in self.parameters.items():
+            if p.dtype in (torch.float32, torch.float64):
+                self.masters[name] = p
+            else:
+                master = p.detach().float()
+                self.masters[name] = master
+                self._hooks.append(p.register_post_accumulate_grad_hook(_move_gradient(master)))
+        fast, groups = set(fast), {}
+        for name, master in self.masters.items():
+            ratio = train.loraplus_ratio if name in fast else 1.0
+            decay = train.weight_decay if master.ndim >= 2 else 0.0
+            groups.setdefault((ratio, decay), []).append(master)
+        self.ratios = [ratio for ratio, _ in groups]
+        fused = all(m.is_floating_point() and m.device.type in ("cpu", "cuda") for m in self.masters.values())
+        self.adamw = torch.optim.AdamW(
+            [{"params": ps, "lr": peak * ratio, "weight_decay": decay} for (ratio, decay), ps in groups.items()],
+            betas=train.betas,
+            fused=fused,
+        )
+
+    def set_rate(self, share: float) -> float:
+        """Set every group's rate to its share of the peak; returns the rate of the plain group."""
+        for group, ratio in zip(self.adamw.param_groups, self.ratios, strict=True):
+            group["lr"] = self.peak * ratio * share
+        return self.peak * share
+
+    def rates(self) -> list[float]:
+        """The rates the groups really have, for the check that they are the scheduled ones."""
+        return [g["lr"] / r for g, r in zip(self.adamw.param_groups, self.ratios, strict=True)]
+
+    def scale_gradients(self, factor: float) -> None:
+        grads = [m.grad for m in self.masters.values() if m.grad is not None]
+        torch._foreach_mul_(grads, factor)
+
+    def gradient_norm(self) -> float:
+        """The norm over all gradients; nan or inf if any is. One synchronisation with the device."""
+        grads = [m.grad for m in self.masters.values() if m.grad is not None]
+        if not grads:
+            return 0.0
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float()).item()
+
+    def step(self, norm: float) -> None:
+        """Clip by the given norm, update the masters, round them into the parameters, drop the gradients."""
+        limit = self.train.max_grad_norm
+        if limit and norm > limit:
+            self.scale_gradients(limit / (norm + 1e-6))
+        self.adamw.step()
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                if self.masters[name] is not p:
+                    p.copy_(self.masters[name])
+        self.clear()
+
+    def clear(self) -> None:
+        for m in self.masters.values():
+            m.grad = None
+
+    def never_moved(self) -> list[str]:
+        """Names whose every gradient so far was exactly zero or absent."""
+        state = self.adamw.state
+        return [n for n, m in self.masters.items() if m not in state or not bool(state[m]["exp_avg_sq"].any())]
+
+    def state(self) -> dict[str, Tensor]:
+        """Masters and moments by name, for a checkpoint."""
+        out = {f"master/{n}": m.detach() for n, m in self.masters.items()}
+        for name, master in self.masters.items():
+            for key, value in self.adamw.state.get(master, {}).items():
+                out[f"{key}/{name}"] = value
+        return out
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take a checkpoint's masters and moments. KeyError names what is missing: a checkpoint is whole or it is not used."""
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                master.copy_(state[f"master/{name}"])
+                if master is not self.parameters[name]:
+                    self.parameters[name].copy_(master)
+                self.adamw.state[master] = {
+                    key: state[f"{key}/{name}"].clone().to("cpu" if key == "step" and master.device.type == "cpu" else master.device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{key}/{name}" in state
+                }
+                if not self.adamw.state[master]:
+                    del self.adamw.state[master]
+
+
+def _move_gradient(master: Tensor):
+    def hook(p: Tensor) -> None:
+        if master.grad is None:
+            master.grad = p.grad.float()
+        else:
+            master.grad += p.grad
+        p.grad = None
+
+    return hook
+
+
+@dataclass
+class LossScale:
+    """fp16's loss scale: doubled after `patience` good steps, halved when a gradient overflows. 1 and idle for bf16 and fp32."""
+
+    value: float = 1.0
+    good: int = 0
+    patience: int = 1000
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> LossScale:
+        return cls(2.0**14) if dtype is torch.float16 else cls()
+
+    @property
+    def active(self) -> bool:
+        return self.value != 1.0
+
+    def overflowed(self) -> bool:
+        """Halve; False when there is nothing left to halve, so the overflow is the model's own."""
+        self.good = 0
+        if self.value <= 2.0:
+            return False
+        self.value /= 2
+        return True
+
+    def went_well(self) -> None:
+        self.good += 1
+        if self.active and self.good >= self.patience:
+            self.value, self.good = min(self.value * 2, 2.0**24), 0
