@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from tunesmith.errors import ModelError
 from tunesmith.ops import nf4
 
+_FIX = "use the checkpoint this config.json belongs to"
+
 
 class Linear(nn.Linear):
     """A dense linear. `weight` is [out, in] in `dtype`; frozen or trainable as its `requires_grad` says."""
@@ -72,38 +74,48 @@ class NF4Linear(nn.Module):
         """Takes a dense `weight` [out, in], quantised here, or `bias` [out]."""
         if name != "weight":
             return _put(self, name, tensor)
-        _check_shape(name, tensor, (self.out_features, self.in_features))
+        _check_shape(name, tuple(tensor.shape), (self.out_features, self.in_features))
         device = tensor.device if self.weight.is_meta else self.weight.device
-        self._store(nf4.quantise(tensor.to(device)))
+        quantised = nf4.quantise(tensor.to(device))
+        if not quantised.offset.isfinite():  # the mean of all absmax: one NaN or inf anywhere shows here
+            raise ModelError("weight holds NaN or inf", "this checkpoint is damaged: get it again")
+        self._store(quantised)
 
     def set_quantised(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes a weight that bitsandbytes has quantised, under its own keys, without requantising it.
-
-        Keys, after any module prefix: weight, weight.absmax, weight.quant_map, weight.quant_state.bitsandbytes__nf4 and, with double quantisation, weight.nested_absmax, weight.nested_quant_map.
+        """Takes a weight that bitsandbytes has quantised, without requantising it, under its own keys after any module prefix:
+        weight, weight.absmax, weight.quant_map, weight.quant_state.bitsandbytes__nf4 and, with double quantisation,
+        weight.nested_absmax, weight.nested_quant_map; bias. Raises ModelError for another type than nf4 or a missing part.
         """
-        found = {k.rpartition("weight")[2].removeprefix("."): t for k, t in tensors.items() if not k.endswith("bias")}
-        state_keys = [k for k in found if k.startswith("quant_state.bitsandbytes__")]
-        faults = [f"lacks weight.{k}" for k in ("absmax",) if k not in found] + ["lacks weight"] * ("" not in found)
-        if state_keys != ["quant_state.bitsandbytes__nf4"]:
-            faults.append(f"holds {state_keys or 'no quant_state'} where weight.quant_state.bitsandbytes__nf4 belongs")
+        found = {key.rpartition("weight")[2].removeprefix("."): tensor for key, tensor in tensors.items() if "weight" in key}
+        state_key = next((key for key in found if key.startswith("quant_state.bitsandbytes__")), "no quant_state")
+        needed = ["", "absmax"] + ["nested_quant_map"] * ("nested_absmax" in found)
+        faults = [f"lacks {f'weight.{key}'.rstrip('.')}" for key in needed if key not in found]
+        if state_key != "quant_state.bitsandbytes__nf4":
+            faults.append(f"holds {state_key} where quant_state.bitsandbytes__nf4 belongs")
         if faults:
             raise ModelError(f"a quantised weight {'; '.join(faults)}", "quantise the checkpoint as nf4, or use its 16-bit weights")
-        state = json.loads(bytes(found[state_keys[0]].tolist()))
-        _check_shape("weight", torch.empty(state["shape"], device="meta"), (self.out_features, self.in_features))
+        state = json.loads(bytes(found[state_key].tolist()))
+        shape = (self.out_features, self.in_features)
+        _check_shape("weight", tuple(state["shape"]), shape)
         device = found[""].device if self.weight.is_meta else self.weight.device
         nested = "nested_absmax" in found
-        self._store(nf4.NF4(
-            codes=found[""].reshape(-1).view(torch.uint8).to(device),
-            absmax=found["absmax"].to(device),
-            nested_absmax=found["nested_absmax"].float().to(device) if nested else None,
-            nested_map=found["nested_quant_map"].float().to(device) if nested else None,
-            offset=torch.tensor(state["nested_offset"], dtype=torch.float32, device=device) if nested else None,
-            shape=(self.out_features, self.in_features),
-            block=state["blocksize"],
-            nested_block=state.get("nested_blocksize", nf4.NESTED_BLOCK),
-        ))  # fmt: skip
-        if "bias" in tensors:
-            self.set_weight("bias", tensors["bias"])
+        codes, block = found[""].reshape(-1).view(torch.uint8), state["blocksize"]
+        _check_shape("weight.absmax", tuple(found["absmax"].shape), (-(-shape[0] * shape[1] // block),))
+        _check_shape("weight", tuple(codes.shape), (-(-shape[0] * shape[1] // 2),))
+        self._store(
+            nf4.NF4(
+                codes=codes.to(device),
+                absmax=found["absmax"].to(device),
+                nested_absmax=found["nested_absmax"].float().to(device) if nested else None,
+                nested_map=found["nested_quant_map"].float().to(device) if nested else None,
+                offset=torch.tensor(state["nested_offset"], dtype=torch.float32, device=device) if nested else None,
+                shape=shape,
+                block=block,
+                nested_block=state.get("nested_blocksize", nf4.NESTED_BLOCK),
+            )
+        )
+        if biases := [tensor for key, tensor in tensors.items() if key.rpartition(".")[2] == "bias"]:
+            self.set_weight("bias", biases[0])
 
     def _store(self, q: nf4.NF4) -> None:
         self.weight, self.absmax, self.nested_absmax, self.nested_map, self.offset = (
@@ -136,18 +148,17 @@ class _NF4Matmul(torch.autograd.Function):
         return (dy @ ctx.linear.dequantize(dy.dtype) if ctx.needs_input_grad[0] else None), None
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        what = f"{name} is {list(tensor.shape)} where the model needs {list(shape)}"
-        raise ModelError(what, "use the checkpoint this config.json belongs to")
+def _check_shape(name: str, got: tuple[int, ...], needed: tuple[int, ...]) -> None:
+    if got != needed:
+        raise ModelError(f"{name} is {list(got)} where the model needs {list(needed)}", _FIX)
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Copies `tensor` into the parameter `name`, or takes its place when the module is still on the meta device."""
     old = getattr(module, name, None) if name in ("weight", "bias") else None
     if old is None:
-        raise ModelError(f"a linear of this model has no {name!r}", "use the checkpoint this config.json belongs to")
-    _check_shape(name, tensor, tuple(old.shape))
+        raise ModelError(f"a linear of this model has no {name!r}", _FIX)
+    _check_shape(name, tuple(tensor.shape), tuple(old.shape))
     if old.is_meta:
         setattr(module, name, nn.Parameter(tensor.to(old.dtype), requires_grad=old.requires_grad))
     else:
