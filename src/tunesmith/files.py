@@ -1,0 +1,313 @@
+"""Files that are whole or absent: atomic writes, folders that appear at once with a sha256 manifest, and their verification.
+
+The order is always: write into a hidden temporary sibling, fsync the data, fsync its folder, rename, fsync the parent folder.
+A crash at any point leaves the old content or the new, never a mixture; what it leaves behind is hidden and `settle` clears it.
+Every operation that changes the disk is an `os` call in this file, so that the tests can crash at each of them.
+
+    .NAME.tmp-PID-RANDOM    being written, or being deleted: worth nothing
+    .NAME.old-PID-RANDOM    the former NAME while the new one takes its place: worth keeping until NAME exists again
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from secrets import token_hex
+from typing import Any
+
+from tunesmith.errors import DoesNotFit
+
+MANIFEST = "manifest.json"
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+NO_FOLDER_FSYNC = {
+    errno.EINVAL,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EBADF,
+    errno.ENOTSUP,
+    errno.EISDIR,
+}  # Windows, some network mounts
+SLICE = 1 << 26  # bytes a write call: macOS refuses 2 GiB and more, Linux cuts there
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-\d+-[0-9a-f]{8}")
+
+
+def sha256(data: bytes | str) -> str:
+    """Hex digest of bytes, or of a text's UTF-8."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's content, read in pieces."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk of `path`, or of its nearest parent that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def ensure_room(path: Path, needed: int, what: str) -> None:
+    """Raises DoesNotFit, with both numbers, when the disk of `path` has fewer than `needed` bytes left."""
+    free = free_bytes(path)
+    if needed > free:
+        raise DoesNotFit(
+            f"{what} needs {needed:,} bytes on the disk of {path}, {free:,} are free",
+            f"free {needed - free:,} bytes more, or choose an output folder on another disk",
+        )
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, durable: bool = True, size: int | None = None) -> None:
+    """Write a new file piece by piece and fsync it. `size`, the bytes to come, is named when the disk is full (DoesNotFit)."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        _write_all(fd, chunks)
+        if durable:
+            _fsync_fd(fd)
+    except OSError as e:
+        raise _explained(e, path, size) from e
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, data: bytes | str, *, durable: bool = True) -> None:
+    """Replace a file's whole content at once. `durable=False` skips the fsyncs: safe when the program dies, not the machine.
+
+    When the disk is full: DoesNotFit, the former content stands and nothing is left behind.
+    """
+    raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
+    temp = _hidden(path, "tmp")
+    try:
+        write_file(temp, [raw], durable=durable, size=len(raw))
+        os.replace(temp, path)
+        if durable:
+            fsync_folder(path.parent)
+    except OSError as e:
+        raise _explained(e, path, len(raw)) from e
+    finally:
+        with suppress(FileNotFoundError):  # it was renamed, as it should
+            os.unlink(temp)
+
+
+def append(path: Path, line: bytes) -> None:
+    """Append in one piece: when the disk is full the part that was written is cut off again and DoesNotFit is raised."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        before = os.fstat(fd).st_size
+        try:
+            _write_all(fd, [line])
+        except OSError as e:
+            with suppress(OSError):
+                os.ftruncate(fd, before)
+            raise _explained(e, path, len(line)) from e
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def folder_atomic(target: Path, *, needed: int | None = None) -> Iterator[Path]:
+    """`with folder_atomic(target) as temp:` fill `temp`; at the end it becomes `target`, with a manifest, or nothing happens.
+
+    The manifest holds size and sha256 of every file, nested ones too. An existing `target` is replaced. `needed` is the estimate
+    of bytes that is named when the disk is full (DoesNotFit).
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    settle(target.parent, target.name)
+    temp, done = _hidden(target, "tmp"), False
+    os.mkdir(temp)
+    try:
+        yield temp
+        _seal(temp)
+        if target.exists():
+            old = _hidden(target, "old")
+            os.rename(target, old)
+            os.rename(temp, target)
+            fsync_folder(target.parent)
+            with suppress(OSError):  # the new one stands; what cannot go now (an open file on Windows) goes at the next `settle`
+                remove_folder(old)
+        else:
+            os.rename(temp, target)
+            fsync_folder(target.parent)
+        done = True
+    except Exception as e:
+        if _is_full(e):
+            raise _explained(e, target, needed) from e
+        raise
+    finally:
+        if not done:
+            with suppress(OSError):
+                settle(target.parent, target.name)  # removes temp, gives a former folder its name back
+
+
+def verify(folder: Path) -> list[str]:
+    """What is wrong with a folder made by `folder_atomic`, one line a fault with the file's name; empty when it is whole."""
+    manifest, problems = _read_manifest(folder)
+    for name, entry in manifest.items():
+        if problem := _file_problem(folder / name, entry["size"], entry["sha256"]):
+            problems.append(f"{folder.name}/{name}: {problem}")
+    return problems
+
+
+def settle(parent: Path, name: str | None = None) -> list[Path]:
+    """Clear what a crash left in `parent` (of `name` only, when given): a former folder without a successor gets its name back,
+    all else is removed. Only the one writer may call it. Returns what was found.
+    """
+    found = []
+    for path in sorted(parent.iterdir()) if parent.is_dir() else []:
+        if (m := LEFTOVER.fullmatch(path.name)) is None or (name is not None and m["name"] != name):
+            continue
+        found.append(path)
+        if m["kind"] == "old" and not (home := parent / m["name"]).exists():
+            os.rename(path, home)
+        elif path.is_dir():
+            remove_folder(path)
+        else:
+            os.unlink(path)
+    return found
+
+
+def former(parent: Path) -> dict[str, Path]:
+    """Former folders whose successor a crash prevented, by the name they had."""
+    matches = {p: LEFTOVER.fullmatch(p.name) for p in parent.iterdir()} if parent.is_dir() else {}
+    return {m["name"]: p for p, m in matches.items() if m and m["kind"] == "old" and not (parent / m["name"]).exists()}
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that it disappears at once: hidden by a rename first. Links are removed, never followed."""
+    if not LEFTOVER.fullmatch(path.name):
+        hidden = _hidden(path, "tmp")
+        os.rename(path, hidden)
+        path = hidden
+    for inner in sorted(path.iterdir()):
+        if inner.is_dir() and not inner.is_symlink():
+            _remove_inner(inner)
+        else:
+            os.unlink(inner)
+    os.rmdir(path)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make a folder's entries durable, where the system can."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as e:
+        if e.errno in NO_FOLDER_FSYNC:
+            return
+        raise
+    try:
+        _fsync_fd(fd)
+    except OSError as e:
+        if e.errno not in NO_FOLDER_FSYNC:
+            raise
+    finally:
+        os.close(fd)
+
+
+def _remove_inner(path: Path) -> None:
+    for inner in sorted(path.iterdir()):
+        if inner.is_dir() and not inner.is_symlink():
+            _remove_inner(inner)
+        else:
+            os.unlink(inner)
+    os.rmdir(path)
+
+
+def _hidden(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}-{os.getpid()}-{token_hex(4)}")
+
+
+def _write_all(fd: int, chunks: Iterable[bytes | memoryview]) -> None:
+    for chunk in chunks:
+        view = memoryview(chunk).cast("B")
+        while len(view):
+            view = view[os.write(fd, view[:SLICE]) :]
+
+
+def _fsync_fd(fd: int) -> None:
+    os.fsync(fd)
+
+
+def _seal(temp: Path) -> None:
+    """Write the manifest of all that is in `temp` and make everything durable, the deepest folders first."""
+    files, folders = {}, [temp]
+    for path in sorted(temp.rglob("*")):
+        if path.is_dir():
+            folders.append(path)
+        else:
+            fd = os.open(path, os.O_RDWR)  # Windows flushes only what may be written
+            try:
+                _fsync_fd(fd)
+            finally:
+                os.close(fd)
+            files[path.relative_to(temp).as_posix()] = {"sha256": sha256_file(path), "size": path.stat().st_size}
+    raw = _manifest_bytes(files)
+    write_file(temp / MANIFEST, [raw], size=len(raw))
+    for folder in reversed(folders):
+        fsync_folder(folder)
+
+
+def _manifest_bytes(files: dict[str, Any]) -> bytes:
+    """Canonical form, so that every flipped bit shows, also in the manifest itself."""
+    whole = {"files": files, "sha256": sha256(json.dumps(files, sort_keys=True))}
+    return json.dumps(whole, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    where = f"{folder.name}/{MANIFEST}"
+    try:
+        raw = (folder / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        return {}, [f"{where}: missing"]
+    except OSError as e:
+        return {}, [f"{where}: cannot be read: {e.strerror}"]
+    if not raw:
+        return {}, [f"{where}: empty"]
+    try:
+        files = json.loads(raw)["files"]
+        entries = {str(n): {"sha256": str(e["sha256"]), "size": int(e["size"])} for n, e in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}, [f"{where}: damaged (not a manifest)"]
+    if raw != _manifest_bytes(entries):
+        return {}, [f"{where}: damaged (its own sha256 differs)"]
+    if any(PurePosixPath(n).is_absolute() or ".." in PurePosixPath(n).parts or "\\" in n for n in entries):
+        return {}, [f"{where}: names a file outside the folder"]
+    return entries, []
+
+
+def _file_problem(path: Path, size: int, digest: str) -> str:
+    try:
+        found = path.stat().st_size
+        if found != size:
+            return f"{found:,} bytes, {size:,} expected ({'empty' if not found else 'truncated' if found < size else 'grown'})"
+        return "" if sha256_file(path) == digest else "damaged (sha256 differs)"
+    except FileNotFoundError:
+        return "missing"
+    except OSError as e:
+        return f"cannot be read: {e.strerror}"
+
+
+def _is_full(e: Exception) -> bool:
+    """The disk is full; safetensors says so only in its text."""
+    return e.errno in FULL if isinstance(e, OSError) else bool(re.search(rf"\(os error ({'|'.join(map(str, FULL))})\)", str(e)))
+
+
+def _explained(e: Exception, path: Path, needed: int | None) -> Exception:
+    """DoesNotFit with the numbers when the disk is full, else the error itself."""
+    if not _is_full(e):
+        return e
+    numbers = (f"{needed:,} bytes are needed, " if needed is not None else "") + f"{free_bytes(path.parent):,} are free"
+    if (isinstance(e, OSError) and e.errno == errno.EFBIG) or f"(os error {errno.EFBIG})" in str(e):
+        what, fix = "a file may not grow that large here", "raise the limit (ulimit -f) or choose a file system without one"
+    else:
+        what, fix = "the disk is full", "make room, then run the same command again with --resume"
+    return DoesNotFit(f"{path}: {what}: {numbers}; what was there before is untouched", fix)
