@@ -1,0 +1,140 @@
+"""Instruction and reading rows for the small base model, as messages jsonl, from permissive sets only.
+
+    python recipes/base/instruct.py --data FOLDER --out .cache/base
+
+Writes instruct.jsonl (rasbt, Apache-2.0; short rows of gpteacher's role-play, MIT; questions on factbook entries, CC0),
+reading.jsonl (fairytaleqa's train split, Apache-2.0: the passage in the prompt, one in seven with numbered passages to cite as [n],
+one in seven without an answer) and reading_held_out.jsonl (its validation split, one passage). The test split is never read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from prepare import documents, held_out_keys  # beside this file
+
+Row = dict[str, list[dict[str, str]]]
+PLAIN = re.compile(r"[A-Za-z0-9 \n.,;:!?'\"()$%/+-]*\Z")  # no code, no tables, no other scripts
+NO_ANSWER = ("The text does not say.", "The passage does not tell us that.", "I cannot find that in the text.")
+ASK = (
+    "Read the text and answer the question.\n\n{passage}\n\nQuestion: {question}",
+    "{passage}\n\n{question}",
+    "Text:\n{passage}\n\nQuestion: {question}\nAnswer:",
+    "Answer from this passage: {question}\n\n{passage}",
+    "Question: {question}\n\nPassage: {passage}",
+)
+CITE = (
+    "{passage}\n\nQuestion: {question}\nName the passage you used, like [1].",
+    "Use the numbered passages and cite the one you use.\n\n{passage}\n\n{question}",
+)
+FACTS = (  # a line of a factbook entry, how a person asks for it, how it is answered
+    (
+        r"name: ([A-Z][A-Za-z' -]{2,30})(?:\n|;|$)",
+        ("What is the capital of {name}?", "Name the capital city of {name}."),
+        "The capital of {name} is {fact}.",
+    ),
+    (r"Location: ([A-Z][^\n;]{10,120})", ("Where is {name}?", "Tell me where {name} lies."), "{name} lies here: {fact}."),
+    (
+        r"Climate: ([a-z][^\n;(]{8,120})",
+        ("What is the climate of {name} like?", "How is the weather in {name}?"),
+        "The climate of {name} is {fact}.",
+    ),
+)
+
+
+def chat(user: str, assistant: str, system: str = "") -> Row:
+    turns = [{"role": "system", "content": system}] if system else []
+    return {"messages": [*turns, {"role": "user", "content": user.strip()}, {"role": "assistant", "content": assistant.strip()}]}
+
+
+def short(prompt: str, answer: str) -> bool:
+    """Rows a small model can learn from: plain characters, at most 80 words in and 60 out."""
+    fits = 0 < len(answer.split()) <= 60 and len(prompt.split()) <= 80
+    return fits and bool(PLAIN.match(prompt)) and bool(PLAIN.match(answer))
+
+
+def instructions(data: Path) -> Iterator[Row]:
+    """rasbt and gpteacher, filtered by `short`."""
+    for path, answer in ((data / "sft/rasbt/instruction-data.json", "output"), (data / "sft/gpteacher/roleplay.json", "response")):
+        for row in json.loads(path.read_text(encoding="utf-8")):
+            prompt = row["instruction"] + ("\n\n" + row["input"] if row["input"] else "")
+            if short(prompt, row[answer]):
+                yield chat(prompt, row[answer])
+
+
+def facts(data: Path, draw: random.Random) -> Iterator[Row]:
+    """Questions on factbook entries; half carry the entry's lines in the prompt, so reading is asked for, not memory."""
+    path = data / "pretrain/factbook_cc0.jsonl.xz"
+    held_out = held_out_keys("factbook", {key for key, _ in documents(path)})
+    for key, text in documents(path):
+        name = text.split("\n", 1)[0].strip()
+        for pattern, ask, answer in FACTS:
+            found = re.search(pattern, text)
+            if key in held_out or not found or len(name) >= 40 or not short(name, fact := found.group(1).strip(" .")):
+                continue
+            prompt = draw.choice(ask).format(name=name)
+            if draw.random() < 0.5:
+                start = max(text.rfind("\n", 0, max(found.start() - 300, 0)), 0)
+                passage = text[start : found.end() + 200].rsplit("\n", 1)[0].strip()
+                prompt = draw.choice(ASK).format(passage=passage, question=prompt)
+            yield chat(prompt, answer.format(name=name, fact=fact))
+
+
+def reading(data: Path, split: str, draw: random.Random, *, mixed: bool) -> Iterator[Row]:
+    """fairytaleqa: the gold section in the prompt; with `mixed` also numbered passages and questions without an answer."""
+    stories: dict[str, dict[int, str]] = {}
+    with (data / "rag/fairytaleqa/documents.jsonl").open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            if row["split"] == split:
+                stories[row["id"]] = {s["section"]: s["text"] for s in row["sections"]}
+    names = sorted(stories)
+    with (data / "rag/fairytaleqa/questions.jsonl").open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            if row["split"] != split or len(row["gold_sections"]) != 1:
+                continue
+            own = stories[row["document"]]
+            gold, question = own[row["gold_sections"][0]], row["question"].strip()
+            answer = row["answers"][0].strip()
+            if len(gold.split()) > 260 or not answer:
+                continue
+            if not answer.endswith((".", "!", "?", '"')):
+                answer += "."
+            answer = answer[0].upper() + answer[1:]
+            other = stories[draw.choice([n for n in names if n != row["document"]])]
+            chance = draw.random() if mixed else 1.0
+            if chance < 1 / 7:
+                passage = draw.choice(sorted(other.values()))
+                yield chat(draw.choice(ASK).format(passage=passage, question=question), draw.choice(NO_ANSWER))
+            elif chance < 2 / 7:
+                passages = [gold, *draw.sample(sorted(other.values()), k=min(draw.choice((1, 2)), len(other)))]
+                draw.shuffle(passages)
+                numbered = "\n\n".join(f"[{i}] {p}" for i, p in enumerate(passages, 1))
+                yield chat(draw.choice(CITE).format(passage=numbered, question=question), f"{answer} [{passages.index(gold) + 1}]")
+            else:
+                yield chat(draw.choice(ASK).format(passage=gold, question=question), answer)
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    print(f"{path}: {len(rows):,} rows, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path(".cache/base"))
+    args = parser.parse_args()
+    draw = random.Random(0)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write(args.out / "instruct.jsonl", [*instructions(args.data), *facts(args.data, draw)])
+    write(args.out / "reading.jsonl", list(reading(args.data, "train", draw, mixed=True)))
+    write(args.out / "reading_held_out.jsonl", list(reading(args.data, "val", draw, mixed=False))[:400])
+
+
+if __name__ == "__main__":
+    main()
