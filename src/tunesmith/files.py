@@ -34,6 +34,7 @@ NO_FOLDER_FSYNC = {
     errno.ENOTSUP,
     errno.EISDIR,
 }  # Windows, some network mounts
+BINARY = getattr(os, "O_BINARY", 0)  # Windows
 SLICE = 1 << 26  # bytes a write call: macOS refuses 2 GiB and more, Linux cuts there
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-\d+-[0-9a-f]{8}")
 
@@ -67,15 +68,29 @@ def ensure_room(path: Path, needed: int, what: str) -> None:
         )
 
 
-def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, durable: bool = True, size: int | None = None) -> None:
-    """Write a new file piece by piece and fsync it. `size`, the bytes to come, is named when the disk is full (DoesNotFit)."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+@contextmanager
+def room(path: Path, needed: int | None = None) -> Iterator[None]:
+    """A full disk inside becomes DoesNotFit, with the bytes needed (when known) and free; any other error passes."""
+    try:
+        yield
+    except Exception as e:
+        if (number := _full(e)) is None:
+            raise
+        if number == errno.EFBIG:
+            what, fix = "a file may not grow that large here", "raise the limit (ulimit -f) or choose a file system without one"
+        else:
+            what, fix = "the disk is full", "make room, then run the same command again with --resume"
+        numbers = (f"{needed:,} bytes are needed, " if needed is not None else "") + f"{free_bytes(path.parent):,} are free"
+        raise DoesNotFit(f"{path}: {what}: {numbers}; what was there before is untouched", fix) from e
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, durable: bool = True) -> None:
+    """Write a new file piece by piece and fsync it; for use inside `folder_atomic`. Raises OSError as it comes."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
     try:
         _write_all(fd, chunks)
         if durable:
-            _fsync_fd(fd)
-    except OSError as e:
-        raise _explained(e, path, size) from e
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -87,31 +102,31 @@ def write_atomic(path: Path, data: bytes | str, *, durable: bool = True) -> None
     """
     raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
     temp = _hidden(path, "tmp")
-    try:
-        write_file(temp, [raw], durable=durable, size=len(raw))
-        os.replace(temp, path)
-        if durable:
-            fsync_folder(path.parent)
-    except OSError as e:
-        raise _explained(e, path, len(raw)) from e
-    finally:
-        with suppress(FileNotFoundError):  # it was renamed, as it should
-            os.unlink(temp)
+    with room(path, len(raw)):
+        try:
+            write_file(temp, [raw], durable=durable)
+            os.replace(temp, path)
+            if durable:
+                fsync_folder(path.parent)
+        finally:
+            with suppress(OSError):  # it was renamed, as it should be
+                os.unlink(temp)
 
 
 def append(path: Path, line: bytes) -> None:
     """Append in one piece: when the disk is full the part that was written is cut off again and DoesNotFit is raised."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        before = os.fstat(fd).st_size
+    with room(path, len(line)):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | BINARY, 0o666)
         try:
-            _write_all(fd, [line])
-        except OSError as e:
-            with suppress(OSError):
-                os.ftruncate(fd, before)
-            raise _explained(e, path, len(line)) from e
-    finally:
-        os.close(fd)
+            before = os.fstat(fd).st_size
+            try:
+                _write_all(fd, [line])
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(fd, before)
+                raise
+        finally:
+            os.close(fd)
 
 
 @contextmanager
@@ -121,32 +136,20 @@ def folder_atomic(target: Path, *, needed: int | None = None) -> Iterator[Path]:
     The manifest holds size and sha256 of every file, nested ones too. An existing `target` is replaced. `needed` is the estimate
     of bytes that is named when the disk is full (DoesNotFit).
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     settle(target.parent, target.name)
     temp, done = _hidden(target, "tmp"), False
-    os.mkdir(temp)
-    try:
-        yield temp
-        _seal(temp)
-        if target.exists():
-            old = _hidden(target, "old")
-            os.rename(target, old)
-            os.rename(temp, target)
-            fsync_folder(target.parent)
-            with suppress(OSError):  # the new one stands; what cannot go now (an open file on Windows) goes at the next `settle`
-                remove_folder(old)
-        else:
-            os.rename(temp, target)
-            fsync_folder(target.parent)
-        done = True
-    except Exception as e:
-        if _is_full(e):
-            raise _explained(e, target, needed) from e
-        raise
-    finally:
-        if not done:
-            with suppress(OSError):
-                settle(target.parent, target.name)  # removes temp, gives a former folder its name back
+    with room(target, needed):
+        try:
+            os.mkdir(temp)
+            yield temp
+            _seal(temp)
+            _put(temp, target)
+            done = True
+        finally:
+            if not done:
+                with suppress(OSError):
+                    settle(target.parent, target.name)  # removes temp, gives a former folder its name back
 
 
 def verify(folder: Path) -> list[str]:
@@ -187,13 +190,18 @@ def remove_folder(path: Path) -> None:
     if not LEFTOVER.fullmatch(path.name):
         hidden = _hidden(path, "tmp")
         os.rename(path, hidden)
+        fsync_folder(path.parent)  # else the power may fail with the name still there and the content gone
         path = hidden
-    for inner in sorted(path.iterdir()):
-        if inner.is_dir() and not inner.is_symlink():
-            _remove_inner(inner)
-        else:
-            os.unlink(inner)
-    os.rmdir(path)
+    _remove_tree(path)
+
+
+def make_folder(path: Path) -> None:
+    """A folder and the parents it lacks, each made durable in its own parent."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    for folder in reversed(missing):
+        with suppress(FileExistsError), room(folder):  # another process was quicker
+            os.mkdir(folder)
+        fsync_folder(folder.parent)
 
 
 def fsync_folder(path: Path) -> None:
@@ -205,7 +213,7 @@ def fsync_folder(path: Path) -> None:
             return
         raise
     try:
-        _fsync_fd(fd)
+        os.fsync(fd)
     except OSError as e:
         if e.errno not in NO_FOLDER_FSYNC:
             raise
@@ -213,10 +221,10 @@ def fsync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def _remove_inner(path: Path) -> None:
+def _remove_tree(path: Path) -> None:
     for inner in sorted(path.iterdir()):
         if inner.is_dir() and not inner.is_symlink():
-            _remove_inner(inner)
+            _remove_tree(inner)
         else:
             os.unlink(inner)
     os.rmdir(path)
@@ -233,8 +241,18 @@ def _write_all(fd: int, chunks: Iterable[bytes | memoryview]) -> None:
             view = view[os.write(fd, view[:SLICE]) :]
 
 
-def _fsync_fd(fd: int) -> None:
-    os.fsync(fd)
+def _put(temp: Path, target: Path) -> None:
+    """Rename `temp` to `target`; a `target` that exists steps aside first, and in between `former` knows where it is."""
+    if not target.exists():
+        os.rename(temp, target)
+        fsync_folder(target.parent)
+        return
+    old = _hidden(target, "old")
+    os.rename(target, old)
+    os.rename(temp, target)
+    fsync_folder(target.parent)
+    with suppress(OSError):  # the new one stands; what cannot go now (an open file on Windows) goes at the next `settle`
+        remove_folder(old)
 
 
 def _seal(temp: Path) -> None:
@@ -246,12 +264,11 @@ def _seal(temp: Path) -> None:
         else:
             fd = os.open(path, os.O_RDWR)  # Windows flushes only what may be written
             try:
-                _fsync_fd(fd)
+                os.fsync(fd)
             finally:
                 os.close(fd)
             files[path.relative_to(temp).as_posix()] = {"sha256": sha256_file(path), "size": path.stat().st_size}
-    raw = _manifest_bytes(files)
-    write_file(temp / MANIFEST, [raw], size=len(raw))
+    write_file(temp / MANIFEST, [_manifest_bytes(files)])
     for folder in reversed(folders):
         fsync_folder(folder)
 
@@ -296,18 +313,9 @@ def _file_problem(path: Path, size: int, digest: str) -> str:
         return f"cannot be read: {e.strerror}"
 
 
-def _is_full(e: Exception) -> bool:
-    """The disk is full; safetensors says so only in its text."""
-    return e.errno in FULL if isinstance(e, OSError) else bool(re.search(rf"\(os error ({'|'.join(map(str, FULL))})\)", str(e)))
-
-
-def _explained(e: Exception, path: Path, needed: int | None) -> Exception:
-    """DoesNotFit with the numbers when the disk is full, else the error itself."""
-    if not _is_full(e):
-        return e
-    numbers = (f"{needed:,} bytes are needed, " if needed is not None else "") + f"{free_bytes(path.parent):,} are free"
-    if (isinstance(e, OSError) and e.errno == errno.EFBIG) or f"(os error {errno.EFBIG})" in str(e):
-        what, fix = "a file may not grow that large here", "raise the limit (ulimit -f) or choose a file system without one"
-    else:
-        what, fix = "the disk is full", "make room, then run the same command again with --resume"
-    return DoesNotFit(f"{path}: {what}: {numbers}; what was there before is untouched", fix)
+def _full(e: Exception) -> int | None:
+    """The error number when the disk is full; safetensors tells it only in its text."""
+    if isinstance(e, OSError):
+        return e.errno if e.errno in FULL else None
+    match = re.search(r"\(os error (\d+)\)", str(e))
+    return int(match[1]) if match and int(match[1]) in FULL else None

@@ -31,7 +31,7 @@ from pydantic import ValidationError
 
 from tunesmith.config.schema import RunConfig
 from tunesmith.errors import RunError
-from tunesmith.files import LEFTOVER, append, fsync_folder, settle, sha256, write_atomic
+from tunesmith.files import LEFTOVER, append, fsync_folder, make_folder, settle, sha256, write_atomic
 from tunesmith.redact import redact, redact_command, redact_tree
 
 FORMAT = 1
@@ -76,7 +76,7 @@ class Run:
         run = cls(Path(path).absolute())
         if run.path.exists() and not run.path.is_dir():
             raise RunError(f"{path}: is a file", "name a folder as `output`")
-        run.path.mkdir(parents=True, exist_ok=True)
+        make_folder(run.path)
         with run.lock():
             there = {p.name for p in run.path.iterdir() if not LEFTOVER.fullmatch(p.name)}
             if "run.yaml" in there:
@@ -91,7 +91,6 @@ class Run:
             run.set_status("preparing")
             text = yaml.safe_dump(redact_tree(_plain(config)), sort_keys=False, allow_unicode=True)
             write_atomic(run.path / "run.yaml", "# The run file as resolved: every key, defaults included.\n" + text)
-        fsync_folder(run.path.parent)
         return run
 
     @classmethod
@@ -186,7 +185,8 @@ class Run:
             rows, lines = self._rows(stream), self._lines(stream)
             if late := [line for row, line in zip(rows, lines, strict=True) if row.get("step", 0) > step]:
                 kept = [line for row, line in zip(rows, lines, strict=True) if row.get("step", 0) <= step]
-                append(self.path / f"{stream}.superseded.jsonl", b"".join(late))
+                aside = self.path / f"{stream}.superseded.jsonl"
+                write_atomic(aside, (aside.read_bytes() if aside.exists() else b"") + b"".join(late))  # durable before they leave
                 write_atomic(self._stream(stream), b"".join(kept))
                 moved += len(late)
         return moved

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tunesmith.errors import RunError
-from tunesmith.files import ensure_room, folder_atomic, former, remove_folder, settle, verify, write_file
+from tunesmith.files import ensure_room, folder_atomic, former, make_folder, remove_folder, settle, verify, write_file
 
 FORMAT = 1
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -54,7 +54,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
     Raises DoesNotFit with both numbers when the disk is too small, before anything is written.
     """
     assert "step" not in state or state["step"] == step, "the step is given once"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     settle(folder)
     text, needed = _state_text(step, state), bytes_needed(tensors, state)
     ensure_room(folder, needed, f"the checkpoint of step {step}")
@@ -156,8 +156,7 @@ def restore_rng(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> list
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file, one tensor at a time (the library's own writer holds them all on the host), durable at return."""
-    header = _header(tensors, metadata)
-    write_file(path, _pieces(header, tensors), size=len(header) + sum(t.numel() * t.element_size() for t in tensors.values()))
+    write_file(path, _pieces(_header(tensors, metadata), tensors))
 
 
 def _pieces(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:

@@ -6,9 +6,11 @@ import importlib
 import math
 import os
 import select
+import stat
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -22,7 +24,7 @@ from tunesmith.registry import Registry
 from tunesmith.run import Run
 
 STATUS_EVERY = 1.0  # seconds between rewrites of status.json; a reader sees a step at most this old
-PIPE_BUF = 512  # POSIX: so much can be written without blocking when a pipe is reported writable
+PIECE = 512  # bytes: POSIX lets so many into a pipe that is reported writable without blocking
 
 
 class Tracker(Protocol):
@@ -164,65 +166,75 @@ class Progress:
     def __exit__(self, *exc: object) -> None:
         if self._bar:
             self._bar.stop()
+        self.file.close()
 
 
 class Unstalled:
     """A text stream that never blocks and never raises: what the reader does not take is dropped and counted.
 
-    It asks (poll) before each piece of at most 512 bytes and writes past Python's buffer, so that nothing is left to be flushed at
-    exit and to hang there. Windows cannot ask a pipe: there it writes as usual.
+    A pipe or terminal is opened a second time, non-blocking (Linux; the flag on the given descriptor would reach every process that
+    shares it), or asked (poll) before each piece of 512 bytes. Nothing waits in a buffer to be flushed, and to hang, at exit.
+    Windows can do neither: there it writes as usual.
     """
 
     def __init__(self, file: TextIO | None):
-        self.dropped = 0
-        self.file, self.encoding = file, getattr(file, "encoding", None) or "utf-8"
-        try:
-            self.fd = file.fileno() if file is not None and hasattr(select, "poll") else None
-        except (OSError, ValueError, AttributeError):  # a notebook, a test's capture
-            self.fd = None
-        self.dead = file is None or getattr(file, "closed", False)
-        if self.fd is not None and not self.dead:
-            self._attempt(lambda: file.flush() if self._ready() else None)
+        self.file, self.dropped, self.dead = file, 0, file is None or getattr(file, "closed", False)
+        self.encoding = getattr(file, "encoding", None) or "utf-8"
+        self.fd: int | None = None
+        self.own = False
+        if not self.dead:
+            with suppress(OSError, ValueError, AttributeError):  # a notebook or a test's capture has no descriptor
+                self.fd = file.fileno()
+                if self._ready():
+                    file.flush()  # what was printed before comes first
+                self._open_own()
 
     def write(self, text: str) -> int:
-        if self.dead:
-            self.dropped += len(text)
-        elif self.fd is None:
-            self._attempt(lambda: self.file.write(text) and self.file.flush())
-        else:
-            raw = text.encode(self.encoding, "replace")
-            while raw and not self.dead and self._ready():
-                raw = raw[self._attempt(lambda piece=raw[:PIPE_BUF]: os.write(self.fd, piece)) or 0 :]
-            self.dropped += len(raw)
+        if self.fd is None and not self.dead:
+            self._attempt(lambda: (self.file.write(text), self.file.flush()))
+            return len(text)
+        raw = text.encode(self.encoding, "replace")
+        while raw and not self.dead and self._ready() and (taken := self._attempt(os.write, self.fd, raw[:PIECE])):
+            raw = raw[taken:]
+        self.dropped += len(raw)
         return len(text)
 
     def flush(self) -> None:
         """Nothing is held back."""
 
     def isatty(self) -> bool:
-        try:
-            return not self.dead and self.file.isatty()
-        except (OSError, ValueError, AttributeError):
-            return False
+        return not self.dead and bool(self._attempt(self.file.isatty))
 
     def fileno(self) -> int:
         if self.fd is None:
             raise OSError("no file descriptor")
         return self.fd
 
+    def close(self) -> None:
+        self.dead = True
+        if self.own:
+            os.close(self.fd)
+            self.own = False
+
+    def _open_own(self) -> None:
+        kind = os.fstat(self.fd).st_mode
+        if stat.S_ISFIFO(kind) or stat.S_ISCHR(kind):
+            self.fd, self.own = os.open(f"/proc/self/fd/{self.fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY), True
+
     def _ready(self) -> bool:
+        if self.own or not hasattr(select, "poll"):
+            return True
         poll = select.poll()
         poll.register(self.fd, select.POLLOUT)
-        events = poll.poll(0)
-        if any(e & (select.POLLERR | select.POLLNVAL | select.POLLHUP) for _, e in events):
-            self.dead = True
-        return bool(events) and not self.dead
+        return bool(poll.poll(0))
 
-    def _attempt(self, call: Callable[[], Any]) -> Any:
-        """The reader went away, the descriptor was closed, the terminal hung up: from then on there is nobody to write to."""
+    def _attempt(self, call: Callable[..., Any], *args: Any) -> Any:
+        """None when the stream takes nothing now, and for good when its reader left, its descriptor or its terminal is gone."""
         try:
-            return call()
-        except (OSError, ValueError):
+            return call(*args)
+        except BlockingIOError:
+            return None
+        except (OSError, ValueError, AttributeError):
             self.dead = True
             return None
 
