@@ -41,7 +41,7 @@ CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}  # weights worked on at once: on a CPU
 
 @dataclass(frozen=True, slots=True)
 class NF4:
-    """One quantised weight. The nested fields are None where the absmax are plain fp32 (a file made without double quantisation)."""
+    """One quantised weight. The nested fields are None where the absmax are plain fp32: a file made without double quantisation."""
 
     codes: Tensor  # uint8 [ceil(n / 2)]
     absmax: Tensor  # uint8 [N], or fp32 [N] when not nested
