@@ -11,6 +11,7 @@ from tunesmith.config.schema import RunConfig
 from tunesmith.errors import ConfigError
 
 FOUR = "model: embedded\ndata: chats.jsonl\nmethod: lora\noutput: runs/a\n"
+KNOWN = "known here: model, data, method, output, seed, lora, train, eval, memory, checkpoint, log"
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_unknown_keys_say_what_was_meant(run_yaml, key, meant):
         ("a: 1\n---\nb: 2\n", "run.yaml:2: not YAML: but found another document"),
         (b"\x89PNG\r\n\x1a\n\x00\xff", "run.yaml: is not UTF-8 text (byte 0)"),
         (b"model: a\nx: \x00\n", "run.yaml:2: not text: holds the character '\\x00'"),
-        ("[" * 3000, "run.yaml:1: nested too deeply"),
+        ("[" * 1000, "run.yaml:1: nested too deeply"),
         ("a: &a [*a]\n", "run.yaml:1: nested too deeply"),
         ("x" * (1 << 20) + "yz", "run.yaml: has 1,048,578 bytes, too many for a run file"),
     ],
@@ -175,12 +176,12 @@ def test_overrides_win_and_their_faults_name_them(run_yaml):
     assert config.model == str(Path.home() / "base") and config.train.learning_rate == 1e-4
     assert faults(path, "train.epochs=-1", "lora.rnk=8", "lora.rank", "model.x=1", "seed=[a", "x.y=1", "lora.dropout=") == [
         "override lora.rank: write key.path=value, such as train.epochs=2",
-        "override model.x=1: model is no section; known here: model, data, method, output, seed, lora, train, eval, memory, checkpoint, log",
+        "override model.x=1: model is no section; " + KNOWN,
         "override seed=[a: 1: not YAML: expected ',' or ']', but got '<stream end>'; quotes around the value may help",
         "override lora.dropout=: lora.dropout: has no value; write a number from 0 to below 1, or drop the line",
         "override lora.rnk=8: lora.rnk: unknown key; did you mean 'rank'?",
         "override train.epochs=-1: train.epochs: expected a number above 0, got -1",
-        "override x.y=1: x: unknown key; known here: model, data, method, output, seed, lora, train, eval, memory, checkpoint, log",
+        "override x.y=1: x: unknown key; " + KNOWN,
     ]
 
 
@@ -274,7 +275,7 @@ TEXTS = st.one_of(
     st.binary(max_size=40),
     st.lists(
         st.tuples(
-            st.sampled_from("model data method output lora train eval memory seed rank <<".split()),
+            st.sampled_from(["model", "data", "method", "output", "lora", "train", "eval", "memory", "seed", "rank", "<<"]),
             st.sampled_from(
                 [*"xX0-[{&*!|>%@`'\"#~?", "1e999", ".nan", "[a, {b: c}]", "{rank: 1e30, betas: [1]}", "2024-01-01", "\ud800"]
             )

@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import ValidationError
 
 from tunesmith.config.explain import full_type, in_words, is_section, suggest
-from tunesmith.config.schema import Contradiction, Contradictions, RunConfig, long_form
+from tunesmith.config.schema import LATER, RunConfig, contradictions, long_form
 from tunesmith.config.yaml12 import Document, Loc, one_line, read, show, write
 from tunesmith.errors import ConfigError
 
@@ -60,12 +60,8 @@ def dump(config: RunConfig) -> str:
     for source in tree["data"]["train"]:
         source["path"] = _absolute(source["path"])
     tree["output"] = os.path.abspath(tree["output"])
-    try:
-        RunConfig.model_validate(tree)
-    except ValidationError as fault:
-        for c in _contradictions(fault):
-            assert c.idle, f"a valid config contradicts itself once written out: {c}"
-            _drop(tree, _loc(c.key))
+    for c in contradictions(_validated(tree)):
+        _drop(tree, _loc(c.key))
     return write(tree)
 
 
@@ -151,47 +147,38 @@ class _Check:
         self.set_by[loc] = where
 
     def config(self) -> RunConfig:
-        while True:
-            try:
-                config, errors = RunConfig.model_validate(self.tree), []
-            except ValidationError as fault:
-                if self.overruled(_contradictions(fault)):
-                    continue
-                config, errors = None, fault.errors(include_url=False, include_input=False)
-            if config and not self.told:
-                return config
-            self.collect(errors)
+        try:
+            config = _validated(self.tree)
+        except ValidationError as fault:
+            config = self.rest(fault.errors(include_url=False, include_input=False))
+        found = list(contradictions(config))
+        # An override wins over the file: `train.max_steps=20` beside its epochs. What cannot be run is not settled that way.
+        settled = [c for c in found if c.idle and self.set_by_override(_loc(c.against)) and not self.set_by_override(_loc(c.key))]
+        for c in found:
+            if c not in settled:
+                self.fault(_loc(c.key), c.what)
+        if self.told:
             lines = sorted(self.told, key=self.told.__getitem__)
             raise ConfigError("\n".join(lines), "`tunesmith explain KEY` says what a key does and what it may be")
-
-    def overruled(self, found: list[Contradiction]) -> bool:
-        """Drop what an override makes idle in the file: `train.max_steps=20` beside its epochs. True if anything was."""
-        idle = [c for c in found if c.idle and self.set_by_override(_loc(c.against)) and not self.set_by_override(_loc(c.key))]
-        for c in idle:
+        for c in settled:
             _drop(self.tree, _loc(c.key))
-        return bool(idle)
+        return self.config() if settled else config
 
-    def collect(self, errors: list[Any]) -> None:
-        """pydantic's errors -> faults, one a key; then once more without the faulty keys, for what the rest contradicts."""
+    def rest(self, errors: list[Any]) -> RunConfig:
+        """Tell pydantic's errors, one a key; returns what the file says without the faulty keys, for what that contradicts."""
         by_key: dict[Loc, Any] = {}
         for error in errors:
-            if not isinstance(error.get("ctx", {}).get("error"), Contradictions):
-                loc = self.key_of(error)
-                by_key[loc] = max(by_key.get(loc, error), error, key=_nearness)
+            loc = self.key_of(error)
+            by_key[loc] = max(by_key.get(loc, error), error, key=_nearness)
+        rest = copy.deepcopy(self.tree)
         for loc, error in by_key.items():
             inside = any(len(other) > len(loc) and other[: len(loc)] == loc for other in by_key)
             if not inside:  # `targets: [1]` fails as a word and in its item; the item says more
                 self.fault(loc, self.what(loc, error))
-        rest = copy.deepcopy(self.tree)
-        for loc in by_key:
             _drop(rest, _leaf(loc))
         rest = STAND_IN | rest
-        rest["data"] = {"train": ["rows"]} | (rest["data"] if isinstance(rest["data"], dict) else {})
-        try:
-            RunConfig.model_validate(rest)
-        except ValidationError as fault:
-            for c in _contradictions(fault):
-                self.fault(_loc(c.key), c.what)
+        rest["data"] = {"train": "rows"} | rest["data"]
+        return _validated(rest)
 
     def key_of(self, error: Any) -> Loc:
         """The key an error is about. pydantic's loc also names branches of unions and `[key]`, which the tree does not have."""
@@ -241,9 +228,8 @@ class _Check:
         self.told.setdefault(": ".join(part for part in (where, _dotted(loc), what) if part), place)
 
 
-def _contradictions(fault: ValidationError) -> list[Contradiction]:
-    causes = [error.get("ctx", {}).get("error") for error in fault.errors(include_url=False, include_input=False)]
-    return [c for cause in causes if isinstance(cause, Contradictions) for c in cause.found]
+def _validated(tree: dict[str, Any]) -> RunConfig:
+    return RunConfig.model_validate(tree, context=LATER)
 
 
 def _nearness(error: Any) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -58,17 +58,18 @@ def _pattern(value: str) -> str:
     return _text(value)
 
 
+LATER = "contradictions are looked for later"  # the context with which load.py validates
 Auto = Literal["auto"]
 Text = Annotated[str, AfterValidator(_text)]
 Place = Annotated[str, AfterValidator(place)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
-Count = Annotated[int, BeforeValidator(_number), Field(gt=0)]
-CountOrZero = Annotated[int, BeforeValidator(_number), Field(ge=0)]
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0)]
-PositiveOrZero = Annotated[float, BeforeValidator(_number), Field(ge=0)]
-Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
+Count = Annotated[int, Field(gt=0), BeforeValidator(_number)]
+CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(_number)]
+Positive = Annotated[float, Field(gt=0), BeforeValidator(_number)]
+PositiveOrZero = Annotated[float, Field(ge=0), BeforeValidator(_number)]
+Fraction = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
 # At most 1: AdamW never wants more, and `2e4` for `2e-4` is the commonest slip.
-Rate = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
+Rate = Annotated[float, Field(gt=0, le=1), BeforeValidator(_number)]
 
 
 class Section(BaseModel):
@@ -148,7 +149,7 @@ class Data(Section):
         unsloth="EOS_TOKEN in the formatting function",
     )
     """Put the EOS token after each answer when the template writes no stop of its own."""
-    max_length: Annotated[int, BeforeValidator(_number), Field(ge=8)] = key(
+    max_length: Annotated[int, Field(ge=8), BeforeValidator(_number)] = key(
         2048,
         high="More memory for the longest rows; more than the model was made for gives nonsense.",
         low="Rows are refused, or cut: an answer cut before its end teaches the model not to stop.",
@@ -492,7 +493,7 @@ class Checkpoint(Section):
         unsloth="save_steps",
     )
     """Steps between checkpoints; auto saves at each evaluation."""
-    keep: Annotated[int, BeforeValidator(_number), Field(ge=2)] = key(
+    keep: Annotated[int, Field(ge=2), BeforeValidator(_number)] = key(
         2,
         high="Disk: each checkpoint of method: full is several times the model's size.",
         low="Below 2 is refused.",
@@ -551,7 +552,7 @@ class RunConfig(Section):
         unsloth="output_dir",
     )
     """The run folder."""
-    seed: Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**32)] = key(
+    seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(_number)] = key(
         0,
         wrong="None is better than another: results that hold for one seed only are luck.",
         axolotl="seed",
@@ -567,28 +568,22 @@ class RunConfig(Section):
     log: Log = Log()
 
     @model_validator(mode="after")
-    def _keys_agree(self) -> RunConfig:
-        if found := list(contradictions(self)):
-            raise Contradictions(found)
+    def _keys_agree(self, info: ValidationInfo) -> RunConfig:
+        """Only what cannot be run; load.py, which knows what a person wrote, also tells what has no effect."""
+        faults = [c for c in contradictions(self) if not c.idle and info.context != LATER]
+        if faults:
+            raise ValueError("\n".join(f"{c.key}: {c.what}" for c in faults))
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class Contradiction:
-    """`key` and `against` cannot both stand. `idle`: key merely has no effect, so an override of `against` may drop it."""
+    """`key` and `against` do not go together. `idle`: key merely has no effect, so an override of `against` may drop it."""
 
     key: str
     against: str
     what: str
     idle: bool = True
-
-
-class Contradictions(ValueError):
-    """All of them; pydantic wraps it, load.py takes it apart again."""
-
-    def __init__(self, found: list[Contradiction]):
-        super().__init__("\n".join(f"{c.key}: {c.what}" for c in found))
-        self.found = found
 
 
 def given(section: Section, prefix: str = "") -> Iterator[str]:
