@@ -38,8 +38,8 @@ from tunesmith.adapters.swap import (
 from tunesmith.config import schema
 from tunesmith.errors import AdapterError
 
-__all__ = ["METHODS", "Dora", "Lora", "Settings", "Twin", "attach", "disabled", "fast", "load", "merge", "named", "save", "trainable",
-           "twins", "unmoved"]  # fmt: skip
+__all__ = ["METHODS", "Dora", "Lora", "Settings", "Twin", "attach", "disabled", "fast", "load", "merge", "named", "save",
+           "trainable", "twins", "unmoved"]  # fmt: skip
 
 
 def attach(model: nn.Module, lora: schema.Lora, *, seed: int, new_tokens: Mapping[int, Sequence[int]] | None = None) -> Settings:
@@ -62,8 +62,18 @@ def attach(model: nn.Module, lora: schema.Lora, *, seed: int, new_tokens: Mappin
     else:
         saved = resolve_saved(model, lora.modules_to_save)
         targets = resolve_targets(model, lora.targets, saved)
-        settings = Settings(lora.rank, lora.alpha, lora.dropout, lora.variant, targets, dict(lora.rank_pattern), dict(lora.alpha_pattern),
-                            saved, _token_rows(model, new_tokens, saved), transposed(model, targets))  # fmt: skip
+        settings = Settings(
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            variant=lora.variant,
+            targets=targets,
+            rank_pattern=dict(lora.rank_pattern),
+            alpha_pattern=dict(lora.alpha_pattern),
+            modules_to_save=saved,
+            tokens=_token_rows(model, new_tokens, saved),
+            transposed=transposed(model, targets),
+        )
     if settings.tokens:
         grow_vocabulary(model, max(i for ids in settings.tokens.values() for i in ids) + 1)
     starts = {name: _starts(model.get_submodule(name).weight, ids, new_tokens) for name, ids in settings.tokens.items()}
@@ -118,8 +128,8 @@ def _token_rows(model: nn.Module, new_tokens: Mapping[int, Sequence[int]], saved
 
 
 def _starts(weight: Tensor, ids: Sequence[int], pieces: Mapping[int, Sequence[int]]) -> Tensor:
-    """First values of the trained rows [K, D], at least float32: the mean of a token's pieces, of all rows when it has none; a token
-    that is not new starts as it is."""
+    """First values of the trained rows [K, D], at least float32: the mean of a new token's pieces (of all rows when it has none),
+    else the row as it is."""
     weight, wide = weight.detach(), torch.promote_types(torch.float32, weight.dtype)
 
     def start(token: int) -> Tensor:

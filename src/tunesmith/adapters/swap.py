@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -184,12 +184,15 @@ def grow_vocabulary(model: nn.Module, rows: int) -> None:
 
 
 def set_config(model: nn.Module, key: str, value: Any) -> None:
-    """Writes a key of the model's config.json, be it a dict or transformers' object."""
-    config = getattr(model, "config", None)
+    """Writes a key of the model's config.json, be it a dict or transformers' object, and the Spec's field that came from it."""
+    config, spec = getattr(model, "config", None), getattr(model, "spec", None)
+    of_spec = {"vocab_size": "vocab", "tie_word_embeddings": "tied"}
     if isinstance(config, dict):
         config[key] = value
     elif config is not None:
         setattr(config, key, value)
+    if is_dataclass(spec) and hasattr(spec, of_spec[key]):
+        model.spec = replace(spec, **{of_spec[key]: value})
 
 
 def transposed(model: nn.Module, targets: Sequence[str]) -> bool:

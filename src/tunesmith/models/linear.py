@@ -26,6 +26,10 @@ _FIX = "use the checkpoint this config.json belongs to"
 class Linear(nn.Linear):
     """A dense linear. `weight` is [out, in] in `dtype`; frozen or trainable as its `requires_grad` says."""
 
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, *,
+                 dtype: torch.dtype | None = None, device: torch.device | str | None = None):  # fmt: skip
+        super().__init__(in_features, out_features, bias, dtype=dtype, device=device)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out, in]; not copied when `dtype` is its own."""
         return self.weight if dtype is None else self.weight.to(dtype)
