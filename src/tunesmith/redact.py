@@ -15,12 +15,12 @@ HIDDEN = "[redacted]"
 EDGE = r"(?<![A-Za-z0-9])"
 NAME = (
     r"(?:[A-Za-z0-9_.-]*(?:api[_-]?key|access[_-]?key|secret[_-]?key|private[_-]?key|secret|passwd|password|passphrase|credentials?"
-    r"|(?:auth|access|refresh|bearer|hub|hf|api|session|github|wandb)[_-]?token)|token|pwd)"
+    r"|(?:auth|access|refresh|bearer|hub|hf|api|session|github|wandb)[_-]?token)|pwd)"
 )
 SHAPES = re.compile(
     EDGE + r"(?:hf_[A-Za-z0-9]{16,}"  # Hugging Face
     r"|api_org_[A-Za-z0-9]{16,}"
-    r"|sk-(?:[A-Za-z]+-)*[A-Za-z0-9_-]*[A-Za-z0-9]{16,}[A-Za-z0-9_-]*"  # OpenAI, Anthropic and their likes
+    r"|(?<![_-])sk-[A-Za-z0-9_-]*[A-Za-z0-9]{16,}[A-Za-z0-9_-]*"  # OpenAI, Anthropic and their likes
     r"|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}"
     r"|(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])"  # AWS key ids
     r"|AIza[A-Za-z0-9_-]{35}|ya29\.[A-Za-z0-9_-]{20,}"  # Google
@@ -28,16 +28,15 @@ SHAPES = re.compile(
     r"|eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]+)"  # JSON web tokens
 )
 PEM = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
-URL_LOGIN = re.compile(
-    r"(?P<keep>[A-Za-z][A-Za-z0-9+.-]*://(?:[^\s/:@?#]*:)?)(?P<secret>[^\s/?#]+)(?=@)"
-)  # the password, or a bare login
+# The password of a URL, or its bare login.
+URL_LOGIN = re.compile(r"(?P<keep>(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]*://(?:[^\s/:@?#]*:)?)(?P<secret>[^\s/?#]+)(?=@)")
 AUTHORIZATION = re.compile(r"(?P<keep>\b(?:Bearer|Basic)\s+)(?P<secret>[A-Za-z0-9._~+/=-]{8,})", re.IGNORECASE)
-NAMED = re.compile(
-    rf"(?P<keep>(?<![A-Za-z0-9]){NAME}[\"']?\s*(?:=|:)\s*)(?P<secret>\"[^\"\n]{{4,}}\"|'[^'\n]{{4,}}'|[^\s\"',;&}}\]]{{4,}})",
-    re.IGNORECASE,
-)
-OPTION = re.compile(rf"--?{NAME}", re.IGNORECASE)
-SECRET_NAME = re.compile(NAME, re.IGNORECASE)
+VALUE = r"""(?P<secret>"[^"\n]{4,}"|'[^'\n]{4,}'|(?!\[redacted\])[^\s"'&})]{4,})"""
+NAMED = re.compile(rf"(?P<keep>(?<![A-Za-z0-9_.-]){NAME}[\"']?\s*[=:]\s*){VALUE}", re.IGNORECASE)
+# A bare `token` has another meaning in this house: `stop token: </s>` is no secret, 16 characters without a gap may be one.
+TOKEN = re.compile(r"(?P<keep>(?<![A-Za-z0-9_.-])token[\"']?\s*[=:]\s*[\"']?)(?P<secret>[A-Za-z0-9_.~+/=-]{16,})", re.IGNORECASE)
+OPTION = re.compile(rf"--?(?:{NAME}|token)", re.IGNORECASE)
+SECRET_NAME = re.compile(rf"{NAME}|token", re.IGNORECASE)
 ENV_NAME = re.compile(r".*(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIALS?)", re.IGNORECASE)
 PLACEHOLDERS = {"null", "none", "true", "false", "auto", HIDDEN}
 
@@ -49,6 +48,7 @@ def redact(text: str, env: Mapping[str, str] | None = None) -> str:
     text = PEM.sub(HIDDEN, text)
     text = URL_LOGIN.sub(lambda m: m["keep"] + HIDDEN, text)
     text = AUTHORIZATION.sub(lambda m: m["keep"] + HIDDEN, text)
+    text = TOKEN.sub(lambda m: m["keep"] + HIDDEN, text)
     text = NAMED.sub(_named, text)
     return SHAPES.sub(HIDDEN, text)
 
@@ -72,7 +72,7 @@ def redact_command(command: Sequence[str]) -> list[str]:
 
 
 def _named(m: re.Match[str]) -> str:
-    bare = m["secret"].strip("\"'")
+    bare = m["secret"].strip("\"'").rstrip(",;")
     if bare.lower() in PLACEHOLDERS or bare.isdigit():
         return m[0]
     return m["keep"] + m["secret"].replace(bare, HIDDEN)

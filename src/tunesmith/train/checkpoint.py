@@ -31,11 +31,10 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 NAME = re.compile(r"step-(\d{8,})")
 RNG = "rng/"  # prefix of the RNG states among the tensors
 
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
+DTYPES = {  # in the order in which safetensors lays them out: widest first, so that every tensor is aligned
+    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.uint32: "U32", torch.int32: "I32",
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
 
@@ -85,7 +84,8 @@ def load(source: Found | Path, device: torch.device | str = "cpu") -> tuple[dict
         raise RunError("\n".join(problems), "take an older checkpoint: --resume finds the newest whole one by itself")
     try:
         with safe_open(path / TENSORS, framework="pt", device=str(device)) as f:
-            tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118 (clone: not a view of a file that prune removes)
+            names = list(f.keys())
+            tensors = {name: f.get_tensor(name).clone() for name in names}  # clones: no view of a file that prune will remove
         return tensors, _decode(json.loads((path / STATE).read_bytes()))
     except (OSError, SafetensorError, ValueError) as e:
         raise RunError(
@@ -94,17 +94,25 @@ def load(source: Found | Path, device: torch.device | str = "cpu") -> tuple[dict
 
 
 def prune(folder: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` checkpoints. The newest whole one is never among them: nothing goes before one was verified
-    to the last byte, and what is newer than it but damaged does not count. Returns what was removed.
+    """Remove the checkpoints older than the newest `keep` whole ones. Returns what was removed.
+
+    Nothing goes before the newest one was verified to the last byte (read back from the disk); the other `keep - 1` count when
+    their files are there in full size. Damaged ones do not count, so the last valid one stays.
     """
     assert keep >= 2, "the last one may be damaged or in the middle of being written"
     whole, _ = newest_valid(folder)
     if whole is None:
         return []
-    names = sorted((p for p in folder.iterdir() if NAME.fullmatch(p.name)), key=lambda p: _step(p.name), reverse=True)
-    removed = [path for path in names if _step(path.name) < whole.step][keep - 1 :]
-    for path in removed:
-        remove_folder(path)
+    older = sorted(
+        (p for p in folder.iterdir() if NAME.fullmatch(p.name) and _step(p.name) < whole.step), key=lambda p: -_step(p.name)
+    )
+    kept, removed = 1, []
+    for path in sorted(older, key=lambda p: _step(p.name), reverse=True):
+        if kept == keep:
+            remove_folder(path)
+            removed.append(path)
+        elif not verify(path, deep=False):
+            kept += 1
     return removed
 
 
@@ -168,7 +176,10 @@ def _pieces(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[bytes | me
 
 
 def _order(tensors: Mapping[str, Tensor]) -> list[str]:
-    return sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))  # widest first: every tensor is aligned
+    for name, t in tensors.items():
+        assert t.dtype in DTYPES, f"{name}: {t.dtype} has no place in safetensors"
+    ranks = {dtype: rank for rank, dtype in enumerate(DTYPES)}
+    return sorted(tensors, key=lambda n: (ranks[tensors[n].dtype], n))
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -177,7 +188,6 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = 
     at = 0
     for name in _order(tensors):
         t = tensors[name]
-        assert t.dtype in DTYPES, f"{name}: {t.dtype} has no place in safetensors"
         end = at + t.numel() * t.element_size()
         entries[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [at, end]}
         at = end
