@@ -1,0 +1,72 @@
+"""How sure a before/after difference is: the paired bootstrap over held-out rows. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+CELLS = 4_000_000  # counts drawn at a time: 32 MB however many rows there are
+
+
+def paired_bootstrap(
+    before: Sequence[float] | np.ndarray,
+    after: Sequence[float] | np.ndarray,
+    weights: Sequence[float] | np.ndarray | None = None,
+    *,
+    seed: int,
+    n: int = 2000,
+    level: float = 0.95,
+) -> tuple[float, float, float]:
+    """(difference, lo, hi): the weighted mean of `after - before` [rows] and its interval; below zero, a loss fell.
+
+    Rows are resampled in pairs, so what makes a row hard cancels out. With `weights` (trained tokens of each row) the difference is
+    that of the means over tokens. The percentiles are taken further out for few rows, as Student's t asks (the expanded percentile
+    interval, Hesterberg 2015, doi 10.1080/00031305.2015.1089789). One row says nothing about others: its interval is (-inf, inf).
+    """
+    before, after = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    weight = np.ones_like(before) if weights is None else np.asarray(weights, np.float64)
+    assert before.shape == after.shape == weight.shape and before.ndim == 1, "one value a row, in the same order"
+    used = weight > 0
+    change, weight = (after - before)[used], weight[used]
+    rows = len(change)
+    if not rows:
+        return 0.0, -math.inf, math.inf
+    difference = float(change @ weight / weight.sum())
+    if rows == 1 or not np.isfinite(change).all():
+        return difference, -math.inf, math.inf
+    rng, step = np.random.default_rng(seed), max(1, CELLS // rows)
+    even = np.full(rows, 1 / rows)
+    means = np.empty(n)
+    for start in range(0, n, step):
+        counts_NR = rng.multinomial(rows, even, size=min(step, n - start)) * weight
+        means[start : start + len(counts_NR)] = counts_NR @ change / counts_NR.sum(1)
+    tail = _normal(-math.sqrt(rows / (rows - 1)) * t_quantile(level, rows - 1))
+    lo, hi = np.quantile(means, [tail, 1 - tail])
+    return difference, float(lo), float(hi)
+
+
+def t_quantile(level: float, freedom: int) -> float:
+    """Student's two-sided quantile by the Cornish-Fisher series (Abramowitz and Stegun 26.7.5): within 2 % from 3 degrees on."""
+    z = _normal_quantile(0.5 + level / 2)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return sum(term / freedom**i for i, term in enumerate(terms))
+
+
+def _normal(z: float) -> float:
+    return 0.5 * math.erfc(-z / math.sqrt(2))
+
+
+def _normal_quantile(p: float) -> float:
+    lo, hi = -10.0, 10.0
+    for _ in range(80):  # bisection to the last bit; called once a comparison
+        middle = (lo + hi) / 2
+        lo, hi = (middle, hi) if _normal(middle) < p else (lo, middle)
+    return (lo + hi) / 2

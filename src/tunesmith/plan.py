@@ -1,0 +1,788 @@
+"""Will it fit, how long will it take, what to lower: from the Spec alone, before a weight is read. No torch, well under a second.
+
+A plan adds up what is on the device when it is fullest: the backward of the top layer of the largest micro-batch. `kept` is the one
+table of what autograd keeps of each token and layer; the constants below it are all that was not counted from the code. The trainer
+takes its micro-batch and activation policy from the same object, so what was printed is what runs.
+
+Shape letters: T tokens at once, D model width, F MLP width, Q query heads, K key/value heads, H head width, V vocabulary, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from tunesmith.config.schema import Lora, RunConfig
+from tunesmith.devices import GIB, Device, smallest_that_holds
+from tunesmith.errors import DoesNotFit, ModelError
+from tunesmith.spec import Spec, linear_shapes, parameters
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Method = Literal["qlora", "lora", "full"]
+Policy = Literal["keep", "checkpoint"]
+METHODS: tuple[Method, ...] = ("qlora", "lora", "full")
+POLICIES: tuple[Policy, ...] = ("keep", "checkpoint")
+WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+# ---- what is not counted from the code: estimates, until a device has been measured -----------------------------------------------
+CONTEXT = {"cuda": 600 << 20, "mps": 400 << 20, "cpu": 450 << 20}  # CUDA context and cuBLAS workspace | torch's own pages
+FRAGMENTS = {"cuda": 0.05, "mps": 0.10, "cpu": 0.10}  # of activations and transients: blocks the allocator holds and cannot reuse
+HOST = {"cuda": 3 * GIB, "mps": 0, "cpu": 0}  # main memory of a process that drives a GPU; on a CPU all is counted as device
+EFFICIENCY = {"cuda": 0.35, "mps": 0.30, "cpu": 0.50}  # share of the device's rate in GEMMs, attention and all else together
+LAYER_SECONDS = {
+    "cuda": 600e-6,
+    "mps": 1e-3,
+    "cpu": 200e-6,
+}  # Python and launches of one layer's forward: a floor under small batches
+FP32_SHARE = 1 / 8  # of a GPU's 16-bit rate without TensorFloat-32
+CPU_BF16_SHARE = 0.25  # of a CPU's float32 rate, where no AMX or AVX512-BF16 helps
+SPARED = {"cuda": 1.0, "mps": 0.7, "cpu": 0.9}  # share of what is free that a run may take: a CPU's memory is everybody's
+BANDWIDTH_SHARE = 0.7  # of the printed memory bandwidth that a plain copy reaches
+
+# ---- counted from the code -----------------------------------------------------------------------------------------------------
+DECODE_SCRATCH = 10  # bytes a weight while ops/nf4.py decodes, beyond the result ...
+DECODE_CHUNK = {"cuda": 1 << 26, "mps": 1 << 26, "cpu": 1 << 18}  # ... of this many weights at a time
+DECODE_TRAFFIC = (
+    24  # bytes of memory traffic a weight and decode: codes, gathered values, scaling, the dense result and its reading
+)
+LOGIT_BYTES = 64 << 20  # float32 logits of one chunk (ops/linear_ce.py) ...
+LOGIT_COPIES = 2.5  # ... with their 16-bit form before and after
+SOFTCAP_ROWS = 512  # query rows whose scores are written out at once (ops/attention.py)
+MOMENTS, MASTER, GRADIENT = 8, 4, 4  # AdamW's two averages, the float32 master, its float32 gradient: bytes a trained parameter
+
+MICRO_CAP = {"cuda": 1 << 17, "mps": 1 << 14, "cpu": 1 << 12}  # tokens at once beyond which nothing is gained
+SLACK = 1.03  # of plans within this factor of the fastest, the one that takes least memory
+DECODE_BATCH = 32  # prompts answered at once
+EVALUATIONS = 11  # with `eval.every_steps: auto`: before, and about ten during the run
+HELD_OUT_ROWS = 500  # at most, unless a file is named
+ASSUMED_ROWS, ASSUMED_LENGTH = 1000, 512  # where no cache tells
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One use of memory. `where` is device, host (main memory beside a GPU) or disk."""
+
+    name: str
+    bytes: int
+    where: Literal["device", "host", "disk"]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Row lengths as far as they matter: `squares` is sum(n^2) / sum(n), the length that attention feels."""
+
+    count: int
+    mean: float
+    longest: int
+    squares: float
+    assumed: bool
+
+    @classmethod
+    def of(cls, lengths: np.ndarray | None, max_length: int) -> Rows:
+        if lengths is None or not len(lengths):
+            mean = min(ASSUMED_LENGTH, max_length / 2)
+            return cls(ASSUMED_ROWS, mean, max_length, mean * 1.5, True)
+        n = np.minimum(np.asarray(lengths, np.float64), max_length)
+        return cls(len(n), float(n.mean()), int(n.max()), float((n @ n) / n.sum()), False)
+
+    @property
+    def total(self) -> float:
+        return self.count * self.mean
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One way to run: a column of the table that sets qlora, lora and full side by side."""
+
+    method: Method
+    activations: Policy
+    micro_batch_tokens: int
+    needs: float  # GiB
+    minutes: float
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A knob and what it saves. `enough`: with this alone the run fits."""
+
+    key: str
+    value: str
+    gain: float  # GiB
+    enough: bool
+    note: str = ""
+
+    def __str__(self) -> str:
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.key}: {self.value} saves {_gb(self.gain)} GB{', enough by itself' if self.enough else ''}{note}"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a run on this device reached, so that time is no guess: the share of the device's rate, and where it was measured."""
+
+    efficiency: float
+    where: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a run's memory and time go. Sizes are GiB (as cards are sold, `24 GB`); `components` holds bytes."""
+
+    model: str
+    method: Method
+    device: Device
+    dtype: Literal["bf16", "fp16", "fp32"]
+    activations: Policy
+    micro_batch_tokens: int
+    longest: int
+    steps: int
+    tokens: int  # through the model in training
+    budget: float
+    least: float  # with the smallest micro-batch and recomputed activations: below this no setting of `memory` helps
+    minutes: float
+    measured: str  # where the time was measured; empty: uncalibrated
+    components: tuple[Component, ...]
+    choices: tuple[Choice, ...]
+    advice: tuple[Advice, ...]
+    notes: tuple[str, ...]
+
+    @cached_property
+    def needs(self) -> float:
+        """GiB on the device when it is fullest: the sum of the device's components."""
+        return self._sum("device")
+
+    @property
+    def fits(self) -> bool:
+        return self.needs <= self.budget
+
+    @property
+    def host(self) -> float:
+        """GiB of main memory beside a GPU; 0 on a CPU, where all is the device's."""
+        return self._sum("host")
+
+    @property
+    def disk(self) -> float:
+        """GiB the run folder grows to, a merged export included."""
+        return self._sum("disk")
+
+    def _sum(self, where: str) -> float:
+        return sum(c.bytes for c in self.components if c.where == where) / GIB
+
+    @property
+    def verdict(self) -> str:
+        """One line: `fits: 11.2 of 24 GB, about 38 min`, or what to lower."""
+        if self.fits:
+            return f"fits: {_gb(self.needs)} of {_gb(self.budget)} GB, {_duration(self.minutes)}"
+        line = f"does not fit: {_gb(self.needs)} of {_gb(self.budget)} GB"
+        enough = [a for a in self.advice if a.enough]
+        if enough:
+            return f"{line}; {' or '.join(f'{a.key}: {a.value}' for a in enough[:3])} would do"
+        if self.advice:
+            return f"{line}; lower {', '.join(f'{a.key} (to {a.value}: -{_gb(a.gain)} GB)' for a in self.advice[:3])}"
+        return f"{line}; a smaller model, or a larger card, is needed"
+
+    def require(self) -> Plan:
+        """Itself when it fits; else DoesNotFit with what to lower."""
+        if self.fits:
+            return self
+        needs, there = _gb(self.needs), _gb(self.budget)
+        what = f"{self.model} with method: {self.method} needs {needs} GB, {there} GB are there ({self.device.name})"
+        card = smallest_that_holds(self.needs)
+        fix = [str(a) for a in self.advice[:4]] + ([f"or a card such as {card.name}"] if card else [])
+        raise DoesNotFit(what, "\n     ".join(fix) or "take a smaller model or a larger device")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For plan.json: all fields, and what follows from them."""
+        device = {"name": self.device.name, "kind": self.device.kind, "gib": round(self.device.total / GIB, 2)}
+        return {
+            **asdict(self), "device": device, "needs": self.needs, "fits": self.fits,
+            "host": self.host, "disk": self.disk, "verdict": self.verdict,
+        }  # fmt: skip
+
+    def print(self, console: Console | None = None) -> None:
+        """Bars for each component against the device, the three methods side by side, what to lower, and one line of verdict."""
+        from rich.console import Console
+
+        _print(self, console or Console())
+
+
+def make_plan(
+    config: RunConfig, spec: Spec, *, lengths: np.ndarray | None = None, device: Device, measured: Measured | None = None
+) -> Plan:
+    """The plan of a run. `lengths` are the training rows' tokens [rows], None when they are not known yet.
+
+    What `memory` leaves to `auto` is chosen here: of all that fits the budget the fastest, and of the nearly fastest the leanest.
+    Does not raise when nothing fits (see `Plan.require`). ModelError when `memory.dtype` is bf16 on a card without it.
+    """
+    job = _Job.of(config, spec, lengths, device, measured)
+    budget = config.memory.budget_gb if config.memory.budget_gb != "auto" else device.free * SPARED[device.kind] / GIB
+    best = job.best(budget)
+    choices = tuple(replace(job, method=m).best(budget).choice(budget) for m in METHODS)
+    return Plan(
+        model=config.model, method=job.method, device=device, dtype=job.dtype, activations=best.policy,
+        micro_batch_tokens=best.tokens, longest=job.rows.longest, steps=job.steps, tokens=round(job.trained_tokens),
+        budget=float(budget), least=job.leanest.needs, minutes=best.minutes, measured=measured.where if measured else "",
+        components=(*best.components, *job.host(), *job.disk()), choices=choices,
+        advice=tuple(_advice(job, best, budget)), notes=tuple(_notes(job, config)),
+    )  # fmt: skip
+
+
+# ---- what autograd keeps -------------------------------------------------------------------------------------------------------
+
+
+def kept(
+    spec: Spec,
+    method: Method,
+    adapted: set[str],
+    *,
+    width: int,
+    device: str,
+    rank: int = 16,
+    variant: str = "lora",
+    dropout: bool = False,
+) -> list[tuple[str, float, str]]:
+    """(what, bytes a token and layer, why) that autograd keeps for the backward when nothing is recomputed: the one table.
+
+    Counted from ops/ (rms_norm keeps its input and a number, rotate nothing, swiglu gate and up) and adapters/lora.py (x and A x; a
+    frozen base keeps nothing). `adapted` are names inside a layer (`mlp.up_proj`) that train: adapters, or all of them for full.
+    """
+    q, kv, w = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, width
+    last = {name.rpartition(".")[2] for name in adapted}
+    whole = method == "full"
+    qkv, gate_up = last & {"q_proj", "k_proj", "v_proj", "qkv_proj"}, last & {"gate_proj", "up_proj", "gate_up_proj"}
+    shapes = {name.rpartition(".")[2]: shape for name, shape in linear_shapes(spec).items()}
+    rows = [
+        ("layer input", spec.dim * w + 4, "the first norm's backward, with one float32 a row"),
+        ("first norm's output", spec.dim * w * bool(qkv), "the gradient of what stands beside q, k, v"),
+        ("q, k, v", (q + 2 * kv) * w, "attention's backward, after the rotation"),
+        ("fused q, k", (q + kv) * w * spec.fused, "v is a view of one fused product, which keeps all of it alive"),
+        ("q, k before their norm", ((q + kv) * w + 4 * (spec.heads + spec.kv_heads)) * spec.qk_norm, "the norms of q and k"),
+        ("attention output", q * w + 4 * spec.heads, "attention's backward and o_proj's input, with the log-sum of each row"),
+        (
+            "attention output again",
+            q * w * (device == "cpu" and "o_proj" in last),
+            "a CPU's kernel has the heads first: o_proj gets a copy",
+        ),
+        ("after attention", spec.dim * w + 4, "the second norm's backward"),
+        ("second norm's output", spec.dim * w * bool(gate_up), "the gradient of what stands beside gate and up"),
+        ("gate, up", 2 * spec.hidden * w, "swiglu's backward; the activation is computed again"),
+        ("down's input", spec.hidden * w * ("down_proj" in last), "the gradient of what stands beside down"),
+        ("branch outputs", 2 * (spec.dim * w + 4) * spec.sandwich, "the norms after attention and MLP (Gemma 2, 3)"),
+        ("A x", 0 if whole else rank * w * len(last), "the gradient of B"),
+    ]
+    if variant == "dora" and not whole:
+        rows.append(("DoRA's parts", 2 * w * sum(shapes[n][0] for n in last), "the gradient of the magnitudes: W x and B A x"))
+    if dropout and not whole:
+        rows.append(("dropped inputs", (w + 1) * sum(shapes[n][1] for n in last), "each adapter's own input and its mask"))
+    return [row for row in rows if row[1]]
+
+
+# ---- one job, and what it takes ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The plain numbers of a run file that decide memory and time; a variant is `replace(job, ...)`."""
+
+    spec: Spec
+    method: Method
+    dtype: Literal["bf16", "fp16", "fp32"]
+    device: Device
+    rows: Rows
+    lora: Lora
+    samples: int
+    sample_tokens: int
+    batch_size: int
+    steps: int
+    evaluations: int
+    held_out: float  # rows
+    keep: int
+    keep_best: bool
+    policies: tuple[Policy, ...]
+    tokens: int | None  # memory.micro_batch_tokens; None: chosen here
+    measured: Measured | None
+
+    @classmethod
+    def of(cls, config: RunConfig, spec: Spec, lengths: np.ndarray | None, device: Device, measured: Measured | None) -> _Job:
+        memory, train, evaluation = config.memory, config.train, config.eval
+        dtype = memory.dtype if memory.dtype != "auto" else "fp32" if device.kind != "cuda" else "bf16" if device.bf16 else "fp16"
+        if dtype == "bf16" and device.kind == "cuda" and not device.bf16:
+            raise ModelError(f"{device.name} does not compute in bf16", "set memory.dtype: fp16 (with loss scaling) or fp32")
+        rows = Rows.of(lengths, config.data.max_length)
+        steps = train.max_steps or max(1, math.ceil(rows.count * train.epochs / train.batch_size))
+        held_out = config.data.held_out
+        asked = HELD_OUT_ROWS if isinstance(held_out, str) else min(HELD_OUT_ROWS, rows.count * held_out / (1 - held_out))
+        every = evaluation.every_steps
+        return cls(
+            spec=spec, method=config.method, dtype=dtype, device=device, rows=rows, lora=config.lora,
+            samples=evaluation.samples if held_out != 0 else 0, sample_tokens=evaluation.sample_tokens, batch_size=train.batch_size,
+            steps=steps, evaluations=EVALUATIONS if every == "auto" else 1 + math.ceil(steps / every), held_out=asked,
+            keep=config.checkpoint.keep, keep_best=evaluation.keep_best,
+            policies=POLICIES if memory.activations == "auto" else (memory.activations,),
+            tokens=None if memory.micro_batch_tokens == "auto" else memory.micro_batch_tokens, measured=measured,
+        )  # fmt: skip
+
+    # -- sizes --
+
+    @property
+    def width(self) -> int:
+        return WIDTH[self.dtype]
+
+    @cached_property
+    def adapted(self) -> dict[str, int]:
+        """Names inside a layer that train in any layer, with the adapter's largest rank; for full, all of them with rank 0."""
+        linears = linear_shapes(self.spec)
+        if self.method == "full":
+            return dict.fromkeys(linears, 0)
+        return {name: max(ranks) for name, ranks in self._ranks().items() if ranks}
+
+    def _ranks(self) -> dict[str, list[int]]:
+        targets = self.lora.targets
+        found: dict[str, list[int]] = {}
+        for name in linear_shapes(self.spec):
+            full = [f"model.layers.{i}.{name}" for i in range(self.spec.layers)]
+            hit = full if targets == "all-linear" else [f for f in full if any(_matches(t, f) for t in targets)]
+            found[name] = [_of_pattern(self.lora.rank_pattern, f, self.lora.rank) for f in hit]
+        return found
+
+    @cached_property
+    def adapter_parameters(self) -> int:
+        """Trained beside the frozen base: A, B, DoRA's magnitudes, new tokens' rows, modules trained whole."""
+        if self.method == "full":
+            return 0
+        shapes, spec = linear_shapes(self.spec), self.spec
+        count = sum(
+            r * sum(shapes[n]) + (shapes[n][0] if self.lora.variant == "dora" else 0) for n, rs in self._ranks().items() for r in rs
+        )
+        ends = {"model.embed_tokens": spec.vocab * spec.dim, "lm_head": spec.vocab * spec.dim}
+        if self.lora.targets != "all-linear" and any(_matches(t, "lm_head") for t in self.lora.targets):
+            count += self.lora.rank * (spec.vocab + spec.dim)
+        count += len(self.lora.new_tokens) * spec.dim * (1 if spec.tied else 2)
+        return count + sum(size for name, size in ends.items() if any(_matches(entry, name) for entry in self.lora.modules_to_save))
+
+    @cached_property
+    def largest(self) -> int:
+        """Weights of the largest matrix inside a layer."""
+        return max(o * i for o, i in linear_shapes(self.spec).values())
+
+    @cached_property
+    def kept_bytes(self) -> float:
+        """Bytes a token and layer that autograd keeps under `keep`."""
+        ranks = list(self.adapted.values())
+        mean = sum(ranks) / len(ranks) if ranks else 0
+        table = kept(self.spec, self.method, set(self.adapted), width=self.width, device=self.device.kind, rank=mean,
+                     variant=self.lora.variant, dropout=self.lora.dropout > 0)  # fmt: skip
+        return sum(size for _, size, _ in table)
+
+    # -- memory --
+
+    def fixed(self) -> Iterator[Component]:
+        """What does not depend on how many tokens go through at once."""
+        count, w = parameters(self.spec), self.width
+        dense = count.total - count.linear
+        if self.method == "qlora":
+            stored = self.spec.layers * sum(nf4_bytes(o * i) for o, i in linear_shapes(self.spec).values())
+            yield Component(
+                "linear weights", stored, "device", f"{count.linear:,} weights in 4 bits with their scales, 0.516 bytes each"
+            )
+        else:
+            yield Component("linear weights", count.linear * w, "device", f"{count.linear:,} weights in {self.dtype}")
+        yield Component("embedding, head, norms", dense * w, "device", f"{dense:,} parameters in {self.dtype}, never quantised")
+        n = self.adapter_parameters
+        if self.method != "full":
+            copies = 0 if w == 4 else w
+            yield Component(
+                "adapter", n * (MASTER + copies), "device", f"{n:,} float32 masters{' and their 16-bit copies' if copies else ''}"
+            )
+        elif w == 4:
+            n = count.total
+        else:
+            n = count.total
+            yield Component("masters", n * MASTER, "device", "a float32 master of every weight: a 16-bit one loses small updates")
+        yield Component("gradients", n * GRADIENT, "device", "float32, so that micro-batches add up without rounding")
+        yield Component("optimiser", n * MOMENTS, "device", "AdamW's two averages in float32")
+
+    def working(self, policy: Policy, tokens: int) -> Iterator[Component]:
+        """What depends on `tokens`, those that go through at once."""
+        s, w, kind = self.spec, self.width, self.device.kind
+        layer = self.kept_bytes
+        ends = (
+            tokens * (2 * s.dim * w + 8) + tokens * 2 * s.head_dim * w
+        )  # final norm's input, labelled rows, their gradient; rope tables
+        if policy == "keep":
+            activations = s.layers * layer * tokens + self._scores(tokens)[0]
+            why = f"{layer:,.0f} bytes a token and layer, nothing is recomputed"
+        else:
+            activations = s.layers * s.dim * w * tokens
+            why = f"{s.dim * w:,} bytes a token and layer: only each layer's input is kept"
+        activations += ends
+        yield Component("activations", round(activations), "device", f"{tokens:,} tokens at once; {why}")
+        transient, reason = self.transient(policy, tokens)
+        yield Component("largest transient", round(transient), "device", reason)
+        cache, count = self.cache_bytes(), min(self.samples, DECODE_BATCH)
+        beyond = max(0, cache - round(activations + transient))
+        if self.samples:
+            why = f"{_gb(cache / GIB, 2)} GB to answer {count} prompts" + (
+                "" if beyond else ", less than training's activations leave again"
+            )
+            yield Component("sample answers", beyond, "device", why)
+        overhead = CONTEXT[kind] + round(FRAGMENTS[kind] * (activations + transient + beyond))
+        what = {"cuda": "CUDA's context and workspaces", "cpu": "Python and torch themselves"}.get(kind, "the runtime itself")
+        yield Component("context, allocator", overhead, "device", f"{what}; {FRAGMENTS[kind]:.0%} of what moves for fragments")
+
+    def transient(self, policy: Policy, tokens: int) -> tuple[float, str]:
+        """The fullest instant beyond what is kept: the top layer's backward, or the loss of a chunk of logits."""
+        s, w, kind = self.spec, self.width, self.device.kind
+        if self.method == "qlora":
+            weight = self.largest * w + DECODE_SCRATCH * min(self.largest, DECODE_CHUNK[kind])
+            what = "a dequantised weight"
+        elif self.method == "full":
+            weight = max(self.largest, s.vocab * s.dim) * w
+            what = "one weight's gradient"
+        else:
+            weight, what = 0, "gradients in flight"
+        flight = tokens * (2 * s.dim * w + max(4 * s.hidden * w, 16 * s.dim))  # swiglu's four, or a norm's four in float32
+        again = tokens * self.kept_bytes + self._scores(tokens)[0] / s.layers if policy == "checkpoint" else 0
+        backward = weight + flight + again + self._scores(tokens)[1]
+        logits = min(LOGIT_BYTES, 4 * s.vocab * tokens) * LOGIT_COPIES + (4 * s.vocab * s.dim if self._head_trains else 0)
+        if logits > backward:
+            return logits, "one chunk of logits"
+        return backward, f"the top layer's backward: {what}, its gradients" + (", and its activations made again" if again else "")
+
+    @property
+    def _head_trains(self) -> bool:
+        return self.method == "full" or any(_matches(entry, "lm_head") for entry in self.lora.modules_to_save)
+
+    def _scores(self, tokens: int) -> tuple[float, float]:
+        """(kept, transient) bytes of attention scores that a softcap writes out (Gemma 2); none elsewhere."""
+        if self.spec.attention_softcap is None:
+            return 0.0, 0.0
+        row = self.spec.heads * (12 + self.width)  # float32 scores, their tanh, the softmax; its cast
+        if self.rows.longest <= SOFTCAP_ROWS:
+            return self.spec.layers * row * self.rows.longest * tokens, 0.0
+        return 0.0, 2 * row * SOFTCAP_ROWS * self.rows.longest
+
+    def cache_bytes(self) -> int:
+        """Keys and values of the sample answers, and the widest activations of reading their prompts."""
+        count, s = min(self.samples, DECODE_BATCH), self.spec
+        length = self.rows.longest + self.sample_tokens
+        return count * length * s.layers * 2 * s.kv_heads * s.head_dim * self.width + count * self.rows.longest * (
+            3 * s.hidden + 4 * s.dim
+        ) * self.width * bool(count)
+
+    def host(self) -> Iterator[Component]:
+        if base := HOST[self.device.kind]:
+            largest = max(self.largest, self.spec.vocab * self.spec.dim) * 4
+            yield Component("process", base, "host", "Python, torch and CUDA's host side")
+            yield Component("loading", largest, "host", "the largest tensor: weights stream in one at a time")
+
+    def disk(self) -> Iterator[Component]:
+        count = parameters(self.spec)
+        n = count.total if self.method == "full" else self.adapter_parameters
+        whole = count.total * 2
+        yield Component("checkpoints", (self.keep + 1) * n * (MASTER + MOMENTS), "disk", f"{self.keep} kept and one being written")
+        if self.method == "full":
+            yield Component(
+                "model", whole * (1 + self.keep_best), "disk", f"16-bit weights{', the best so far too' if self.keep_best else ''}"
+            )
+        else:
+            yield Component(
+                "adapter file", n * 4 * (1 + self.keep_best), "disk", f"float32{', the best so far too' if self.keep_best else ''}"
+            )
+            yield Component("merged export", whole, "disk", "only if you merge: the whole model in 16 bits")
+
+    # -- time --
+
+    @property
+    def trained_tokens(self) -> float:
+        return self.steps * self.batch_size * self.rows.mean
+
+    def seconds(self, policy: Policy, tokens: int) -> float:
+        """Of the whole run: training, held-out losses and sample answers."""
+        passes = 3 if policy == "checkpoint" else 2  # forward, backward, and the forward again
+        step = self.batch_size * self.rows.mean
+        parts = max(1.0, step / tokens)  # micro-batches a step, on average
+        training = self.steps * (self._compute(step, self.flops(policy)) + parts * self._weights(passes))
+        training = max(training, self.steps * parts * self.spec.layers * passes * LAYER_SECONDS[self.device.kind])
+        held = self.evaluations * (self._compute(self.held_out * self.rows.mean, self.flops("forward")) + self._weights(1))
+        stored = sum(c.bytes for c in self.fixed() if c.name in ("linear weights", "embedding, head, norms"))
+        token = max(
+            self._weights(1) + stored / (self.device.bandwidth * 1e9 * BANDWIDTH_SHARE),
+            self.spec.layers * LAYER_SECONDS[self.device.kind],
+        )
+        return training + held + self.evaluations * token * self.sample_tokens * bool(self.samples)
+
+    def flops(self, phase: str) -> float:
+        """A token's: 2 a weight forward, 2 more for the gradient of x, 2 more for a weight's own, 2 to recompute; and attention."""
+        s, count = self.spec, parameters(self.spec)
+        seen = min(self.rows.squares / 2, s.window or math.inf) if not s.sliding else self._seen()
+        attention = 4 * s.layers * s.heads * s.head_dim * seen
+        head = s.vocab * s.dim
+        if phase == "forward":
+            return 2 * count.linear + 2 * head + attention
+        passes = 6 if self.method == "full" else 4
+        again = phase == "checkpoint"
+        return (passes + 2 * again) * count.linear + passes * head + (3.5 + again) * attention + 6 * self.adapter_parameters
+
+    def _seen(self) -> float:
+        s = self.spec
+        return (
+            sum(min(self.rows.squares / 2, s.window) if s.slides(i) else self.rows.squares / 2 for i in range(s.layers)) / s.layers
+        )
+
+    def _compute(self, tokens: float, flops: float) -> float:
+        kind, share = self.device.kind, self.measured.efficiency if self.measured else EFFICIENCY[self.device.kind]
+        if kind == "cuda" and self.dtype == "fp32":
+            share *= FP32_SHARE
+        if kind == "cpu" and self.dtype != "fp32":
+            share *= CPU_BF16_SHARE
+        return tokens * flops / (self.device.tflops * 1e12 * share)
+
+    def _weights(self, passes: int) -> float:
+        """Seconds that decoding the 4-bit weights takes in so many passes over the model."""
+        traffic = DECODE_TRAFFIC * parameters(self.spec).linear * passes if self.method == "qlora" else 0
+        return traffic / (self.device.bandwidth * 1e9 * BANDWIDTH_SHARE)
+
+    # -- choice --
+
+    def candidates(self) -> list[_Way]:
+        """All that `memory` leaves open. A row is never cut: fewer tokens at once than the longest row has are not possible."""
+        longest = self.rows.longest
+        if self.tokens is not None:
+            sizes = [max(longest, self.tokens)]
+        else:
+            top = max(longest, min(MICRO_CAP[self.device.kind], self.batch_size * longest))
+            sizes = [longest, *(1 << k for k in range(6, 18) if longest < 1 << k <= top)]
+        return [_Way(self, policy, size) for policy in self.policies for size in sizes]
+
+    def best(self, budget: float) -> _Way:
+        """Of those that fit the fastest; of those within SLACK of it the leanest. When none fits, the leanest of all.
+
+        More budget never makes the choice slower: what is added takes more memory, so it is taken only where it is faster.
+        """
+        ways = self.candidates()
+        fitting = [way for way in ways if way.needs <= budget]
+        if not fitting:
+            return min(ways, key=lambda way: way.needs)
+        quickest = min(way.minutes for way in fitting)
+        return min((way for way in fitting if way.minutes <= SLACK * quickest), key=lambda way: (way.needs, way.minutes))
+
+    @cached_property
+    def leanest(self) -> _Way:
+        return min(self.candidates(), key=lambda way: way.needs)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A job with its policy and micro-batch chosen."""
+
+    job: _Job
+    policy: Policy
+    tokens: int
+
+    @cached_property
+    def components(self) -> tuple[Component, ...]:
+        return (*self.job.fixed(), *self.job.working(self.policy, self.tokens))
+
+    @cached_property
+    def needs(self) -> float:
+        return sum(c.bytes for c in self.components) / GIB
+
+    @cached_property
+    def minutes(self) -> float:
+        return self.job.seconds(self.policy, self.tokens) / 60
+
+    def choice(self, budget: float) -> Choice:
+        return Choice(self.job.method, self.policy, self.tokens, self.needs, self.minutes, self.needs <= budget)
+
+
+def nf4_bytes(weights: int) -> int:
+    """Bytes of one NF4 weight with double quantisation (ops/nf4.py): 0.5159 a weight."""
+    blocks = -(-weights // 64)
+    return -(-weights // 2) + blocks + 4 * -(-blocks // 256) + 1024 + 4
+
+
+def usual_full_bytes(spec: Spec) -> int:
+    """What full fine-tuning takes elsewhere before activations: 16-bit weights and gradients, float32 masters and two averages."""
+    return parameters(spec).total * (2 + 2 + 4 + 8)
+
+
+def _matches(target: str, name: str) -> bool:
+    """PEFT's rule (adapters/targets.py, which lies above this file): a last name, a full name, or a pattern between slashes."""
+    if len(target) > 2 and target[0] == target[-1] == "/":
+        return re.fullmatch(target[1:-1], name) is not None
+    return name == target or name.endswith(f".{target}")
+
+
+def _of_pattern(patterns: dict[str, int], name: str, default: int) -> int:
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+# ---- advice --------------------------------------------------------------------------------------------------------------------
+
+
+def _advice(job: _Job, best: _Way, budget: float) -> Iterator[Advice]:
+    """Each knob alone against the plan as chosen, dearest first; nothing when the plan fits with a tenth to spare."""
+    if best.needs <= 0.9 * budget:
+        return
+    found = []
+    for key, value, changed, note in _knobs(job, best):
+        needs = min(way.needs for way in changed.candidates())
+        if best.needs - needs > 0.01 * best.needs:
+            found.append(Advice(key, value, best.needs - needs, needs <= budget < best.needs, note))
+    yield from sorted(found, key=lambda a: (not a.enough, -a.gain))
+
+
+def _knobs(job: _Job, best: _Way) -> Iterator[tuple[str, str, _Job, str]]:
+    """(key, value, the job with it, what it costs). Knobs of `memory` stay where the plan has put them."""
+    here = replace(job, policies=(best.policy,), tokens=best.tokens)
+    for method, note in (("lora", "trains an adapter, not every weight"), ("qlora", "4-bit base, some slower")):
+        if METHODS.index(method) < METHODS.index(job.method):
+            yield "method", method, replace(here, method=method), note
+    if best.policy == "keep":
+        yield "memory.activations", "checkpoint", replace(here, policies=("checkpoint",)), "about a third more time"
+    longest = job.rows.longest
+    if best.tokens > longest:
+        yield "memory.micro_batch_tokens", str(longest), replace(here, tokens=longest), "same result, some slower"
+    if longest >= 256:
+        half = longest // 2
+        rows = replace(job.rows, longest=half, mean=min(job.rows.mean, half), squares=min(job.rows.squares, half))
+        yield "data.max_length", str(half), replace(here, rows=rows, tokens=half), "longer rows are refused, or cut if you say so"
+    if job.method != "full":
+        if job.lora.rank > 8:
+            yield (
+                "lora.rank",
+                "8",
+                replace(here, lora=job.lora.model_copy(update={"rank": 8, "rank_pattern": {}})),
+                "a narrower update",
+            )
+        if job.lora.targets == "all-linear" and not job.spec.fused:
+            few = job.lora.model_copy(update={"targets": ("q_proj", "v_proj")})
+            yield "lora.targets", "[q_proj, v_proj]", replace(here, lora=few), "learns clearly less"
+        if job.lora.modules_to_save:
+            yield (
+                "lora.modules_to_save",
+                "[]",
+                replace(here, lora=job.lora.model_copy(update={"modules_to_save": ()})),
+                "new_tokens is the cheap way",
+            )
+    if job.samples and next(c.bytes for c in best.components if c.name == "sample answers"):
+        yield "eval.samples", "0", replace(here, samples=0), "no answers to read"
+    if job.dtype == "fp32" and job.device.kind == "cuda":
+        low = "bf16" if job.device.bf16 else "fp16"
+        yield "memory.dtype", low, replace(here, dtype=low), "half the bytes"
+
+
+def _notes(job: _Job, config: RunConfig) -> Iterator[str]:
+    rows, s = job.rows, job.spec
+    if rows.assumed:
+        yield (
+            f"row lengths are not known yet: {rows.count:,} rows of {rows.mean:,.0f} tokens, the longest {rows.longest:,}, "
+            "are assumed; `tunesmith check` reads yours"
+        )
+    if job.tokens is not None and job.tokens < rows.longest:
+        yield f"memory.micro_batch_tokens: {job.tokens:,} is less than the longest row; {rows.longest:,} go through at once"
+    if rows.longest > s.context:
+        yield f"the longest row has {rows.longest:,} tokens, the model was made for {s.context:,}"
+    if job.device.guessed:
+        yield f"the speed of {job.device.name} is a guess"
+    if job.device.kind == "mps":
+        yield "Apple GPUs run the reference operations; nobody has tested them"
+    if job.method == "full":
+        ours = parameters(s).total * ((job.width if job.width == 2 else 0) + MASTER + GRADIENT + MOMENTS)
+        usual = usual_full_bytes(s) / GIB
+        yield f"full holds {_gb(ours / GIB)} GB before activations; the usual mixed-precision recipe {_gb(usual)} GB"
+    if job.method != "full" and config.lora.continue_from != "none":
+        yield "the adapter in lora.continue_from decides rank and targets; the defaults are counted here"
+    if s.attention_softcap is not None:
+        yield "attention scores are written out (softcap): no fused kernel serves this model"
+
+
+# ---- printing ------------------------------------------------------------------------------------------------------------------
+
+COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "bright_blue", "bright_cyan", "white")
+BAR = 30
+
+
+def _print(plan: Plan, console: Console) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    device = [c for c in plan.components if c.where == "device" and c.bytes]
+    scale = BAR / max(plan.needs, plan.budget)
+    console.print(f"[bold]{escape(plan.model)}[/bold], {plan.method}, {plan.dtype} on {escape(str(plan.device))}")
+    console.print(
+        f"{plan.steps:,} steps, {plan.tokens:,} tokens; at most {plan.micro_batch_tokens:,} tokens at once, "
+        f"activations: {plan.activations}\n"
+    )
+    bars = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
+    bars.add_column(no_wrap=True)
+    bars.add_column(justify="right", no_wrap=True)
+    bars.add_column(no_wrap=True, width=BAR)
+    bars.add_column(style="dim")
+    start = 0.0
+    for component, colour in zip(device, COLOURS * 2, strict=False):
+        size = component.bytes / GIB
+        bars.add_row(component.name, _gb(size, 2), Text(_bar(start * scale, (start + size) * scale), style=colour), component.why)
+        start += size
+    edge = Text(
+        "".join("│" if i == min(BAR - 1, round(plan.budget * scale) - 1) else "█" if i < start * scale else "·" for i in range(BAR))
+    )
+    bars.add_row(
+        "[bold]in all[/bold]", f"[bold]{_gb(plan.needs, 2)}[/bold]", edge, f"of {_gb(plan.budget)} GB the run may use", style=""
+    )
+    console.print(bars)
+    beside = [f"{where} {_gb(size, 2)} GB" for where, size in (("main memory", plan.host), ("disk", plan.disk)) if size]
+    console.print(f"[dim]beside it: {', '.join(beside)}[/dim]\n")
+    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
+    for name in ("method", "needs", "time", "tokens at once", "activations", ""):
+        table.add_column(name, justify="right" if name in ("needs", "time", "tokens at once") else "left", no_wrap=True)
+    for c in plan.choices:
+        fits = "[green]fits[/green]" if c.fits else "[red]does not fit[/red]"
+        style = "bold" if c.method == plan.method else ""
+        table.add_row(c.method, f"{_gb(c.needs)} GB", _duration(c.minutes).removeprefix("about ") if c.fits else "-",
+                      f"{c.micro_batch_tokens:,}", c.activations, fits, style=style)  # fmt: skip
+    console.print(table)
+    console.print()
+    if not plan.fits or plan.needs > 0.9 * plan.budget:
+        for a in plan.advice[:6]:
+            console.print(f"  lower {escape(str(a))}")
+    for note in plan.notes:
+        console.print(f"[dim]note: {escape(note)}[/dim]")
+    why = (
+        f"measured on {escape(plan.measured)}"
+        if plan.measured
+        else "uncalibrated: memory is counted, time may be off by a factor of two"
+    )
+    console.print(f"[dim]note: {why}[/dim]")
+    console.print(f"[bold {'green' if plan.fits else 'red'}]{escape(plan.verdict)}[/]", highlight=False)
+
+
+def _bar(start: float, end: float) -> str:
+    """A bar from `start` to `end` in cells of eighths; the least there is still shows."""
+    first, eighths = int(start), " ▏▎▍▌▋▊▉█"
+    full, rest = divmod(max(end - first, 0.13), 1)
+    return (" " * first + "█" * int(full) + eighths[int(rest * 8)])[:BAR].rstrip() if first < BAR else " " * (BAR - 1) + "▏"
+
+
+def _gb(gib: float, digits: int = 1) -> str:
+    return f"{gib:.{digits}f}".removesuffix("." + "0" * digits)
+
+
+def _duration(minutes: float) -> str:
+    if minutes < 1:
+        return "under a minute"
+    if minutes < 90:
+        return f"about {minutes:.0f} min"
+    return f"about {minutes / 60:.1f} h" if minutes < 48 * 60 else f"about {minutes / 1440:.0f} days"
