@@ -1,0 +1,31 @@
+"""Models: a checkpoint folder becomes a Decoder (native) or a Fallback (through transformers), both with one face."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from tunesmith.errors import ModelError
+from tunesmith.models.decoder import Decoder
+from tunesmith.models.linear import Linear, NF4Linear
+from tunesmith.models.weights import Progress
+from tunesmith.models.weights import load as load_decoder
+from tunesmith.spec import read_config, support
+
+if TYPE_CHECKING:
+    from tunesmith.models.fallback import Fallback
+
+
+def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+         store: Literal["dense", "nf4"] = "dense", progress: Progress | None = None) -> Decoder | Fallback:  # fmt: skip
+    """The checkpoint in `folder`, its linears dense in `dtype` or as NF4. Raises ModelError with the reason where it is refused."""
+    found = support(read_config(folder))
+    if found.state == "refused":
+        raise ModelError(f"{folder}: {found.reason}", found.fix)
+    if found.state == "fallback":
+        from tunesmith.models import fallback
+
+        return fallback.load(folder, dtype=dtype, device=device, store=store, progress=progress)
+    return load_decoder(folder, dtype=dtype, device=device, linear=NF4Linear if store == "nf4" else Linear, progress=progress)

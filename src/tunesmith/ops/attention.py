@@ -1,0 +1,148 @@
+"""Causal attention over one flat stream of documents that cannot see each other.
+
+`reference` is the definition, in float32. `attention` is the fast door: one variable-length kernel on an NVIDIA GPU in bf16 and
+fp16, one call a document elsewhere. Neither builds a T x T mask over the stream: what belongs to document A has no way to B.
+
+Shape letters: T tokens in the stream, N documents, t tokens of one document, Q query heads, K key/value heads (Q a multiple of K),
+H head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch built without it
+    varlen_attn = None
+
+CHUNK = 512  # query rows at once where scores are written out (softcap): 512 x 8192 x 8 heads in fp32 are 134 MB
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where documents lie in the stream. `bounds[i]:bounds[i + 1]` is document i; `positions_T` restarts at 0 in each."""
+
+    lengths: tuple[int, ...]
+    bounds: tuple[int, ...]  # N + 1
+    positions_T: Tensor  # int64
+    cu_seqlens: Tensor  # int32 [N + 1], `bounds` on the device
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> Layout:
+        """From each document's tokens, in stream order; every document has at least one."""
+        lengths = tuple(int(n) for n in lengths)
+        assert lengths and min(lengths) > 0, "a document has no token"
+        bounds = (0, *accumulate(lengths))
+        starts = torch.tensor(bounds[:-1]).repeat_interleave(torch.tensor(lengths))
+        positions = torch.arange(bounds[-1]) - starts
+        return cls(lengths, bounds, positions.to(device), torch.tensor(bounds, dtype=torch.int32).to(device))
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
+    def documents_T(self) -> Tensor:
+        """int64: which document each token belongs to."""
+        return torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths)).to(self.positions_T.device)
+
+
+def reference(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: Layout, scale: float,
+              window: int | None = None, softcap: float | None = None) -> Tensor:  # fmt: skip
+    """softmax(cap(scale q k^T)) v over keys j with 0 <= i - j < window in the same document; float32 (float64 stays)."""
+    wide = torch.promote_types(q_TQH.dtype, torch.float32)
+    group = q_TQH.shape[1] // k_TKH.shape[1]
+    out = []
+    for start, end in pairwise(layout.bounds):
+        q, k, v = (x[start:end].to(wide).transpose(0, 1) for x in (q_TQH, k_TKH, v_TKH))
+        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+        scores = q @ k.mT * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        i = torch.arange(end - start, device=q.device)
+        back = i[:, None] - i
+        hidden = (back < 0) | (back >= (window or end))
+        out.append((scores.masked_fill(hidden, -math.inf).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(out).to(q_TQH.dtype)
+
+
+def attention(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: Layout, scale: float,
+              window: int | None = None, softcap: float | None = None) -> Tensor:  # fmt: skip
+    """As `reference`, in the inputs' dtype, at linear memory unless there is a softcap. Returns [T, Q, H]."""
+    if window is not None and window >= layout.longest:
+        window = None
+    if varlen_attn is not None and softcap is None and q_TQH.is_cuda and q_TQH.dtype in (torch.bfloat16, torch.float16):
+        back = -1 if window is None else window - 1
+        ends, n, gqa = layout.cu_seqlens, layout.longest, q_TQH.shape[1] != k_TKH.shape[1]
+        return varlen_attn(q_TQH, k_TKH, v_TKH, ends, ends, n, n, scale=scale, window_size=(back, 0), enable_gqa=gqa)
+    if len(layout.lengths) == 1:
+        return _document(q_TQH, k_TKH, v_TKH, scale, window, softcap)
+    parts = zip(*(x.split(layout.lengths) for x in (q_TQH, k_TKH, v_TKH)), strict=True)  # split: its backward is one cat
+    return torch.cat([_document(q, k, v, scale, window, softcap) for q, k, v in parts])
+
+
+def _document(q_tQH: Tensor, k_tKH: Tensor, v_tKH: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_tQH, k_tKH, v_tKH))  # [1, heads, t, H], not copied
+    t = q.shape[2]
+    if window is not None and window >= t:
+        window = None
+    if softcap is not None:
+        y = _softcapped(q, k, v, scale, window, softcap)
+    elif window is not None:
+        y = _windowed(q, k, v, scale, window)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return y[0].transpose(0, 1)
+
+
+def visible(queries: range, keys: range, window: int | None, device: torch.device) -> Tensor:
+    """bool [queries, keys]: True where a query may look."""
+    back = torch.arange(queries.start, queries.stop, device=device)[:, None] - torch.arange(keys.start, keys.stop, device=device)
+    return back >= 0 if window is None else (back >= 0) & (back < window)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    """A band, chunk by chunk: each chunk of queries meets only the keys its window reaches."""
+    t, step, parts = q.shape[2], max(window, 128), []
+    for start in range(0, t, step):
+        rows, keys = range(start, min(start + step, t)), range(max(0, start - window + 1), min(start + step, t))
+        mask = visible(rows, keys, window, q.device)
+        at, gqa = slice(keys.start, keys.stop), q.shape[1] != k.shape[1]
+        args = q[:, :, rows.start : rows.stop], k[:, :, at], v[:, :, at]
+        parts.append(F.scaled_dot_product_attention(*args, attn_mask=mask, scale=scale, enable_gqa=gqa))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _softcapped(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float) -> Tensor:
+    """No fused kernel caps scores: they are written out for CHUNK queries at a time and recomputed in the backward."""
+    t, parts = q.shape[2], []
+    for start in range(0, t, CHUNK):
+        rows = range(start, min(start + CHUNK, t))
+        keys = range(0 if window is None else max(0, start - window + 1), rows.stop)
+        at = slice(keys.start, keys.stop)
+        args = q[:, :, rows.start : rows.stop], k[:, :, at], v[:, :, at], visible(rows, keys, window, q.device), scale, softcap
+        again = t > CHUNK and torch.is_grad_enabled()
+        parts.append(checkpoint(capped, *args, use_reentrant=False) if again else capped(*args))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """Scores written out. q [B, Q, i, H], k and v [B, K, j, H], mask broadcastable to [B, Q, i, j]; softmax in at least float32."""
+    b, heads, rows, width = q.shape
+    q = q.reshape(b, k.shape[1], -1, rows, width)  # query heads beside the key head they share: k and v are not copied
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k[:, :, None].mT).to(wide)
+    scores = softcap * torch.tanh(scores * (scale / softcap))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return (scores.softmax(-1).to(v.dtype) @ v[:, :, None]).reshape(b, heads, rows, width)

@@ -1,0 +1,141 @@
+"""Rotary position embedding: frequencies of every kind, tables of cosines and sines, and the rotation.
+
+Tables are made in float32 with transformers' own expressions, then cast, so they agree to the bit. What depends on a document's
+length (longrope's two tables, dynamic's base) is chosen for each document by its own length, never by the batch.
+
+Shape letters: T tokens, N documents, h heads, H head width, R half of the rotated width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Rope(Protocol):
+    """What is read of `spec.Rope`; hashable."""
+
+    theta: float
+    fraction: float  # share of the head that is rotated
+    kind: str  # default, linear, dynamic, llama3, longrope or yarn
+    scaling: tuple[tuple[str, Any], ...]
+
+
+def reference(x_ThH: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Rotates pairs (x[i], x[i + R]); what lies beyond 2R passes through. The tables are cast to x's dtype first."""
+    half = cos_TR.shape[-1]
+    cos, sin = cos_TR[:, None].to(x_ThH.dtype), sin_TR[:, None].to(x_ThH.dtype)
+    a, b, rest = x_ThH.split([half, half, x_ThH.shape[-1] - 2 * half], -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def rotate(x_ThH: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """As `reference`; writes its output once and saves nothing of x: the backward is the rotation back."""
+    return _Rotate.apply(x_ThH, cos_TR, sin_TR)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(dy, cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    a, b = x[..., :half], x[..., half : 2 * half]
+    torch.mul(a, cos, out=y[..., :half]).sub_(b * sin)
+    torch.mul(b, cos, out=y[..., half : 2 * half]).add_(a * sin)
+    if 2 * half < x.shape[-1]:
+        y[..., 2 * half :] = x[..., 2 * half :]
+    return y
+
+
+def tables(rope: Rope, head_dim: int, context: int, positions_T: Tensor, lengths: Sequence[int], documents_T: Tensor,
+           dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(cos_TR, sin_TR) in `dtype`. `lengths`: the documents' whole lengths, cached tokens included."""
+    device = positions_T.device
+    kinds = [_regime(rope, context, n) for n in lengths]
+    if len(set(kinds)) == 1:
+        freq, gain = _frequencies_on(rope, head_dim, context, kinds[0], device)
+    else:
+        found = [_frequencies_on(rope, head_dim, context, kind, device) for kind in kinds]
+        freq, gain = torch.stack([f for f, _ in found])[documents_T], found[0][1]  # the gain is one for all of a model's tables
+    angle_TR = positions_T[:, None].float() * freq
+    return (angle_TR.cos() * gain).to(dtype), (angle_TR.sin() * gain).to(dtype)
+
+
+def _regime(rope: Rope, context: int, length: int) -> int:
+    """The length that stands for all lengths with the same frequencies."""
+    if rope.kind == "longrope":
+        original = dict(rope.scaling)["original_max_position_embeddings"]
+        return original + (length > original)
+    return max(length, context) if rope.kind == "dynamic" else 0
+
+
+@lru_cache(maxsize=256)
+def _frequencies_on(rope: Rope, head_dim: int, context: int, length: int, device: torch.device) -> tuple[Tensor, float]:
+    with torch.inference_mode(False):  # kept across calls: must not be an inference tensor
+        freq, gain = frequencies(rope, head_dim, context, length)
+        return freq.to(device), gain
+
+
+def frequencies(rope: Rope, head_dim: int, context: int, length: int) -> tuple[Tensor, float]:
+    """(radians per token [R] in float32, gain of the tables) for a document of `length` tokens.
+
+    Sources: linear and dynamic NTK as in transformers; Llama 3.1's by wavelength; LongRoPE arXiv 2402.13753; YaRN arXiv 2309.00071.
+    """
+    s = dict(rope.scaling)
+    dim, theta, gain = int(head_dim * rope.fraction), rope.theta, 1.0
+    if rope.kind == "dynamic":
+        theta *= (s["factor"] * max(length, context) / context - (s["factor"] - 1)) ** (dim / (dim - 2))
+    power = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    freq = 1.0 / power
+    original = s.get("original_max_position_embeddings")
+    match rope.kind:
+        case "linear":
+            freq = freq / s["factor"]
+        case "llama3":
+            wave, low, high = 2 * math.pi / freq, s["low_freq_factor"], s["high_freq_factor"]
+            blend = (original / wave - low) / (high - low)
+            slow = torch.where(wave > original / low, freq / s["factor"], freq)
+            middle = ~(wave < original / high) * ~(wave > original / low)
+            freq = torch.where(middle, (1 - blend) * slow / s["factor"] + blend * slow, slow)
+        case "longrope":
+            divide = torch.tensor(s["long_factor"] if length > original else s["short_factor"], dtype=torch.float32)
+            factor = s["factor"] or context / original
+            freq = 1.0 / (divide * power)
+            gain = s["attention_factor"] or (1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original)))
+        case "yarn":
+            factor = s["factor"] or context / original
+            gain = s["attention_factor"] or _yarn_gain(factor, s["mscale"], s["mscale_all_dim"])
+            low, high = (dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+                         for turns in (s["beta_fast"] or 32, s["beta_slow"] or 1))  # fmt: skip
+            if s["truncate"] is not False:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, dim - 1)
+            ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / ((high - low) or 0.001)).clamp(0, 1)
+            keep = 1 - ramp
+            freq = 1.0 / (factor * power) * (1 - keep) + freq * keep
+    return freq, gain
+
+
+def _yarn_gain(factor: float, mscale: float | None, all_dim: float | None) -> float:
+    def gain(m: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+    return gain(mscale) / gain(all_dim) if mscale and all_dim else gain(1.0)
