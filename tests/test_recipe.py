@@ -1,0 +1,296 @@
+"""The recipe of the small base model: streamed data, test text kept apart, a tokenizer that loads equal, a start of known size."""
+
+import hashlib
+import importlib
+import json
+import lzma
+import math
+import random
+import re
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tunesmith.config.schema import RunConfig
+from tunesmith.tokenizer import Tokenizer as OurTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "recipes/base"
+WORDS = re.findall(r"\w+", "the cat sat on a mat and saw two red birds fly over old trees near 14 small ponds while rain fell")
+ODD = [
+    "",
+    " ",
+    "a  b\n\n\tc",
+    "It's 2,048 tokens!",
+    "naïve café — “quotes”",
+    "日本語 и русский 🌱",
+    "x" * 300,
+    "<|end|> typed",
+    "\r\n \x00 end",
+]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """The scripts as modules; their folder is on the path only while they load (as when run), so their names do not stay behind."""
+    names = ("prepare", "tokenizer", "make_config", "init_weights", "instruct")
+    assert not [name for name in names if name in sys.modules]
+    sys.path.insert(0, str(RECIPE))
+    try:
+        yield {name: importlib.import_module(name) for name in names}
+    finally:
+        sys.path.remove(str(RECIPE))
+        for name in names:
+            sys.modules.pop(name, None)
+
+
+def story(draw, words):
+    text = [draw.choice(WORDS) for _ in range(words)]
+    return "\n\n".join(" ".join(text[i : i + 40]) + "." for i in range(0, words, 40))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of the recipe's shape with made-up text; one book and one storybook quote a test story."""
+    folder, draw = tmp_path_factory.mktemp("data"), random.Random(0)
+    (folder / "pretrain").mkdir()
+    (folder / "rag/fairytaleqa").mkdir(parents=True)
+    tales = {split: story(draw, 120) for split in ("train", "val", "test")}
+    for file, count, words in (
+        ("storybooks_ccby", 60, 60),
+        ("childrens_books", 20, 2000),
+        ("factbook_cc0", 30, 300),
+        ("openstax_ccby", 60, 900),
+        ("books", 40, 6000),
+    ):
+        with lzma.open(folder / f"pretrain/{file}.jsonl.xz", "wt") as out:
+            for i in range(count):
+                text = story(draw, words)
+                if file == "factbook_cc0":
+                    letter = chr(65 + i % 26)
+                    lines = f"Location: Northern shore, between the sea and the hills\nCapital\nname: Port {letter}x\n"
+                    text = f"Land{letter}\n\n{lines}{text}"
+                if file == "books" and i >= 30:
+                    text = re.sub("cat|mat", "quixotic", text)
+                if file in ("storybooks_ccby", "books"):  # every document, whichever are held out
+                    text += "\n\n" + tales["test"]
+                out.write(json.dumps({"text": text, "title": f"Title {i // 2}", "path": f"p/{i}.md"}) + "\n")
+    with (folder / "rag/fairytaleqa/documents.jsonl").open("w") as out:
+        for split, text in tales.items():
+            for n in range(4):
+                sections = [{"section": 1, "text": text if n == 0 else story(draw, 40)}, {"section": 2, "text": story(draw, 30)}]
+                out.write(json.dumps({"id": f"{split}{n}", "split": split, "title": "t", "sections": sections}) + "\n")
+    with (folder / "rag/fairytaleqa/questions.jsonl").open("w") as out:
+        for split in tales:
+            for n in range(100):
+                row = {
+                    "id": f"{split}{n % 4}#{n}",
+                    "split": split,
+                    "document": f"{split}{n % 4}",
+                    "gold_sections": [1],
+                    "answers": ["the cat"],
+                }
+                out.write(json.dumps(row | {"question": f"Who in {split} sat on mat {n}?"}) + "\n")
+    (folder / "sft/rasbt").mkdir(parents=True)
+    (folder / "sft/gpteacher").mkdir()
+    (folder / "sft/rasbt/instruction-data.json").write_text(
+        json.dumps(
+            [
+                {"instruction": "Name a color.", "input": "", "output": "Blue."},
+                {"instruction": "Mend this.", "input": "he go", "output": "He goes."},
+                {"instruction": "Show code.", "input": "", "output": "`print(1)` {x}"},
+            ]
+        )
+    )
+    (folder / "sft/gpteacher/roleplay.json").write_text(
+        json.dumps([{"instruction": "Speak.", "input": "", "response": "word " * 80}])
+    )
+    return folder
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_preparing_keeps_held_out_documents_apart_and_is_repeatable(recipe, data, tmp_path):
+    prepare = recipe["prepare"]
+    first, again = (prepare.write(data, tmp_path / name, 1_500_000) for name in ("a", "b"))
+    assert first == again
+    for path in sorted((tmp_path / "a").rglob("*.jsonl")):
+        assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+    for source, n in first.items():
+        trained = "\n\n".join(row["text"] for row in rows(tmp_path / f"a/train/{source}.jsonl"))
+        held = [row["text"] for row in rows(tmp_path / f"a/held_out/{source}.jsonl")]
+        assert n["held_out_documents"] == len(held) >= 2
+        assert not [p for text in held for p in text.split("\n\n")[:-4] if len(p) > 120 and p in trained]  # [:-4]: the quoted tale
+    assert first["storybooks"]["documents"] + first["storybooks"]["held_out_documents"] == 60
+    assert first["storybooks"]["held_out_documents"] % 2 == 0  # two printings of a title stay on one side
+    assert 1.2e6 < sum(n["bytes"] for n in first.values()) <= 1.5e6
+
+
+def test_small_sources_are_whole_and_simple_books_come_first(recipe, data, tmp_path):
+    account = recipe["prepare"].write(data, tmp_path, 1_000_000)
+    assert all(account[s]["documents"] + account[s]["held_out_documents"] == n for s, n in (("childrens", 20), ("factbook", 30)))
+    assert 0 < account["books"]["documents"] < 30
+    assert not [row for row in rows(tmp_path / "train/books.jsonl") if "quixotic" in row["text"]]
+
+
+def test_test_stories_are_not_trained_on(recipe, data, tmp_path):
+    prepare = recipe["prepare"]
+    account = prepare.write(data, tmp_path, 1_500_000)
+    runs = prepare.test_runs(data)
+    for source in ("storybooks", "books"):
+        assert account[source]["paragraphs_left_out"] >= account[source]["documents"]
+        words = [prepare.WORD.findall(row["text"].lower()) for row in rows(tmp_path / f"train/{source}.jsonl")]
+        long = prepare.RUN + prepare.STRIDE - 1
+        shared = [
+            w
+            for w in words
+            for i in range(len(w) - long + 1)
+            if all(" ".join(w[j : j + prepare.RUN]) in runs for j in range(i, i + prepare.STRIDE))
+        ]
+        assert not shared
+    assert runs == prepare.test_runs(data) and not prepare.shares_run("a line of ten words that no tale has in it at all", runs)
+
+
+def test_memory_does_not_grow_with_the_number_of_documents(recipe, tmp_path):
+    prepare = recipe["prepare"]
+    text = ("word and word again " * 20 + "\n\n") * 75  # 30 kB
+    peaks = []
+    for count in (10, 50):
+        folder = tmp_path / str(count)
+        (folder / "pretrain").mkdir(parents=True)
+        for file in prepare.SOURCES:
+            with lzma.open(folder / f"pretrain/{file}.jsonl.xz", "wt", preset=0) as out:
+                for i in range(count):
+                    out.write(json.dumps({"text": text, "title": f"t{i}", "path": f"{i}"}) + "\n")
+        tracemalloc.start()
+        prepare.write(folder, folder / "out", 30_000_000)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0], peaks  # the texts are 1.5 and 7.5 MB
+
+
+def test_pieces_join_to_the_text(recipe):
+    draw = random.Random(1)
+    text = "\n\n".join("p" * draw.randint(1, 90) for _ in range(200))
+    cut = list(recipe["prepare"].pieces(text, 100))
+    assert "\n\n".join(cut) == text and len(cut) > 50 and all(len(p) <= 100 for p in cut)
+
+
+@pytest.fixture(scope="module")
+def folder(recipe, data, tmp_path_factory):
+    """A tokenizer folder of 400 tokens trained on made-up text."""
+    out = tmp_path_factory.mktemp("tok")
+    draw = random.Random(2)
+    recipe["tokenizer"].save(recipe["tokenizer"].build((story(draw, 200) for _ in range(20)), 400), out)
+    return out
+
+
+def test_tokenizer_round_trip_equals_transformers_and_ours(recipe, folder):
+    transformers = pytest.importorskip("transformers")
+    theirs, ours, raw = transformers.AutoTokenizer.from_pretrained(folder), OurTokenizer.load(folder), recipe["tokenizer"]
+    backend = raw.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    draw = random.Random(3)
+    texts = [
+        *ODD,
+        *(story(draw, 50) for _ in range(20)),
+        "".join(chr(draw.choice([32, 65, 0xE9, 0x3042, 0x1F331, 10])) for _ in range(200)),
+    ]
+    for text in texts:
+        ids = backend.encode(text, add_special_tokens=False).ids
+        assert theirs(text)["input_ids"] == ids
+        assert backend.decode(ids, skip_special_tokens=False) == text
+        assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
+        if "<|" not in text:
+            assert list(ours.encode(text)) == ids
+    assert [backend.token_to_id(token) for token in raw.SPECIAL] == [0, 1, 2, 3, 4]
+    assert len(theirs("20481")["input_ids"]) == 5
+    assert (theirs.eos_token, theirs.pad_token, theirs.bos_token) == ("<|end|>", "<|pad|>", None)
+
+
+def test_template_has_one_stop_a_turn_and_refuses_unknown_roles(folder):
+    transformers = pytest.importorskip("transformers")
+    jinja2 = pytest.importorskip("jinja2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": " Hi "},
+        {"role": "assistant", "content": "Hello.\nYes"},
+        {"role": "user", "content": "Why?"},
+    ]
+    whole = "<|system|>Be kind.<|end|><|user|> Hi <|end|><|assistant|>Hello.\nYes<|end|><|user|>Why?<|end|>"
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == whole
+    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == whole + "<|assistant|>"
+    ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert ids.count(tokenizer.eos_token_id) == len(messages) and ids[0] == 2
+    with pytest.raises(jinja2.exceptions.TemplateError, match="roles"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
+
+
+def test_start_is_the_llama_transformers_builds(recipe, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from safetensors.torch import load_file, save_file
+
+    config = recipe["make_config"].config()
+    assert 4e6 < recipe["make_config"].parameters(config) < 5e6
+    tensors = recipe["init_weights"].weights(config, 0)
+    same, other = recipe["init_weights"].weights(config, 0), recipe["init_weights"].weights(config, 1)
+    assert all(torch.equal(tensors[name], same[name]) for name in tensors)
+    assert not torch.equal(tensors["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert (
+        model.num_parameters()
+        == recipe["make_config"].parameters(config)
+        == sum(t.numel() for t in load_file(tmp_path / "model.safetensors").values())
+    )
+    ids = torch.randint(0, config["vocab_size"], (2, 64), generator=torch.Generator().manual_seed(0))
+    assert abs(model(ids, labels=ids).loss.item() - math.log(config["vocab_size"])) < 0.1  # knows nothing yet
+
+
+def test_instruction_rows_are_short_plain_and_never_from_the_test_split(recipe, data):
+    instruct = recipe["instruct"]
+    assert [row["messages"][1]["content"] for row in instruct.instructions(data)] == ["Blue.", "He goes."]
+    facts = list(instruct.facts(data, random.Random(0)))
+    held = recipe["prepare"].held_out_keys("factbook", {f"p/{i}.md" for i in range(30)})
+    assert len(facts) == 2 * (30 - len(held))
+    assert any(row["messages"][1]["content"] == "The capital of LandA is Port Ax." for row in facts)
+    reading = list(instruct.reading(data, "train", random.Random(0), mixed=True))
+    answers = [row["messages"][-1]["content"] for row in reading]
+    assert len(reading) == 100 and "test" not in "".join(re.findall(r"Who in (\w+)", json.dumps(reading)))
+    cited = [a for a in answers if re.search(r" \[[123]\]$", a)]
+    without = [a for a in answers if a in instruct.NO_ANSWER]
+    assert 5 <= len(cited) <= 25 and 5 <= len(without) <= 25 and answers.count("The cat.") == 100 - len(cited) - len(without)
+    golds = [story["sections"][0]["text"] for story in rows(data / "rag/fairytaleqa/documents.jsonl")[:4]]
+    for row, answer in zip(reading, answers, strict=True):
+        prompt = row["messages"][0]["content"]
+        gold = golds[int(re.search(r"on mat (\d+)", prompt)[1]) % 4]
+        assert (gold in prompt) == (answer not in instruct.NO_ANSWER)
+        if found := re.search(r" \[([123])\]$", answer):
+            assert f"[{found[1]}] {gold}" in prompt
+
+
+@pytest.mark.parametrize("name", ["pretrain", "instruct", "reading"])
+def test_run_files_are_valid_and_follow_each_other(recipe, name):
+    config = RunConfig.model_validate(yaml.safe_load((RECIPE / f"{name}.yaml").read_text()))
+    made = {f".cache/base/train/{source}.jsonl" for source in recipe["prepare"].SOURCES.values()} | {
+        ".cache/base/instruct.jsonl",
+        ".cache/base/reading.jsonl",
+    }
+    assert config.method == "full" and {source.path for source in config.data.train} <= made
+    before = {"pretrain": ".cache/base/init", "instruct": "runs/base-1-pretrain/model", "reading": "runs/base-2-instruct/model"}
+    assert config.model == before[name]
+
+
+def test_readme_names_the_files_we_have(shared_data):
+    listed = re.findall(r"^\| (\S+\.(?:xz|jsonl?)) \|.*\| ([0-9a-f]{64}) \|$", (RECIPE / "README.md").read_text(), re.MULTILINE)
+    assert len(listed) == 9
+    for name, sha256 in listed:
+        with (shared_data / name).open("rb") as file:
+            assert hashlib.file_digest(file, "sha256").hexdigest() == sha256, name
