@@ -27,8 +27,8 @@ method: qlora
 output: runs/first
 ```
 
-- Any key can be set on the command line: `tunesmith train run.yaml train.epochs=1 lora.rank=32`. The command line wins; a key of the
-  file that has no effect beside it (`epochs` beside `train.max_steps=20`) is dropped.
+- Any key can be set on the command line: `tunesmith train run.yaml train.epochs=1 lora.rank=32`. The command line wins; a key of
+  the file that has no effect beside it (`epochs` beside `train.max_steps=20`) is dropped.
 - Relative paths count from the directory where the command runs, not from the file's. `~` is the home folder.
 - Scalars are YAML 1.2's: `2e-4` is a number; `no`, `on` and `2024-01-01` are text.
 - A wrong file is refused whole: every fault is told at once, with its line. `tunesmith explain KEY` shows what stands here.

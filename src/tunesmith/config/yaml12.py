@@ -44,7 +44,7 @@ for _tag, _pattern, _first in (
 
 def write(tree: Any) -> str:
     """Plain values as YAML, keys in their order."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20)
 
 
 @dataclass

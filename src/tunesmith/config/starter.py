@@ -1,0 +1,156 @@
+"""A commented run file made from a look at the data: `tunesmith init DATA`.
+
+The config room is below the data room, so the look takes the reader and the format finder as arguments.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config.yaml12 import one_line, show, write
+from tunesmith.errors import TunesmithError
+
+LOOK = 2_000  # rows; enough to know the format and the length, read in about a second
+CHARACTERS_A_TOKEN = 3.5  # English text is nearer to 4; short of it, so that max_length comes out long enough
+SCHEMA = Path(__file__).resolve().parents[3] / "docs" / "run.schema.json"  # in a checkout; an installed package has none
+
+
+@dataclass
+class Look:
+    """What the first rows show."""
+
+    path: str
+    rows: int = 0
+    more: bool = False  # the look stopped before the end
+    formats: Counter[str] = field(default_factory=Counter)
+    refused: list[str] = field(default_factory=list)  # the first few, with their line
+    unknown: int = 0  # rows of no known format
+    characters: list[int] = field(default_factory=list)  # of each row's texts
+    why_not: str = ""  # why nothing could be read
+
+
+def look(path: str | os.PathLike[str], rows: Callable[[str], Iterable[Any]], detect: Callable[[Any], str | None]) -> Look:
+    """Look at the first rows of `path`. `rows` yields rows with `.value`, or what was refused with `.reason`; `detect` names a
+    value's format. Data that cannot be read is no error here: the starter says why in a comment."""
+    seen = Look(os.fspath(path))
+    try:
+        for row in rows(seen.path):
+            if seen.rows + len(seen.refused) >= LOOK:
+                seen.more = True
+                break
+            if hasattr(row, "reason"):
+                seen.refused.append(f"{row.origin}: {row.reason}")
+                continue
+            seen.rows += 1
+            seen.characters.append(_characters(row.value))
+            if kind := detect(row.value):
+                seen.formats[kind] += 1
+            else:
+                seen.unknown += 1
+    except TunesmithError as fault:
+        seen.why_not = one_line(fault.what)
+    return seen
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def starter(
+    seen: Look | str | os.PathLike[str], model: str = "embedded", output: str = "runs/first", *, file: str = "run.yaml"
+) -> str:
+    """The YAML text. `seen` is what `look` returned, or a path for a starter without a look; `output` is the run folder; `file` is
+    where the text will be written (its first line leads an editor to the schema when that is near)."""
+    if not isinstance(seen, Look):
+        seen = Look(os.fspath(seen), why_not="nobody looked at it")
+    lines = [*_schema_line(file), f"# What to train, on what, how, and where to. Next: tunesmith check {file}", ""]
+    lines += [_line("model", model, _about_model(model)), "", *_about_data(seen)]
+    longest = max(seen.characters, default=0) / CHARACTERS_A_TOKEN
+    length = next((n for n in (512, 1024, 2048, 4096, 8192, 16384, 32768) if n >= longest), 32768)
+    lines += [
+        "data:",
+        *_indent(_line("train", seen.path)),
+        *_indent(_line("held_out", 0.05, "share of rows never trained on, to see whether it helps")),
+    ]
+    if length != 2048 and seen.characters:
+        about = f"the longest row seen has about {int(longest):,} tokens"
+        lines += (
+            _indent(_line("max_length", max(length, 512), about)) if length > 2048 else _indent(f"# max_length: 2048  # {about}")
+        )
+    if seen.formats["messages"] + seen.formats["sharegpt"]:
+        lines += _indent("# train_on: all          # all: every answer of a chat is learned; last: only the last")
+    method = "lora" if model == "embedded" else "qlora"
+    lines += ["", _line("method", method, "qlora: least memory; lora: faster where it fits; full: every weight")]
+    lines += [_line("output", output, "the run folder: adapter, metrics, report.html"), ""]
+    return "\n".join([*lines, *_train(seen), ""])
+
+
+def _schema_line(file: str) -> list[str]:
+    """Only where a relative path leads to the schema: inside a checkout."""
+    folder = Path(file).resolve().parent
+    inside = SCHEMA.is_file() and folder.is_relative_to(SCHEMA.parents[1])
+    return [f"# yaml-language-server: $schema={os.path.relpath(SCHEMA, folder)}"] if inside else []
+
+
+def _line(key: str, value: Any, comment: str = "") -> str:
+    text = write({key: value}).strip()
+    return f"{text:<24}  # {comment}" if comment else text
+
+
+def _indent(line: str) -> list[str]:
+    return ["  " + line]
+
+
+def _about_model(model: str) -> str:
+    return (
+        "the small model inside the package; a real one: mistralai/Mistral-7B-v0.3"
+        if model == "embedded"
+        else "a folder or a hub id"
+    )
+
+
+def _about_data(seen: Look) -> list[str]:
+    if seen.why_not:
+        return [f"# The data was not read: {_comment(seen.why_not)}", "# `tunesmith check` says what is in it once it can be."]
+    count = f"the first {seen.rows:,} rows" if seen.more else f"{seen.rows:,} rows"
+    found = ", ".join(f"{n:,} {kind}" if len(seen.formats) > 1 else kind for kind, n in seen.formats.most_common())
+    said = [f"# Seen in the data: {count}{f', format {found}' if found else ''}"]
+    if seen.unknown:
+        said.append(f"# {seen.unknown:,} rows have no known format: `tunesmith check` shows which and why")
+    if seen.refused:
+        said.append(f"# {len(seen.refused):,} rows cannot be read, first {_comment(seen.refused[0])}")
+    return said
+
+
+def _comment(text: str) -> str:
+    """Text from the data or the disk as part of one comment line."""
+    text = one_line(text)
+    return text if text.isprintable() else show(text, 200)
+
+
+def _train(seen: Look) -> list[str]:
+    epochs, why = 3, "passes over the rows"
+    if not seen.more and 0 < seen.rows < 200:
+        why = f"{seen.rows} rows are few: watch the held-out loss, and write more rows if it turns up early"
+    elif seen.more:
+        epochs, why = 2, "with many rows one or two passes do; see whether the held-out loss still falls"
+    return [
+        "train:",
+        *_indent(_line("epochs", epochs, why)),
+        *_indent("# learning_rate: 2e-4    # auto by default; the first thing to change: lower if the loss jumps"),
+        *_indent("# batch_size: 8          # examples a step; memory is planned for you and never changes the result"),
+        "",
+        "# lora:                    # how much the adapter can hold",
+        "#   rank: 16",
+        "",
+        "# Every other key, with its default: tunesmith explain",
+    ]
