@@ -37,6 +37,7 @@ HELD_OUT = {
 }  # share of documents, at least 2
 PIECE = 64 * 1024  # longest row in bytes, cut at a paragraph: a row's end teaches an end of text, so cuts are kept rare
 SAMPLE_ROWS, SAMPLE_BYTES = 16, 4096  # per source, for the loss watched during training
+PACKED = ("train", "held_out", "account.json", "init", "instruct.jsonl", "reading.jsonl", "reading_held_out.jsonl")
 RUN, STRIDE = 10, 8  # words: every shared run of RUN + STRIDE - 1 words is found
 WORD = re.compile(r"[a-z]+")
 
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds pretrain/*.jsonl.xz")
     parser.add_argument("--out", type=Path, default=Path(".cache/base"))
     parser.add_argument("--max-mb", type=float, default=150, help="about how much text to train on, in MB")
-    parser.add_argument("--pack", action="store_true", help="also write corpus.tar.xz, to carry to another machine")
+    parser.add_argument("--pack", action="store_true", help="also write corpus.tar.xz: all that is in OUT but weights")
     args = parser.parse_args()
     account = write(args.data, args.out, int(args.max_mb * 1e6))
     for source, n in account.items():
@@ -176,8 +177,9 @@ def main() -> None:
     if args.pack:
         packed = args.out / "corpus.tar.xz"
         with tarfile.open(packed, "w:xz", preset=6) as tar:
-            for name in ("train", "held_out", "account.json"):
-                tar.add(args.out / name, arcname=name)
+            for name in PACKED:
+                if (args.out / name).exists():
+                    tar.add(args.out / name, arcname=name, filter=lambda item: None if item.name.endswith(".safetensors") else item)
         print(f"{packed}: {packed.stat().st_size / 1e6:.1f} MB")
 
 
