@@ -1,0 +1,604 @@
+"""Sources to examples on disk: read, render, account for every row, find duplicates, split, cache.
+
+    files -> chunks of rows -> (here or in worker processes: parse, format, render, hash) -> one store, in the order of the files
+
+Memory is flat: token ids go to disk as they come, what stays is some tens of bytes a row. The result is the same whatever the
+number of workers. The cache is found by content: the sha256 of every file, the renderer's fingerprint, the settings that matter and
+this code's VERSION. A cache that is damaged or half written is made again, never trusted.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import time
+import types
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, Protocol
+
+import numpy as np
+
+from tunesmith.config.schema import Data, RunConfig
+from tunesmith.data import clusters, formats, sources
+from tunesmith.data.sources import Chunk, Files, Refused, Row, find, parse, raise_all
+from tunesmith.data.store import ExampleStore, Packed, StoreWriter
+from tunesmith.errors import DataError
+from tunesmith.files import folder_atomic, remove_folder, sha256, sha256_file, verify, write_atomic
+from tunesmith.types import Conversation, Example
+
+VERSION = 1  # raise it when the same rows would be prepared differently
+INLINE_ROWS = 2_000  # rows prepared before worker processes are worth their start
+HELD_OUT_MOST = 500  # rows a held-out share takes at most
+MAX_WORKERS = 16
+REASONS_KEPT, EXAMPLES_KEPT = 200, 3
+
+
+class Renders(Protocol):
+    """The part of data/render.py's Renderer that is used here. A refused row comes back as the exception that tells why."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def examples_many(self, conversations: Sequence[Conversation]) -> Sequence[Any]: ...
+
+
+# ---- the account ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Refusals:
+    """Rows refused for one reason (numbers in it aside): how many, the first reason in full, the first few places."""
+
+    count: int
+    reason: str
+    places: list[str]
+
+
+@dataclass
+class SourceAccount:
+    """What became of one source's rows: each is in exactly one of used, fixed, truncated and refused."""
+
+    path: str
+    held_out: bool = False
+    rows: int = 0
+    used: int = 0
+    fixed: int = 0
+    truncated: int = 0
+    refused: int = 0
+    examples: int = 0
+    tokens: int = 0
+    trained: int = 0
+    formats: dict[str, int] = field(default_factory=dict)
+    fixes: dict[str, int] = field(default_factory=dict)  # how, of all rows that are not refused
+    cuts: dict[str, int] = field(default_factory=dict)  # which part
+    refusals: dict[str, Refusals] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)  # files of a folder that were not read
+    notes: dict[str, int] = field(default_factory=dict)  # what was passed over in whole files
+
+
+@dataclass
+class Account:
+    """What became of every row, what is duplicated, and how the held-out rows were chosen."""
+
+    sources: list[SourceAccount]
+    exact_duplicates: int = 0  # rows that repeat an earlier training row
+    near_duplicates: int = 0  # rows that nearly do
+    held_out_rows: int = 0
+    overlap_exact: int = 0  # held-out rows (from a file) that also stand among the training rows
+    overlap_near: int = 0
+    overlong: list[int] = field(default_factory=list)  # tokens of rows refused for their length (at most 100,000 are kept)
+
+    @property
+    def rows(self) -> int:
+        return sum(s.rows for s in self.sources)
+
+    @property
+    def refused(self) -> int:
+        return sum(s.refused for s in self.sources)
+
+    def reasons(self) -> list[Refusals]:
+        """Refusals of all sources by reason, the most frequent first."""
+        merged: dict[str, Refusals] = {}
+        for source in self.sources:
+            for key, r in source.refusals.items():
+                into = merged.setdefault(key, Refusals(0, r.reason, []))
+                into.count += r.count
+                into.places = (into.places + r.places)[:EXAMPLES_KEPT]
+        return sorted(merged.values(), key=lambda r: -r.count)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False))
+
+    @classmethod
+    def load(cls, path: Path) -> Account:
+        value = json.loads(path.read_text())
+        value["sources"] = [
+            SourceAccount(**s | {"refusals": {k: Refusals(**r) for k, r in s["refusals"].items()}}) for s in value["sources"]
+        ]
+        return cls(**value)
+
+
+# ---- the result ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything training reads of the data. `folder` holds account.json, refused.jsonl, held_out.jsonl and store/."""
+
+    folder: Path
+    fingerprint: str
+    train: ExampleStore
+    held_out: ExampleStore
+    account: Account
+    weights: tuple[float, ...]  # of each training source
+
+    def conversations(self) -> Iterator[Conversation]:
+        """The held-out rows as they were said, in the order of `held_out`, for questions before and after."""
+        with (self.folder / "held_out.jsonl").open(encoding="utf-8") as f:
+            for line in f:
+                yield formats.from_dict(json.loads(line))
+
+    @property
+    def epoch_size(self) -> int:
+        """Examples in an epoch, the same in each."""
+        counts = np.bincount(self.train.index["source"], minlength=len(self.weights))
+        return int(sum(int(w) * n + _part(w, n) for w, n in zip(self.weights, counts.tolist(), strict=True)))
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """The examples of an epoch (positions in `train`, int64), shuffled. A source of weight 2.5 comes twice, and half of it
+        again; which half is drawn anew each epoch. Follows from (seed, epoch) alone.
+        """
+        draw = np.random.default_rng([seed, epoch, 0xE70C])
+        chosen = []
+        for source, weight in enumerate(self.weights):
+            own = np.flatnonzero(self.train.index["source"] == source)
+            chosen += [own] * int(weight) + [draw.permutation(own)[: _part(weight, len(own))]]
+        return draw.permutation(np.concatenate(chosen))
+
+    def require(self, max_refused: float) -> Prepared:
+        """Itself, or DataError when more than `max_refused` of the rows were refused or when there is nothing to train."""
+        account = self.account
+        if account.refused > max_refused * account.rows:
+            share = account.refused / account.rows
+            top = [f"  {r.count:,} rows: {r.reason} ({', '.join(r.places)})" for r in account.reasons()[:5]]
+            raise DataError(
+                f"{account.refused:,} of {account.rows:,} rows ({share:.1%}) were refused; data.max_refused is {max_refused}\n"
+                + "\n".join(top),
+                f"mend these rows (all are listed in {self.folder / 'refused.jsonl'})"
+                + (f", or set data.max_refused: {np.ceil(share * 1000) / 1000:.3g} to go on without them" if share < 0.999 else ""),
+            )
+        if not self.train.trained.sum():
+            raise DataError(f"no token to train on in {account.rows:,} rows", "look at what each row became: tunesmith check")
+        return self
+
+
+def _part(weight: float, n: int) -> int:
+    return round((weight - int(weight)) * n)
+
+
+def cache_folder(cache_dir: Path | None = None) -> Path:
+    """Where prepared data is kept: TUNESMITH_CACHE, or ~/.cache/tunesmith."""
+    return (cache_dir or Path(os.environ.get("TUNESMITH_CACHE") or "~/.cache/tunesmith").expanduser()) / "prepared"
+
+
+def cached_lengths(config: RunConfig, cache_dir: Path | None = None) -> np.ndarray | None:
+    """Tokens of each training example, int64 [N], when this data has been prepared for this model before; None otherwise.
+
+    A quick look for an estimate: it does not read the sources again, so it may be older than they are.
+    """
+    root = cache_folder(cache_dir)
+    try:
+        name = json.loads((root / f"latest-{_question(config.data, config.model)}.json").read_text())["folder"]
+        return _load(root / str(name), config.data).train.lengths
+    except (OSError, ValueError, KeyError, TypeError, DataError):
+        return None
+
+
+def prepare(
+    data: Data,
+    renderer: Renders,
+    *,
+    seed: int,
+    cache_dir: Path | None = None,
+    progress: Callable[[int, float], None] | None = None,
+    model_fingerprint: str = "",
+    make_renderer: Callable[[], Renders] | None = None,
+    strict: bool = True,
+) -> Prepared:
+    """Read, render and split the data, or take it from the cache.
+
+    progress(rows, share): rows done and the share of all bytes read, 0..1.
+    model_fingerprint: the model as the run file names it, so that `cached_lengths` finds the result.
+    make_renderer: builds the same renderer in a worker process; must be picklable. Without it everything happens in this process.
+    strict: raise when too many rows are refused or nothing is trained (`Prepared.require`); `check` says False.
+    Raises DataError with all faults of all files at once.
+    """
+    found = _find_all(data)
+    key = _fingerprint(data, renderer.fingerprint, seed, found)
+    root = cache_folder(cache_dir)
+    folder = root / key[:32]
+    if not (folder.is_dir() and not verify(folder)):
+        _build(folder, data, renderer, seed, found, progress, make_renderer)
+    prepared = _load(folder, data, key)
+    root.mkdir(parents=True, exist_ok=True)
+    write_atomic(root / f"latest-{_question(data, model_fingerprint)}.json", json.dumps({"folder": folder.name}), durable=False)
+    return prepared.require(data.max_refused) if strict else prepared
+
+
+def _find_all(data: Data) -> list[Files]:
+    """The files of every training source, then those of the held-out file if there is one."""
+    found, faults = [], []
+    for path in [s.path for s in data.train] + ([data.held_out] if isinstance(data.held_out, str) else []):
+        try:
+            found.append(find(path))
+        except DataError as e:
+            faults.append(e)
+    raise_all(faults)
+    return found
+
+
+def _settings(data: Data) -> dict[str, Any]:
+    """The settings that change what is stored."""
+    return data.model_dump(mode="json", exclude={"train", "max_refused", "workers"})
+
+
+def _question(data: Data, model: str) -> str:
+    return sha256(json.dumps([_settings(data), [s.path for s in data.train], model], sort_keys=True))[:32]
+
+
+def _fingerprint(data: Data, renderer: str, seed: int, found: list[Files]) -> str:
+    files = [[f.label, [[str(p), sha256_file(p)] for p in f.paths], f.skipped] for f in found]
+    drawn = seed if not isinstance(data.held_out, str) and data.held_out else 0
+    return sha256(json.dumps([VERSION, renderer, drawn, _settings(data), files], sort_keys=True))
+
+
+def _load(folder: Path, data: Data, fingerprint: str = "") -> Prepared:
+    store = ExampleStore(folder / "store")
+    held = np.load(folder / "held_out.npy", allow_pickle=False)
+    is_held = np.zeros(len(store), bool)
+    is_held[held] = True
+    account = Account.load(folder / "account.json")
+    weights = tuple(s.weight for s in data.train)
+    return Prepared(folder, fingerprint, store.subset(np.flatnonzero(~is_held)), store.subset(held), account, weights)
+
+
+# ---- one chunk -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Result:
+    """What one chunk of rows became. Row numbers count from the chunk's first row."""
+
+    rows: int
+    refused: list[tuple[int, Refused]]
+    fixed: int
+    truncated: int
+    fixes: Counter[str]
+    cuts: Counter[str]
+    formats: Counter[str]
+    packed: Packed
+    used: np.ndarray  # row numbers that are not refused
+    hashes: np.ndarray
+    signatures: np.ndarray
+    overlong: list[int]
+
+
+def _process(chunk: Chunk, renderer: Renders) -> _Result:
+    """Parse, format, render and hash the rows of a chunk."""
+    parsed = parse(chunk)
+    refused: list[tuple[int, Refused]] = []
+    told: list[Conversation] = []
+    numbers: list[int] = []
+    kinds: Counter[str] = Counter()
+    for i, row in enumerate(parsed):
+        if isinstance(row, Refused):
+            refused.append((i, row))
+            continue
+        try:
+            told.append(formats.conversation(row))
+            numbers.append(i)
+            kinds[formats.detect(row.value) or ""] += 1
+        except formats.FormatError as e:
+            refused.append((i, Refused(row.origin, e.reason, _preview(row))))
+    examples: list[Example] = []
+    rows_of: list[int] = []
+    used: list[int] = []
+    kept: list[Conversation] = []
+    fixes: Counter[str] = Counter()
+    cuts: Counter[str] = Counter()
+    fixed, overlong = 0, []
+    for i, c, rendered in zip(numbers, told, renderer.examples_many(told), strict=True):
+        if isinstance(rendered, Exception):
+            refused.append((i, Refused(c.origin, str(rendered), _preview(parsed[i]))))
+            if tokens := getattr(rendered, "tokens", 0):
+                overlong.append(tokens)
+            continue
+        if not any(e.learn.any() for e in rendered.examples):
+            refused.append((i, Refused(c.origin, "no token of it is trained", _preview(parsed[i]))))
+            continue
+        used.append(i)
+        kept.append(c)
+        mended = dict.fromkeys(c.fixes + rendered.notes)
+        fixes.update(mended)
+        if rendered.truncated:
+            cuts[rendered.truncated] += 1
+        elif mended:
+            fixed += 1
+        for e in rendered.examples:
+            examples.append(e)
+            rows_of.append(i)
+    refused.sort(key=lambda r: r[0])
+    texts = [clusters.normalised(c) for c in kept]
+    return _Result(
+        rows=len(parsed),
+        refused=refused,
+        fixed=fixed,
+        truncated=sum(cuts.values()),
+        fixes=fixes,
+        cuts=cuts,
+        formats=kinds,
+        packed=Packed.of(examples, rows_of),
+        used=np.array(used, np.int64),
+        hashes=clusters.text_hashes(texts),
+        signatures=clusters.signatures(texts),
+        overlong=overlong,
+    )
+
+
+def _preview(row: Row | Refused) -> str:
+    if isinstance(row, Refused):
+        return row.preview
+    return row.value[:300] if isinstance(row.value, str) else json.dumps(row.value, ensure_ascii=False, default=str)[:300]
+
+
+_worker: Renders | None = None
+
+
+def _start_worker(make_renderer: Callable[[], Renders]) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is parallel enough
+    _worker = make_renderer()
+
+
+def _work(chunk: Chunk) -> _Result:
+    assert _worker is not None, "a worker has no renderer"
+    return _process(chunk, _worker)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """A spawned process imports the caller's script again, and a script that calls `train` at its top level would train there too.
+    Workers need nothing of it, so while they start, there is no script.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _workers(wanted: int | str) -> int:
+    if wanted != "auto":
+        return max(1, int(wanted))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, MAX_WORKERS)
+
+
+Tagged = tuple[int, Chunk]
+
+
+def _results(
+    chunks: Iterator[Tagged], renderer: Renders, make_renderer: Callable[[], Renders] | None, workers: int
+) -> Iterator[tuple[int, Chunk, _Result]]:
+    """Each chunk's result, in the chunks' order. The first rows are done here; workers start when there are many more."""
+    done = 0
+    for source, chunk in chunks:
+        yield source, chunk, _process(chunk, renderer)
+        done += len(chunk.lines)
+        if done >= INLINE_ROWS and workers > 1 and make_renderer is not None:
+            break
+    else:
+        return
+    waiting: deque[tuple[int, Chunk, Future[_Result]]] = deque()
+    context = multiprocessing.get_context("spawn")  # a fork copies locks that other threads hold
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (make_renderer,))
+    try:
+        for source, chunk in chunks:
+            with _without_main():  # any of the first calls may start a process
+                waiting.append((source, chunk, pool.submit(_work, chunk)))
+            if len(waiting) > 3 * workers:  # so that the reader does not run ahead of the workers
+                yield _next(waiting)
+        while waiting:
+            yield _next(waiting)
+    except BrokenProcessPool:
+        raise DataError("a process that prepares data has died (it may have run out of memory)", "set data.workers: 1") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _next(waiting: deque[tuple[int, Chunk, Future[_Result]]]) -> tuple[int, Chunk, _Result]:
+    source, chunk, future = waiting.popleft()
+    return source, Chunk(chunk.file, chunk.raw, [], [], chunk.position), future.result()
+
+
+# ---- all of it -----------------------------------------------------------------------------------------------------------------
+
+
+def _tagged(found: list[Files], faults: list[DataError]) -> Iterator[Tagged]:
+    """The chunks of every source; faults are collected, so that one bad source does not hide another's."""
+    for number, files in enumerate(found):
+        try:
+            for chunk in sources.chunks(files):
+                yield number, chunk
+        except DataError as e:
+            faults.append(e)
+
+
+def _build(
+    folder: Path,
+    data: Data,
+    renderer: Renders,
+    seed: int,
+    found: list[Files],
+    progress: Callable[[int, float], None] | None,
+    make_renderer: Callable[[], Renders] | None,
+) -> None:
+    """Fill `folder`, at once or not at all. Two processes may build it at the same time: the first to finish wins."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(folder.parent)
+    own = folder.with_name(f"{folder.name}-{token_hex(4)}")
+    with folder_atomic(own) as temp:
+        _fill(temp, data, renderer, seed, found, progress, make_renderer)
+    if folder.exists():
+        if not verify(folder):
+            remove_folder(own)
+            return
+        remove_folder(folder)
+    try:
+        os.rename(own, folder)
+    except OSError:
+        if verify(folder):  # not because another process was quicker
+            raise
+        remove_folder(own)
+
+
+def _clear_leftovers(root: Path) -> None:
+    """Remove what a process that died left here, once it is a day old."""
+    for path in root.iterdir():
+        if path.is_dir() and (path.name.startswith(".") or "-" in path.name) and time.time() - path.stat().st_mtime > 86_400:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _fill(temp: Path, data: Data, renderer: Renders, seed: int, found: list[Files], progress, make_renderer) -> None:
+    held_source = len(data.train) if isinstance(data.held_out, str) else -1
+    account = Account([SourceAccount(f.label, n == held_source, skipped=list(f.skipped)) for n, f in enumerate(found)])
+    faults: list[DataError] = []
+    used_rows, used_sources, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint16)], [np.zeros(0, np.uint64)]
+    writer, done = StoreWriter(temp / "store"), 0
+    report = _Progress(found, progress)
+    refused_path, signature_path = temp / "refused.jsonl", temp / "signatures.bin"
+    with refused_path.open("w", encoding="utf-8") as refused_file, signature_path.open("wb") as signature_file:
+        for number, chunk, result in _results(_tagged(found, faults), renderer, make_renderer, _workers(data.workers)):
+            _book(account.sources[number], result, chunk.file)
+            for _, r in result.refused:
+                entry = {"file": r.origin.file, "line": r.origin.line, "reason": r.reason, "row": r.preview}
+                refused_file.write(json.dumps(entry) + "\n")
+            account.overlong += result.overlong[: 100_000 - len(account.overlong)]
+            result.packed.index["row"] += done
+            writer.append(result.packed, file=chunk.file, source=number)
+            signature_file.write(result.signatures.tobytes())
+            used_rows.append(result.used + done)
+            used_sources.append(np.full(len(result.used), number, np.uint16))
+            hashes.append(result.hashes)
+            done += result.rows
+            report(chunk, done)
+    raise_all(faults)
+    writer.close()
+    for source, files in zip(account.sources, found, strict=True):
+        source.notes = dict(files.notes)
+        assert source.rows == source.used + source.fixed + source.truncated + source.refused, "a row is in no class, or in two"
+
+    rows, of = np.concatenate(used_rows), np.concatenate(used_sources)
+    held = _choose(account, data, seed, np.concatenate(hashes), signature_path, rows, of, held_source)
+    signature_path.unlink()
+    store = ExampleStore(temp / "store")
+    np.save(temp / "held_out.npy", np.flatnonzero(np.isin(store.index["row"], held)), allow_pickle=False)
+    _write_conversations(temp / "held_out.jsonl", found, held)
+    account.held_out_rows = len(held)
+    account.save(temp / "account.json")
+
+
+def _book(source: SourceAccount, result: _Result, file: str) -> None:
+    """Add a chunk's counts to its source's account."""
+    refused = len(result.refused)
+    source.rows += result.rows
+    source.refused += refused
+    source.truncated += result.truncated
+    source.fixed += result.fixed
+    source.used += len(result.used) - result.truncated - result.fixed
+    source.examples += len(result.packed.index)
+    source.tokens += len(result.packed.ids)
+    source.trained += int(result.packed.learn.sum())
+    for into, new in ((source.fixes, result.fixes), (source.cuts, result.cuts), (source.formats, result.formats)):
+        for name, count in new.items():
+            into[name] = into.get(name, 0) + count
+    for _, r in result.refused:
+        key = re.sub(r"\d[\d,.]*", "#", r.reason)
+        if key not in source.refusals and len(source.refusals) >= REASONS_KEPT:
+            key = "other reasons"
+        entry = source.refusals.setdefault(key, Refusals(0, r.reason if key != "other reasons" else key, []))
+        entry.count += 1
+        if len(entry.places) < EXAMPLES_KEPT:
+            entry.places.append(str(r.origin))
+
+
+def _choose(account: Account, data: Data, seed: int, hashes, signature_path: Path, rows, of, held_source: int) -> np.ndarray:
+    """Count duplicates and choose the held-out rows: row numbers, sorted."""
+    if not len(rows):
+        return np.zeros(0, np.int64)
+    signatures = np.memmap(signature_path, np.uint32, "r", shape=(len(rows), clusters.PERMUTATIONS))
+    found = clusters.cluster(hashes, signatures)
+    train = of != held_source
+    if held_source >= 0:
+        first_of_train = clusters.Clusters(_first(found.exact[train]), _first(found.near[train]))
+        exact = np.isin(found.exact[~train], found.exact[train])
+        near = np.isin(found.near[~train], found.near[train])
+        account.overlap_exact, account.overlap_near = int(exact.sum()), int((near & ~exact).sum())
+        account.exact_duplicates, account.near_duplicates = first_of_train.exact_duplicates, first_of_train.near_duplicates
+        return rows[~train]
+    account.exact_duplicates, account.near_duplicates = found.exact_duplicates, found.near_duplicates
+    share = float(data.held_out)
+    wanted = min(HELD_OUT_MOST, max(1, round(share * len(rows)))) if share else 0
+    return rows[clusters.held_out_rows(found.near, wanted, seed)]
+
+
+def _first(labels: np.ndarray) -> np.ndarray:
+    """Groups of equal labels as positions of their first member."""
+    _, first, which = np.unique(labels, return_index=True, return_inverse=True)
+    return first[which]
+
+
+def _write_conversations(path: Path, found: list[Files], held: np.ndarray) -> None:
+    """The held-out rows again, as conversations: a second reading of as much of the files as it takes."""
+    wanted, start = set(held.tolist()), 0
+    with path.open("w", encoding="utf-8") as f:
+        for _, chunk in _tagged(found, []):
+            if not wanted:
+                return
+            here = [i for i in range(len(chunk.lines)) if start + i in wanted]
+            start += len(chunk.lines)
+            some = Chunk(chunk.file, chunk.raw, [chunk.lines[i] for i in here], [chunk.items[i] for i in here], chunk.position)
+            for row in parse(some):
+                if isinstance(row, Refused):
+                    raise DataError(f"{chunk.file}: changed while it was read", "run it again when nothing writes to the file")
+                f.write(json.dumps(formats.to_dict(formats.conversation(row)), ensure_ascii=False, default=str) + "\n")
+            wanted -= {start - len(chunk.lines) + i for i in here}
+
+
+class _Progress:
+    """Rows done and the share of all bytes read, to a callback."""
+
+    def __init__(self, found: list[Files], report: Callable[[int, float], None] | None):
+        self.report = report
+        self.total = max(1, sum(f.size for f in found))
+        self.file, self.before, self.here = "", 0, 0
+
+    def __call__(self, chunk: Chunk, rows: int) -> None:
+        if self.report is None:
+            return
+        if chunk.file != self.file:
+            self.file, self.before, self.here = chunk.file, self.before + self.here, 0
+        self.here = chunk.position
+        self.report(rows, min(1.0, (self.before + self.here) / self.total))

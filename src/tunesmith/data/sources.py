@@ -1,0 +1,693 @@
+"""Files to rows: jsonl, json, csv, tsv, parquet, txt, md (each also .gz), a folder of them, or `hub:owner/name`.
+
+Two kinds of fault, never mixed. A bad row is a `Refused` with its file, line and reason, and reading goes on. A bad file (missing,
+empty, not UTF-8, cut off, damaged, a decompression bomb) is a DataError with the fix; all bad files of a folder are named at once,
+at the end.
+
+    find(path)          which files, in what order, and which were left aside
+    chunks(files)       the files' text cut into rows, some hundreds at a time: cheap, so that one reader feeds many workers
+    parse(chunk)        rows as values: the costly part
+    rows(path)          all three, one row after the other
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, TextIO
+
+from tunesmith.errors import DataError
+from tunesmith.types import Origin
+
+MAX_ROW = 32 << 20  # characters of one row
+MAX_DEPTH = 64  # nesting of one JSON row
+CHUNK_ROWS, CHUNK_CHARS = 256, 4 << 20
+TEXT_PIECE = 64 << 10  # a raw text file is cut at blank lines into pieces of about this size, so that a share of it can be held out
+BLOCK = 1 << 20
+BOMB_FROM, BOMB_RATIO, BOMB_MAX = 64 << 20, 20, 4 << 30  # gzip: real text packs 3x to 10x
+
+ROWS_SUFFIXES, TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet"), (".txt", ".md")
+ALIASES = {".ndjson": ".jsonl", ".text": ".txt", ".markdown": ".md"}
+NOT_ROWS = {
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+}  # what the datasets library puts beside its rows
+ONE_ROW_KEYS = {
+    "messages",
+    "conversations",
+    "conversation",
+    "instruction",
+    "prompt",
+    "question",
+    "text",
+    "input_ids",
+    "tools",
+    "chosen",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row as it stands in the file: an object, or a bare string."""
+
+    value: dict[str, Any] | str
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A row that cannot be used, and why. `preview` is its beginning."""
+
+    origin: Origin
+    reason: str
+    preview: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive rows of one file. An item is a JSON text still to be parsed (`raw`), a value, or a row already refused."""
+
+    file: str
+    raw: bool
+    lines: list[int]
+    items: list[Any]
+    position: int  # bytes of the file on disk that have been read
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a source is made of. `label` is the source as the person wrote it."""
+
+    label: str
+    paths: tuple[Path, ...]
+    skipped: tuple[str, ...] = ()  # files of a folder that hold no rows, with the reason
+    notes: Counter[str] = field(default_factory=Counter)  # what was mended in whole files, e.g. a byte order mark
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(p.stat().st_size for p in self.paths)
+
+
+def find(path: str | Path) -> Files:
+    """The files of a source. A folder is walked in name order; hidden files are passed over. DataError when nothing is there.
+
+    Beside files with rows, text files are left aside (a dataset's README is not training text); alone, they are the data.
+    """
+    label = str(path)
+    if label.startswith("hub:"):
+        from tunesmith.hub import resolve_dataset
+
+        path = resolve_dataset(label)
+    root = Path(path).expanduser()
+    if root.is_file():
+        if _suffix(root) not in ROWS_SUFFIXES + TEXT_SUFFIXES:
+            _fault(root, f"files of type {root.suffix or 'without a suffix'} are not read", _KNOWN)
+        return Files(label, (root,))
+    if not root.exists():
+        near = sorted(p.name for p in root.parent.iterdir() if not p.name.startswith("."))[:8] if root.parent.is_dir() else []
+        beside = f"; {root.parent} holds {', '.join(near)}" if near else ""
+        _fault(root, "no such file or folder", f"correct the path (relative paths start at the current folder){beside}")
+    every = [p for p in sorted(root.rglob("*")) if p.is_file() and not any(s.startswith(".") for s in p.relative_to(root).parts)]
+    with_rows = [p for p in every if _suffix(p) in ROWS_SUFFIXES and p.name not in NOT_ROWS]
+    text = [p for p in every if _suffix(p) in TEXT_SUFFIXES]
+    if not with_rows and not text:
+        _fault(root, "the folder holds no file with rows", _KNOWN)
+    chosen = with_rows or text
+    skipped = [
+        f"{p} ({'text beside files with rows' if p in text else 'metadata' if p.name in NOT_ROWS else 'unknown type'})"
+        for p in every
+        if p not in set(chosen)
+    ]
+    return Files(label, tuple(chosen), tuple(skipped))
+
+
+def chunks(files: Files) -> Iterator[Chunk]:
+    """Every row of every file, in order. Raises one DataError at the end that names all bad files."""
+    faults: list[DataError] = []
+    for path in files.paths:
+        try:
+            yield from _grouped(path, files.notes)
+        except DataError as e:
+            faults.append(e)
+        except OSError as e:
+            faults.append(DataError(f"{path}: cannot be read: {e.strerror or e}", "check its permissions and the disk"))
+    raise_all(faults)
+
+
+def raise_all(faults: list[DataError]) -> None:
+    """One DataError for all of them; none for none."""
+    if faults:
+        raise DataError("\n".join(e.what for e in faults), "; ".join(dict.fromkeys(e.fix for e in faults)))
+
+
+def parse(chunk: Chunk) -> list[Row | Refused]:
+    """A chunk's rows as values."""
+    out: list[Row | Refused] = []
+    for line, item in zip(chunk.lines, chunk.items, strict=True):
+        if isinstance(item, Refused):
+            out.append(item)
+        elif chunk.raw:
+            out.append(_from_json(item, Origin(chunk.file, line)))
+        else:
+            out.append(Row(item, Origin(chunk.file, line)))
+    return out
+
+
+def rows(path: str | Path) -> Iterator[Row | Refused]:
+    """Every row of a source. Raises DataError for bad files, after the rows of the good ones."""
+    for chunk in chunks(find(path)):
+        yield from parse(chunk)
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------------------
+
+_KNOWN = f"give a file ending in {', '.join(ROWS_SUFFIXES + TEXT_SUFFIXES)} (each also .gz), a folder of them, or hub:owner/name"
+
+
+def _suffix(path: Path) -> str:
+    name = path.name.lower().removesuffix(".gz")
+    suffix = Path(name).suffix
+    return ALIASES.get(suffix, suffix)
+
+
+def _fault(path: Path | str, what: str, fix: str) -> NoReturn:
+    raise DataError(f"{path}: {what}", fix)
+
+
+def _not_utf8(path: Path, where: str, sample: bytes) -> NoReturn:
+    code = "windows-1252" if any(0x80 <= b < 0xA0 for b in sample) else "latin1"
+    _fault(path, f"not UTF-8 ({where}; it looks like {code})", _iconv(code, Path(path)))
+
+
+def _iconv(code: str, path: Path) -> str:
+    name = path.name.removesuffix(".gz")
+    new = path.with_name(f"{name.partition('.')[0]}.utf8{''.join(Path(name).suffixes[-1:])}")
+    if path.name.endswith(".gz"):
+        return f"gzip -dc {path} | iconv -f {code} -t utf8 > {new}, and use {new}"
+    return f"iconv -f {code} -t utf8 {path} > {new}, and use {new}"
+
+
+class _Gunzip(io.RawIOBase):
+    """A gzip file's content, with a limit on how far it may swell."""
+
+    def __init__(self, path: Path):
+        self.path, self.packed, self.out = path, path.stat().st_size, 0
+        self.file = gzip.GzipFile(path, "rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self.file.read(min(len(buffer), BLOCK))
+        except EOFError:
+            _fault(self.path, "the gzip file is cut off", "copy or download it again")
+        except (gzip.BadGzipFile, zlib.error) as e:
+            _fault(
+                self.path,
+                f"not a whole gzip file ({e})",
+                "copy or download it again, or drop .gz from its name if it is not packed",
+            )
+        self.out += len(data)
+        if self.out > BOMB_FROM and (self.out > BOMB_RATIO * self.packed or self.out > BOMB_MAX):
+            _fault(
+                self.path,
+                f"unpacks to more than {self.out:,} bytes from {self.packed:,}; the limit is {BOMB_RATIO} times its size and 4 GiB",
+                "unpack it yourself if you trust it, and give the unpacked file",
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def _open(path: Path, notes: Counter[str]) -> tuple[BinaryIO, Any]:
+    """A buffered binary file behind its byte order mark, and a function that tells how many bytes on disk have been read."""
+    if path.suffix.lower() == ".gz":
+        raw = _Gunzip(path)
+        f, tell = io.BufferedReader(raw, BLOCK), raw.file.fileobj.tell  # type: ignore[union-attr]
+    else:
+        f = path.open("rb", buffering=BLOCK)
+        tell = f.tell
+    head = f.peek(4096)
+    if not head:
+        _fault(path, "the file is empty", "remove it, or write its rows again")
+    if head.startswith(b"\xef\xbb\xbf"):
+        f.read(3)
+        notes["UTF-8 byte order mark passed over"] += 1
+    elif wide := _wide(head[:4096]):
+        _fault(path, f"not UTF-8 but {wide}", _iconv(wide, path))
+    return f, tell
+
+
+def _wide(head: bytes) -> str:
+    """UTF-16 or UTF-32, by its byte order mark or by where the zero bytes stand."""
+    for mark, name in ((b"\xff\xfe\0\0", "utf32"), (b"\0\0\xfe\xff", "utf32"), (b"\xff\xfe", "utf16"), (b"\xfe\xff", "utf16")):
+        if head.startswith(mark):
+            return name
+    even, odd, half = head[0::2].count(0), head[1::2].count(0), len(head) // 2
+    if half >= 2 and max(even, odd) > 0.6 * half and min(even, odd) < 0.2 * half:
+        return "utf-16le" if odd > even else "utf-16be"
+    return ""
+
+
+def _grouped(path: Path, notes: Counter[str]) -> Iterator[Chunk]:
+    """One file as chunks of at most CHUNK_ROWS rows and about CHUNK_CHARS characters."""
+    suffix = _suffix(path)
+    if suffix == ".parquet":
+        yield from _parquet(path)
+        return
+    f, tell = _open(path, notes)
+    with f:
+        if suffix == ".json" and (first := _json_kind(f, path)) != "lines":
+            raw, items = False, _json(f, path, first, notes)
+        elif suffix in (".jsonl", ".json"):
+            raw, items = True, _lines(f, path)
+        elif suffix in (".csv", ".tsv"):
+            raw, items = False, _csv(f, path, suffix)
+        else:
+            raw, items = False, _text(f, path)
+        lines: list[int] = []
+        values: list[Any] = []
+        size, total = 0, 0
+        for line, item, chars in items:
+            lines.append(line)
+            values.append(item)
+            size += chars
+            if len(lines) >= CHUNK_ROWS or size >= CHUNK_CHARS:
+                yield Chunk(str(path), raw, lines, values, tell())
+                total += len(lines)
+                lines, values, size = [], [], 0
+        if lines:
+            yield Chunk(str(path), raw, lines, values, path.stat().st_size)
+        elif not total:
+            _fault(path, "the file holds no rows", "remove it, or write its rows again")
+
+
+Item = tuple[int, Any, int]  # line or row number, what it holds, its size in characters
+
+
+# ---- JSON lines ----------------------------------------------------------------------------------------------------------------
+
+
+def _lines(f: BinaryIO, path: Path) -> Iterator[Item]:
+    name, number = str(path), 0
+    while line := f.readline(MAX_ROW + 1):
+        number += 1
+        if len(line) > MAX_ROW:
+            while not line.endswith(b"\n") and (line := f.readline(BLOCK)):
+                pass
+            yield number, Refused(Origin(name, number), f"the row is longer than {MAX_ROW >> 20} MB"), 0
+            continue
+        if line.isspace():
+            continue
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as e:
+            if b"\0" in line or _has_utf8(line) or not _is_json(line):
+                reason = f"not UTF-8 (byte {e.start + 1} of the line is 0x{line[e.start]:02x})"
+                yield number, Refused(Origin(name, number), reason, line[:300].decode(errors="replace")), len(line)
+                continue
+            _not_utf8(path, f"line {number}, byte {e.start + 1}", line)
+        yield number, text, len(text)
+
+
+def _is_json(line: bytes) -> bool:
+    """Whether the line is good JSON but for its encoding: then the file is in another encoding; otherwise the line is garbage."""
+    try:
+        json.loads(line.decode("latin1"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _has_utf8(line: bytes) -> bool:
+    """Whether good UTF-8 beyond ASCII stands in the line too: then only some bytes of it are damaged."""
+    return any(ord(c) > 127 for c in line.decode(errors="ignore"))
+
+
+# ---- JSON ----------------------------------------------------------------------------------------------------------------------
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_SPACE = re.compile(r"[ \t\r\n]*")
+_STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},"]', re.DOTALL)
+
+
+def _from_json(text: str, origin: Origin) -> Row | Refused:
+    """One JSON text as a row."""
+    text = text.strip()
+    try:
+        value = _DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return Refused(origin, _why_not_json(text), text[:300])
+    return _checked(value, text, origin)
+
+
+_TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
+
+
+def _why_not_json(text: str) -> str:
+    """What is wrong with a text that is no JSON."""
+    try:
+        _DECODER.decode(text)
+    except RecursionError:
+        return _TOO_DEEP
+    except json.JSONDecodeError as e:
+        if "\0" in text:
+            return "zero bytes in the row"
+        if e.pos >= len(text) or e.msg.startswith("Unterminated"):
+            return "the JSON is cut off in the middle"
+        return f"not valid JSON ({e.msg} at column {e.colno})"
+    except ValueError as e:  # NaN, an integer of thousands of digits
+        return f"not valid JSON ({str(e).split(';')[0]})"
+    return "not valid JSON"
+
+
+def _checked(value: Any, text: str, origin: Origin) -> Row | Refused:
+    """Refuse what parses as JSON and still is no row. The cheap looks at the text decide whether the value must be walked."""
+    if not isinstance(value, (dict, str)):
+        return Refused(origin, f"the row is {_A[type(value)]}, not an object", text[:300])
+    if text.count("{") + text.count("[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        return Refused(origin, _TOO_DEEP, text[:300])
+    if ("\\u0000" in text or _SURROGATE.search(text)) and (reason := _bad_text(value)):
+        return Refused(origin, reason, text[:300])
+    return Row(value, origin)
+
+
+_A = {list: "a list", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
+
+
+def _depth(value: Any) -> int:
+    level, depth = [value], 0
+    while level := [v for v in level if isinstance(v, (dict, list))]:
+        depth += 1
+        level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
+        if depth > MAX_DEPTH:
+            break
+    return depth
+
+
+def _bad_text(value: Any) -> str:
+    """Why a string inside is no text: a zero character, or half of a surrogate pair."""
+    stack = [value]
+    while stack:
+        v = stack.pop()
+        if isinstance(v, str):
+            if "\0" in v:
+                return "a zero character (NUL) in the text"
+            if not v.isascii() and any(0xD800 <= ord(c) < 0xE000 for c in v):
+                return "half of a surrogate pair in the text (\\ud800 to \\udfff alone is no character)"
+        elif isinstance(v, dict):
+            stack += v.keys()
+            stack += v.values()
+        elif isinstance(v, (list, tuple)):
+            stack += v
+    return ""
+
+
+def _json_kind(f: BinaryIO, path: Path) -> str:
+    """What a .json file holds: an `array`, one `object`, or `lines`. Leaves the file where it was."""
+    head = f.peek(BLOCK).lstrip()
+    if head.startswith(b"["):
+        return "array"
+    if not head.startswith(b"{"):
+        return "lines"
+    first, _, rest = head.partition(b"\n")
+    if not rest.strip():  # one line, or a first line longer than what can be looked at: an object is read whole, wherever it ends
+        return "object"
+    return "lines" if _is_json(first) else "object"
+
+
+class _Stream:
+    """A JSON text that is read as it comes: values one after the other, and after a bad one the next."""
+
+    def __init__(self, f: BinaryIO, path: Path):
+        self.path, self.file = path, io.TextIOWrapper(f, encoding="utf-8", newline="")
+        self.text, self.at, self.ended = "", 0, False
+
+    def more(self) -> bool:
+        if self.ended:
+            return False
+        try:
+            new = self.file.read(max(BLOCK, len(self.text) - self.at))
+        except UnicodeDecodeError as e:
+            _not_utf8(self.path, f"byte 0x{e.object[e.start]:02x}", e.object[max(0, e.start - 200) : e.start + 200])
+        self.text, self.at, self.ended = self.text[self.at :] + new, 0, not new
+        return bool(new)
+
+    def peek(self) -> str:
+        """The next character that is not white space; empty at the end."""
+        while True:
+            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text) or not self.more():
+                return self.text[self.at : self.at + 1]
+
+    def take(self, wanted: str, where: str) -> None:
+        if (found := self.peek()) != wanted:
+            told = f"{found!r} stands where {wanted!r} belongs" if found else "it ends too early"
+            _fault(
+                self.path,
+                f"not valid JSON {where}: {told}",
+                "copy the file again, or mend it there; one row a line (.jsonl) is safer",
+            )
+        self.at += 1
+
+    def value(self) -> tuple[Any, str]:
+        """The next value and its text. ValueError for one that is no JSON (and stands behind it), EOFError when it is cut off."""
+        self.peek()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.at)
+                if end == len(self.text) and self.text[self.at] not in '{["' and self.more():
+                    continue  # a number may go on
+                text = self.text[self.at : end]
+                self.at = end
+                return value, text
+            except (ValueError, RecursionError):
+                if (end := self._end()) is not None:
+                    text = self.text[self.at : end].strip()
+                    self.at = end
+                    raise ValueError(_why_not_json(text), text[:300]) from None
+            if len(self.text) - self.at > MAX_ROW:
+                _fault(self.path, f"a row longer than {MAX_ROW >> 20} MB", "split it, or write the file as one row a line (.jsonl)")
+            if not self.more():
+                raise EOFError
+
+    def _end(self) -> int | None:
+        """Where the value that begins here ends, by brackets and quotes alone; None when its end has not been read."""
+        depth = 0
+        for m in _STRUCTURE.finditer(self.text, self.at):
+            c = m[0]
+            if c in "[{":
+                depth += 1
+            elif c in "]}":
+                depth -= 1
+                if depth <= 0:
+                    return m.end() if depth == 0 else m.start()
+            elif c == '"':
+                return None
+            elif depth == 0 and c == ",":
+                return m.start()
+        return None
+
+
+def _json(f: BinaryIO, path: Path, kind: str, notes: Counter[str]) -> Iterator[Item]:
+    """An array of rows; an object that holds one array of rows; or an object that is one row."""
+    stream = _Stream(f, path)
+    if kind == "array":
+        stream.take("[", "at the beginning")
+        yield from _elements(stream, path, notes)
+    else:
+        stream.take("{", "at the beginning")
+        own: dict[str, Any] = {}
+        text, listed = "", ""
+        while stream.peek() != "}":
+            key, key_text = _whole(stream, path)
+            if not isinstance(key, str):
+                _fault(path, f"not valid JSON: {key_text[:40]} is no key", "mend it, or write one row a line (.jsonl)")
+            stream.take(":", f"after {key!r}")
+            if stream.peek() == "[" and not (ONE_ROW_KEYS & {key, *own}):
+                if listed:
+                    _fault(path, f"two lists of rows, {listed!r} and {key!r}", "keep one of them, or make a file of each")
+                listed, stream.at = key, stream.at + 1
+                yield from _elements(stream, path, notes)
+            else:
+                own[key], value_text = _whole(stream, path)
+                text += value_text[: MAX_ROW - len(text)]
+            if stream.peek() != "}":
+                stream.take(",", f"after {key!r}")
+        stream.at += 1
+        if not listed:
+            row = _checked(own, text, Origin(str(path), 1))
+            yield 1, row if isinstance(row, Refused) else row.value, len(text)
+    if stream.peek():
+        _fault(path, "something stands behind the end of the JSON", "write one row a line and name the file .jsonl")
+
+
+def _whole(stream: _Stream, path: Path) -> tuple[Any, str]:
+    try:
+        return stream.value()
+    except (ValueError, EOFError) as e:
+        _fault(path, f"not valid JSON: {e.args[0] if e.args else 'it is cut off in the middle'}", "copy the file again, or mend it")
+
+
+def _elements(stream: _Stream, path: Path, notes: Counter[str]) -> Iterator[Item]:
+    """The rows of an array, behind its opening bracket."""
+    name, number = str(path), 0
+    while True:
+        if (c := stream.peek()) == "]":
+            stream.at += 1
+            if number:
+                notes["comma behind the last row passed over"] += 1
+            return
+        number += 1
+        origin = Origin(name, number)
+        if not c:
+            _fault(path, f"the JSON ends before row {number}: the file is cut off", "copy or download it again")
+        try:
+            value, text = stream.value()
+            row = _checked(value, text, origin)
+            yield number, row if isinstance(row, Refused) else row.value, len(text)
+        except EOFError:
+            _fault(path, f"the JSON ends in the middle of row {number}: the file is cut off", "copy or download it again")
+        except ValueError as e:
+            yield number, Refused(origin, *e.args), 0
+        if stream.peek() == "]":
+            stream.at += 1
+            return
+        stream.take(",", f"after row {number}")
+
+
+# ---- tables and text -----------------------------------------------------------------------------------------------------------
+
+
+def _csv(f: BinaryIO, path: Path, suffix: str) -> Iterator[Item]:
+    """One row a record, its keys from the first line. An empty cell is an empty string."""
+    csv.field_size_limit(MAX_ROW)
+    name, text = str(path), _decoded(f, path)
+    first = next(text, "")
+    mark = "\t" if suffix == ".tsv" else ";" if "," not in first and ";" in first else ","
+    reader = csv.reader(_chain(first, text), delimiter=mark, strict=True)
+    try:
+        keys = next(reader, [])
+    except csv.Error as e:
+        _fault(path, f"the header cannot be read ({e})", "mend the first line; it names the columns")
+    keys = [k.strip() for k in keys]
+    if len(set(keys)) != len(keys):
+        _fault(path, f"two columns have one name ({', '.join(keys)})", "rename one of them in the first line")
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            if "unexpected end of data" in str(e):
+                _fault(path, f"the quotes opened in line {line} are never closed", "close them, or copy the file again")
+            yield line, Refused(Origin(name, line), f"not a valid record ({e})"), 0
+            continue
+        if not cells or cells == [""]:
+            continue
+        if len(cells) != len(keys):
+            yield (
+                line,
+                Refused(Origin(name, line), f"{len(cells)} columns, the header names {len(keys)}", mark.join(cells)[:300]),
+                0,
+            )
+        elif any("\0" in c for c in cells):
+            yield line, Refused(Origin(name, line), "a zero character (NUL) in the text"), 0
+        else:
+            yield line, dict(zip(keys, cells, strict=True)), sum(map(len, cells))
+
+
+def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _decoded(f: BinaryIO, path: Path) -> Iterator[str]:
+    """Lines of a text file with their ends, none longer than MAX_ROW."""
+    text: TextIO = io.TextIOWrapper(f, encoding="utf-8", newline="")
+    number = 0
+    while True:
+        try:
+            line = text.readline(MAX_ROW)
+        except UnicodeDecodeError as e:
+            _not_utf8(path, f"after line {number}", e.object[max(0, e.start - 200) : e.start + 200])
+        if not line:
+            return
+        number += 1
+        yield line
+
+
+def _text(f: BinaryIO, path: Path) -> Iterator[Item]:
+    """Raw text in pieces of about TEXT_PIECE characters, cut at a blank line, or at any line once a piece is twice as long."""
+    name, piece, size, start = str(path), [], 0, 1
+
+    def made() -> Item:
+        text = "".join(piece).replace("\r\n", "\n").strip("\n")
+        bad = "\0" in text
+        return start, Refused(Origin(name, start), "a zero character (NUL) in the text", text[:300]) if bad else text, len(text)
+
+    for number, line in enumerate(_decoded(f, path), 1):
+        if size >= TEXT_PIECE and (not line.strip() or size >= 2 * TEXT_PIECE):
+            if size and any(not s.isspace() for s in piece):
+                yield made()
+            piece, size, start = [], 0, number
+        piece.append(line)
+        size += len(line)
+    if any(not s.isspace() for s in piece):
+        yield made()
+
+
+def _parquet(path: Path) -> Iterator[Chunk]:
+    """Rows of a parquet file, a batch at a time."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    size = path.stat().st_size
+    if not size:
+        _fault(path, "the file is empty", "remove it, or write its rows again")
+    try:
+        source: Any = str(path)
+        if path.suffix.lower() == ".gz":
+            with io.BufferedReader(_Gunzip(path), BLOCK) as f:
+                source = pa.BufferReader(f.read())
+        with parquet.ParquetFile(source) as table:
+            total, done = max(1, table.metadata.num_rows), 0
+            for batch in table.iter_batches(batch_size=CHUNK_ROWS):
+                values = [_plain(v, Origin(str(path), done + i)) for i, v in enumerate(batch.to_pylist(), 1)]
+                lines = list(range(done + 1, done + len(values) + 1))
+                done += len(values)
+                yield Chunk(str(path), False, lines, values, size * done // total)
+        if not done:
+            _fault(path, "the file holds no rows", "remove it, or write its rows again")
+    except (pa.ArrowException, ValueError, OSError, OverflowError) as e:
+        _fault(
+            path,
+            f"not a whole parquet file ({str(e).splitlines()[0][:120] if str(e) else type(e).__name__})",
+            "copy or download it again",
+        )
+
+
+def _plain(value: dict[str, Any], origin: Origin) -> dict[str, Any] | Refused:
+    return Refused(origin, reason) if (reason := _bad_text(value)) else value
