@@ -241,9 +241,9 @@ class Tokenizer:
     # ---- changing and saving
 
     def add_tokens(self, tokens: Sequence[str], special: bool = False) -> list[int]:
-        """Add tokens that are new to the vocabulary; returns the id of each of `tokens`, new or known. The model's embedding must
-        have `vocab_size` rows afterwards. A token that looks like markup (`<note>`) is recognised in templates and assistant content
-        only; one that looks like a word, everywhere."""
+        """Add tokens that are new to the vocabulary; returns the id of each of `tokens`, new or known. The model's embedding must have
+        `vocab_size` rows afterwards. One that looks like markup (`<note>`) is recognised in templates and assistant content only;
+        one that looks like a word, everywhere."""
         bad = [t for t in tokens if not isinstance(t, str) or not t.strip()]
         if bad:
             raise ModelError(f"tokens to add must not be empty: {bad!r}", "give each new token a visible text")
@@ -252,8 +252,8 @@ class Tokenizer:
         return [self.backend.token_to_id(t) for t in tokens]
 
     def save(self, folder: str | Path, template: str | None = None) -> list[Path]:
-        """Write the standard files (tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja): this class
-        and transformers' AutoTokenizer read the same ids from them. `template` replaces the chat template (a run's `plain`)."""
+        """Write the standard files (tokenizer.json, tokenizer_config.json, chat_template.jinja ...): this class and transformers'
+        AutoTokenizer read the same ids from them. `template` replaces the chat template, such as a run's `plain`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         templates = {"default": template} if template is not None else self.templates
