@@ -32,7 +32,7 @@ METHODS: tuple[Method, ...] = ("qlora", "lora", "full")
 POLICIES: tuple[Policy, ...] = ("keep", "checkpoint")
 WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4}
 
-# ---- what is not counted from the code: estimates, until a device has been measured -----------------------------------------------
+# ---- what is not counted from the code: estimates, until a device has been measured ----------------------------------------------
 CONTEXT = {"cuda": 600 << 20, "mps": 400 << 20, "cpu": 450 << 20}  # CUDA context and cuBLAS workspace | torch's own pages
 FRAGMENTS = {"cuda": 0.05, "mps": 0.10, "cpu": 0.10}  # of activations and transients: blocks the allocator holds and cannot reuse
 HOST = {"cuda": 3 * GIB, "mps": 0, "cpu": 0}  # main memory of a process that drives a GPU; on a CPU all is counted as device
@@ -259,31 +259,33 @@ def kept(
     q, kv, w = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, width
     last = {name.rpartition(".")[2] for name in adapted}
     whole = method == "full"
+    shared = whole or not dropout  # with dropout each adapter keeps an input of its own instead of the one they share
     qkv, gate_up = last & {"q_proj", "k_proj", "v_proj", "qkv_proj"}, last & {"gate_proj", "up_proj", "gate_up_proj"}
     shapes = {name.rpartition(".")[2]: shape for name, shape in linear_shapes(spec).items()}
     rows = [
         ("layer input", spec.dim * w + 4, "the first norm's backward, with one float32 a row"),
-        ("first norm's output", spec.dim * w * bool(qkv), "the gradient of what stands beside q, k, v"),
+        ("first norm's output", spec.dim * w * bool(qkv and shared), "the gradient of what stands beside q, k, v"),
         ("q, k, v", (q + 2 * kv) * w, "attention's backward, after the rotation"),
         ("fused q, k", (q + kv) * w * spec.fused, "v is a view of one fused product, which keeps all of it alive"),
         ("q, k before their norm", ((q + kv) * w + 4 * (spec.heads + spec.kv_heads)) * spec.qk_norm, "the norms of q and k"),
         ("attention output", q * w + 4 * spec.heads, "attention's backward and o_proj's input, with the log-sum of each row"),
         (
-            "attention output again",
-            q * w * (device == "cpu" and "o_proj" in last),
-            "a CPU's kernel has the heads first: o_proj gets a copy",
+            "attention output joined",
+            q * w * (device != "cuda" and "o_proj" in last and shared),
+            "one call a document, then one stream",
         ),
         ("after attention", spec.dim * w + 4, "the second norm's backward"),
-        ("second norm's output", spec.dim * w * bool(gate_up), "the gradient of what stands beside gate and up"),
+        ("second norm's output", spec.dim * w * bool(gate_up and shared), "the gradient of what stands beside gate and up"),
         ("gate, up", 2 * spec.hidden * w, "swiglu's backward; the activation is computed again"),
-        ("down's input", spec.hidden * w * ("down_proj" in last), "the gradient of what stands beside down"),
+        ("down's input", spec.hidden * w * ("down_proj" in last and shared), "the gradient of what stands beside down"),
         ("branch outputs", 2 * (spec.dim * w + 4) * spec.sandwich, "the norms after attention and MLP (Gemma 2, 3)"),
         ("A x", 0 if whole else rank * w * len(last), "the gradient of B"),
     ]
     if variant == "dora" and not whole:
         rows.append(("DoRA's parts", 2 * w * sum(shapes[n][0] for n in last), "the gradient of the magnitudes: W x and B A x"))
-    if dropout and not whole:
-        rows.append(("dropped inputs", (w + 1) * sum(shapes[n][1] for n in last), "each adapter's own input and its mask"))
+    if not shared:
+        mask = 1 if device == "cuda" else w
+        rows.append(("dropped inputs", (w + mask) * sum(shapes[n][1] for n in last), "each adapter's own input and its mask"))
     return [row for row in rows if row[1]]
 
 
@@ -304,6 +306,7 @@ class _Job:
     sample_tokens: int
     batch_size: int
     steps: int
+    epochs: float  # passes over the rows that so many steps are
     evaluations: int
     held_out: float  # rows
     keep: int
@@ -319,15 +322,17 @@ class _Job:
         if dtype == "bf16" and device.kind == "cuda" and not device.bf16:
             raise ModelError(f"{device.name} does not compute in bf16", "set memory.dtype: fp16 (with loss scaling) or fp32")
         rows = Rows.of(lengths, config.data.max_length)
-        steps = train.max_steps or max(1, math.ceil(rows.count * train.epochs / train.batch_size))
+        steps = train.max_steps or max(1, math.ceil(math.ceil(rows.count / train.batch_size) * train.epochs))
+        epochs = steps * train.batch_size / rows.count if train.max_steps else train.epochs
         held_out = config.data.held_out
         asked = HELD_OUT_ROWS if isinstance(held_out, str) else min(HELD_OUT_ROWS, rows.count * held_out / (1 - held_out))
         every = evaluation.every_steps
         return cls(
             spec=spec, method=config.method, dtype=dtype, device=device, rows=rows, lora=config.lora,
             samples=evaluation.samples if held_out != 0 else 0, sample_tokens=evaluation.sample_tokens, batch_size=train.batch_size,
-            steps=steps, evaluations=EVALUATIONS if every == "auto" else 1 + math.ceil(steps / every), held_out=asked,
-            keep=config.checkpoint.keep, keep_best=evaluation.keep_best,
+            steps=steps, epochs=epochs, held_out=asked,
+            evaluations=EVALUATIONS if every == "auto" else 1 + math.ceil(steps / every), keep=config.checkpoint.keep,
+            keep_best=evaluation.keep_best,
             policies=POLICIES if memory.activations == "auto" else (memory.activations,),
             tokens=None if memory.micro_batch_tokens == "auto" else memory.micro_batch_tokens, measured=measured,
         )  # fmt: skip
@@ -505,14 +510,14 @@ class _Job:
 
     @property
     def trained_tokens(self) -> float:
-        return self.steps * self.batch_size * self.rows.mean
+        return self.epochs * self.rows.total
 
     def seconds(self, policy: Policy, tokens: int) -> float:
         """Of the whole run: training, held-out losses and sample answers."""
         passes = 3 if policy == "checkpoint" else 2  # forward, backward, and the forward again
         step = self.batch_size * self.rows.mean
         parts = max(1.0, step / tokens)  # micro-batches a step, on average
-        training = self.steps * (self._compute(step, self.flops(policy)) + parts * self._weights(passes))
+        training = self._compute(self.trained_tokens, self.flops(policy)) + self.steps * parts * self._weights(passes)
         training = max(training, self.steps * parts * self.spec.layers * passes * LAYER_SECONDS[self.device.kind])
         held = self.evaluations * (self._compute(self.held_out * self.rows.mean, self.flops("forward")) + self._weights(1))
         stored = sum(c.bytes for c in self.fixed() if c.name in ("linear weights", "embedding, head, norms"))
@@ -652,6 +657,9 @@ def _knobs(job: _Job, best: _Way) -> Iterator[tuple[str, str, _Job, str]]:
     if best.policy == "keep":
         yield "memory.activations", "checkpoint", replace(here, policies=("checkpoint",)), "about a third more time"
     longest = job.rows.longest
+    if len(job.policies) == 1 and job.tokens is not None and best.policy == "keep" and best.tokens > longest:
+        lean = replace(here, policies=POLICIES, tokens=longest)
+        yield "memory.activations and memory.micro_batch_tokens", "auto", lean, "same result, some slower"
     if best.tokens > longest:
         yield "memory.micro_batch_tokens", str(longest), replace(here, tokens=longest), "same result, some slower"
     if longest >= 256:

@@ -1,0 +1,375 @@
+"""The plan: known figures, what autograd really keeps, sums, monotony, advice that holds when it is followed."""
+
+import io
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from tunesmith import plan as plans
+from tunesmith.config.schema import RunConfig
+from tunesmith.devices import GIB, Device, parse_device
+from tunesmith.errors import DoesNotFit, ModelError
+from tunesmith.plan import METHODS, Measured, kept, make_plan, nf4_bytes, usual_full_bytes
+from tunesmith.spec import Rope, Spec, linear_shapes
+
+MISTRAL = Spec(
+    vocab=32000, dim=4096, hidden=14336, layers=32, heads=32, kv_heads=8, head_dim=128, context=32768, norm_eps=1e-5, window=4096
+)
+LLAMA_8B = replace(MISTRAL, vocab=128256, window=None, rope=Rope(500_000.0))
+TINY = Spec(vocab=64, dim=64, hidden=160, layers=2, heads=4, kv_heads=2, head_dim=16, context=4096, norm_eps=1e-5)
+
+
+def config(method="qlora", **sections) -> RunConfig:
+    base = {"model": "m", "data": {"train": [{"path": "d.jsonl"}]}, "method": method, "output": "runs/x"}
+    for name, value in sections.items():
+        base[name] = {**base.get(name, {}), **value} if isinstance(value, dict) else value
+    return RunConfig.model_validate(base)
+
+
+def plan(method="qlora", spec=MISTRAL, gpu="24GB", lengths=None, measured=None, **sections):
+    device = gpu if isinstance(gpu, Device) else parse_device(gpu)
+    return make_plan(config(method, **sections), spec, lengths=lengths, device=device, measured=measured)
+
+
+def size(p, name):
+    return sum(c.bytes for c in p.components if c.name == name) / GIB
+
+
+# ---- known figures -------------------------------------------------------------------------------------------------------------
+
+
+def test_mistral_7b_in_16_bits_is_thirteen_and_a_half_gib():
+    p = plan("lora")
+    assert size(p, "linear weights") + size(p, "embedding, head, norms") == pytest.approx(
+        7_241_732_096 * 2 / GIB, rel=1e-9
+    )  # 13.49
+
+
+def test_full_fine_tuning_of_7b_takes_ninety_gb_and_more_anywhere():
+    assert usual_full_bytes(MISTRAL) / 1e9 == pytest.approx(115.9, abs=0.1)
+    p = plan("full", gpu="h200")
+    held = sum(size(p, n) for n in ("linear weights", "embedding, head, norms", "masters", "gradients", "optimiser"))
+    assert held == pytest.approx(7_241_732_096 * 18 / GIB, rel=1e-9)  # ours: a float32 gradient too
+    assert any("121.4 GB" in note and "107.9 GB" in note for note in p.notes)
+    assert not plan("full", gpu="80GB").fits
+
+
+def test_qlora_of_7b_runs_on_small_cards():
+    assert 0.5155 < nf4_bytes(4096 * 14336) / (4096 * 14336) < 0.5160
+    assert size(plan(), "linear weights") == pytest.approx(3.353, abs=0.001)  # the notes' figure for NF4 with double quantisation
+    assert plan(gpu="16GB").needs < 16 and plan(gpu="16GB").fits and plan(gpu="12GB").fits
+    assert plan(gpu="8GB", data={"max_length": 1024}).fits
+
+
+def test_adapter_counts_are_pefts():
+    """r=16 on all linears of Mistral 7B: 41,943,040, as PEFT prints."""
+    assert plan("lora").components[2].why.startswith("41,943,040 ")
+    attention_only = plan("lora", lora={"targets": ["q_proj", "v_proj"], "rank": 8})
+    assert attention_only.components[2].why.startswith("3,407,872 ")  # PEFT's own number for r=8 on q and v
+    higher = plan("lora", lora={"rank_pattern": {"down_proj": 64}})
+    assert higher.components[2].why.startswith(f"{41_943_040 + 32 * 48 * (4096 + 14336):,} ")
+    one_layer = plan("lora", lora={"targets": ["/model\\.layers\\.3\\..*_proj/"]})
+    assert one_layer.components[2].why.startswith(f"{41_943_040 // 32:,} ")
+    head = plan("lora", lora={"modules_to_save": ["lm_head"]})
+    assert head.components[2].why.startswith(f"{41_943_040 + 32000 * 4096:,} ")
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["Llama-3.1-8B.config.json", "phi-4.json", "qwen3_0.6b.json", "gemma2_2b.json", "gemma3_1b_it.json", "smollm2_360m.json"],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_real_configs_are_planned(shared_data, file, method):
+    from tunesmith.spec import spec_of, support
+
+    raw = json.loads((shared_data / "configs" / file).read_text())
+    if support(raw).state != "native":
+        pytest.skip("not native")
+    p = plan(method, spec_of(raw), "h200")
+    assert p.needs > 0 and p.fits == (p.needs <= 140.4)
+
+
+# ---- what autograd keeps: measured, to the byte --------------------------------------------------------------------------------
+
+
+def _kept_by_autograd(spec, method, dtype, lora, checkpoint=False) -> float:
+    """Bytes a token and layer in tensors saved for the backward, storages counted once; from differences in layers and tokens."""
+    import torch
+
+    from tunesmith import adapters
+    from tunesmith.models.decoder import Decoder
+    from tunesmith.models.linear import NF4Linear
+    from tunesmith.ops.attention import Layout
+
+    def total(layers, tokens):
+        linear = (lambda i, o, bias: NF4Linear(i, o, bias, dtype=dtype)) if method == "qlora" else None
+        model = Decoder(replace(spec, layers=layers), linear=linear, dtype=dtype)
+        if method != "full":
+            adapters.attach(model, lora, seed=0)
+        model.checkpoint_layers = checkpoint
+        own = {t.untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+            model.hidden(torch.zeros(tokens, dtype=torch.long), Layout.of([tokens // 2, tokens // 2]))
+        return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in held) if s.data_ptr() not in own}.values())
+
+    return ((total(3, 128) - total(2, 128)) - (total(3, 64) - total(2, 64))) / 64
+
+
+FAMILIES = {
+    "llama": TINY,
+    "phi3": replace(TINY, fused=True),
+    "qwen3": replace(TINY, qk_norm=True),
+    "gemma3": replace(TINY, qk_norm=True, sandwich=True, unit_offset=True, activation="gelu_tanh", tied=True),
+}
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_is_what_autograd_keeps_to_the_byte(family, method, width):
+    import torch
+
+    spec = FAMILIES[family]
+    table = kept(spec, method, set(linear_shapes(spec)), width=width, device="cpu", rank=8)
+    found = _kept_by_autograd(spec, method, {2: torch.bfloat16, 4: torch.float32}[width], config("lora", lora={"rank": 8}).lora)
+    assert sum(size for _, size, _ in table) == found
+
+
+@pytest.mark.parametrize(
+    "lora", [{"variant": "dora"}, {"dropout": 0.1}, {"targets": ["q_proj", "v_proj"]}, {"targets": ["gate_proj"]}]
+)
+def test_the_table_knows_variants_and_targets_to_the_byte(lora):
+    import torch
+
+    lora = config("lora", lora={"rank": 8, **lora}).lora
+    adapted = {n for n in linear_shapes(TINY) if lora.targets == "all-linear" or n.rpartition(".")[2] in lora.targets}
+    table = kept(TINY, "lora", adapted, width=4, device="cpu", rank=8, variant=lora.variant, dropout=lora.dropout > 0)
+    assert sum(size for _, size, _ in table) == _kept_by_autograd(TINY, "lora", torch.float32, lora)
+
+
+def test_checkpointing_keeps_a_layers_input_and_nothing_else():
+    import torch
+
+    assert _kept_by_autograd(TINY, "lora", torch.float32, config("lora").lora, checkpoint=True) == TINY.dim * 4
+
+
+def test_fixed_sizes_are_the_real_tensors():
+    """Weights, adapter and optimiser of a small real model, in bytes."""
+    import torch
+
+    from tunesmith import adapters
+    from tunesmith.models.decoder import Decoder
+    from tunesmith.models.linear import NF4Linear
+
+    model = Decoder(TINY, linear=lambda i, o, bias: NF4Linear(i, o, bias, dtype=torch.float32), dtype=torch.float32)
+    linears = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    stored = sum(b.numel() * b.element_size() for m in linears for b in m.buffers())
+    dense = sum(p.numel() * 4 for p in model.parameters())
+    adapters.attach(model, config().lora, seed=0)
+    trained = sum(p.numel() for p in adapters.trainable(model).values())
+    p = {c.name: c.bytes for c in plan("qlora", TINY, "cpu").components}
+    assert (p["linear weights"], p["embedding, head, norms"]) == (stored, dense)
+    assert (p["adapter"], p["gradients"], p["optimiser"]) == (4 * trained, 4 * trained, 8 * trained)
+
+
+# ---- sums, order, monotony -----------------------------------------------------------------------------------------------------
+
+SPECS = st.sampled_from(
+    [MISTRAL, LLAMA_8B, TINY, replace(MISTRAL, fused=True), replace(LLAMA_8B, attention_softcap=50.0, sandwich=True)]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    SPECS,
+    st.sampled_from(METHODS),
+    st.floats(2, 300),
+    st.floats(1.0, 3.0),
+    st.integers(16, 16000),
+    st.sampled_from(["cuda", "cpu"]),
+)
+def test_more_budget_is_never_slower_and_components_sum_to_needs(spec, method, budget, more, longest, kind):
+    device = Device("d", kind, 512 * GIB, 512 * GIB, 100.0, 1000.0, True)
+    lengths = np.linspace(1, longest, 50).astype(int)
+    less, more = (plan(method, spec, device, lengths, memory={"budget_gb": b}) for b in (budget, budget * more))
+    for p in (less, more):
+        assert p.needs == pytest.approx(sum(c.bytes for c in p.components if c.where == "device") / GIB, abs=1e-12)
+        assert all(c.bytes >= 0 and c.why for c in p.components)
+        assert p.least <= p.needs + 1e-9 and p.fits == (p.needs <= p.budget) and p.micro_batch_tokens >= p.longest
+    if less.fits:
+        assert more.fits and more.minutes <= less.minutes * (1 + 1e-9)
+    assert more.needs >= less.needs - 1e-9 or not less.fits
+
+
+@settings(max_examples=60, deadline=None)
+@given(SPECS, st.sampled_from(METHODS), st.sampled_from(["keep", "checkpoint"]), st.integers(64, 30000), st.integers(1, 5000))
+def test_a_longer_context_never_needs_less(spec, method, policy, length, longer):
+    memory = {"activations": policy, "budget_gb": 1}
+    short, long = (plan(method, spec, "80GB", data={"max_length": n}, memory=memory) for n in (length, length + longer))
+    assert long.least >= short.least and long.needs >= short.needs
+    memory["micro_batch_tokens"] = 40_000
+    short, long = (plan(method, spec, "80GB", data={"max_length": n}, memory=memory) for n in (length, length + longer))
+    assert long.needs >= short.needs
+
+
+@pytest.mark.parametrize("spec", [MISTRAL, LLAMA_8B])
+def test_the_order_of_methods_and_policies(spec):
+    memory = {"micro_batch_tokens": 4096, "activations": "keep"}
+    needs = [plan(m, spec, "h200", memory=memory).needs for m in METHODS]
+    assert needs[0] < needs[1] < needs[2]
+    keep, again = (plan("qlora", spec, "h200", memory={**memory, "activations": a}) for a in ("keep", "checkpoint"))
+    assert again.needs < keep.needs and again.minutes > keep.minutes
+    assert plan("lora", spec, "h200", memory=memory).minutes < plan("qlora", spec, "h200", memory=memory).minutes
+
+
+def test_what_is_pinned_stays_and_auto_fills_the_rest():
+    p = plan(gpu="80GB", memory={"activations": "checkpoint", "micro_batch_tokens": 6000})
+    assert (p.activations, p.micro_batch_tokens) == ("checkpoint", 6000)
+    short = plan(gpu="80GB", memory={"micro_batch_tokens": 100}, lengths=np.full(10, 700))
+    assert short.micro_batch_tokens == 700 and any("less than the longest row" in n for n in short.notes)
+    assert plan(gpu="h200").activations == "keep" and plan(gpu="9GB").activations == "checkpoint"
+    assert plan(gpu="cpu-512GB", spec=TINY).micro_batch_tokens <= plans.MICRO_CAP["cpu"]
+
+
+def test_dtype_follows_the_card_and_is_refused_by_name():
+    assert plan(gpu="4090").dtype == "bf16" and plan(gpu="t4").dtype == "fp16" and plan(gpu="cpu-64GB", spec=TINY).dtype == "fp32"
+    with pytest.raises(ModelError, match="T4 does not compute in bf16"):
+        plan(gpu="t4", memory={"dtype": "bf16"})
+
+
+# ---- steps and time ------------------------------------------------------------------------------------------------------------
+
+
+def test_steps_and_tokens_come_from_the_rows():
+    p = plan(lengths=np.full(103, 50), train={"batch_size": 10, "epochs": 2})
+    assert p.steps == 22 and p.tokens == 103 * 50 * 2 and p.longest == 50
+    assert plan(lengths=np.full(103, 50), train={"max_steps": 7, "batch_size": 10}).steps == 7
+    unknown = plan()
+    assert any("are assumed" in n for n in unknown.notes) and not any("are assumed" in n for n in p.notes)
+
+
+def test_time_grows_with_rows_and_shrinks_with_the_card_and_says_whether_it_was_measured():
+    rows = np.full(200, 400)
+    assert plan(lengths=np.full(2000, 400)).minutes > 4 * plan(lengths=rows).minutes
+    assert plan(lengths=rows, gpu="h200").minutes < plan(lengths=rows, gpu="4090").minutes < plan(lengths=rows, gpu="l4").minutes
+    measured = plan(lengths=rows, gpu="h200", measured=Measured(0.7, "an H200"))
+    assert measured.minutes < plan(lengths=rows, gpu="h200").minutes and measured.measured == "an H200"
+    # 2N forward, 2N for dx: 4 x 7.0e9 a token, no more than a fifth beside it for 400-token rows
+    flops = plans._Job.of(config(), MISTRAL, rows, parse_device("h200"), None).flops("keep")
+    assert 4 * 6.98e9 < flops < 1.2 * 4 * 6.98e9
+
+
+# ---- advice and words ----------------------------------------------------------------------------------------------------------
+
+
+def _follow(p, advice, method, **sections):
+    """The plan with one piece of advice followed, everything else as it was planned."""
+    head, _, tail = advice.key.partition(".")
+    memory = {"activations": p.activations, "micro_batch_tokens": p.micro_batch_tokens, **sections.pop("memory", {})}
+    value = {"[q_proj, v_proj]": ["q_proj", "v_proj"], "[]": []}.get(advice.value, advice.value)
+    if advice.value == "auto":
+        memory = {"activations": "auto", "micro_batch_tokens": p.longest}
+        return plan(method, memory=memory, **sections)
+    if advice.key == "method":
+        return plan(advice.value, memory=memory, **sections)
+    if advice.key == "data.max_length":
+        memory["micro_batch_tokens"] = int(value)
+    sections["memory"] = memory
+    sections[head] = {**sections.get(head, {}), tail: int(value) if isinstance(value, str) and value.isdigit() else value}
+    return plan(method, **sections)
+
+
+@pytest.mark.parametrize(("method", "gpu", "sections"), [
+    ("full", "24GB", {}), ("lora", "16GB", {}), ("lora", "14GB", {"lora": {"rank": 256}}),
+    ("qlora", "6GB", {"data": {"max_length": 8192}}),
+    ("qlora", "8GB", {"memory": {"activations": "keep", "micro_batch_tokens": 8192}}),
+    ("lora", "15GB", {"lora": {"modules_to_save": ["lm_head"]}}),
+])  # fmt: skip
+def test_each_piece_of_advice_gains_what_it_says(method, gpu, sections):
+    p = plan(method, gpu=gpu, **sections)
+    assert not p.fits and p.advice
+    for advice in p.advice:
+        followed = _follow(p, advice, method, gpu=gpu, **{k: dict(v) for k, v in sections.items()})
+        assert p.needs - followed.needs == pytest.approx(advice.gain, abs=1e-6), advice
+        assert followed.fits == advice.enough, advice
+
+
+def test_advice_examples():
+    keys = [a.key for a in plan("full", gpu="24GB").advice]
+    assert keys[0] == "method" and plan("full", gpu="24GB").advice[0].enough
+    big = plan("qlora", gpu="8GB", memory={"activations": "keep", "micro_batch_tokens": 8192})
+    assert {"memory.activations", "memory.micro_batch_tokens", "data.max_length"} <= {a.key for a in big.advice}
+    assert (
+        big.verdict.startswith("does not fit: ")
+        and "memory.activations and memory.micro_batch_tokens: auto would do" in big.verdict
+    )
+    assert not plan("qlora", gpu="80GB").advice  # room enough: nothing to say
+
+
+def test_require_raises_with_what_to_lower():
+    assert plan(gpu="24GB").require().fits
+    with pytest.raises(DoesNotFit) as e:
+        plan("full", gpu="24GB").require()
+    assert (
+        "needs 12" in e.value.what
+        and "method: qlora saves" in e.value.fix
+        and "enough by itself" in e.value.fix
+        and "H200" in e.value.fix
+    )
+
+
+def test_the_verdict_is_one_line():
+    p = plan(gpu="24GB", lengths=np.full(1000, 500))
+    assert p.verdict == f"fits: {p.needs:.1f} of 24 GB, about {p.minutes:.0f} min"
+
+
+def test_what_is_printed_names_every_component_and_method():
+    console = Console(width=140, record=True, file=io.StringIO(), force_terminal=False)
+    p = plan("lora", gpu="16GB")
+    p.print(console)
+    text = console.export_text()
+    assert all(c.name in text for c in p.components if c.where == "device" and c.bytes)
+    assert all(m in text for m in METHODS) and p.verdict in text and "uncalibrated" in text and "lower method: qlora" in text
+    narrow = Console(width=60, record=True, file=io.StringIO())
+    p.print(narrow)
+    assert "does not fit" in narrow.export_text()
+
+
+def test_a_models_name_is_not_markup():
+    console = Console(width=140, record=True, file=io.StringIO())
+    replace(plan(), model="[red]x[/red][/nonsense]").print(console)
+    assert "[red]x[/red][/nonsense]" in console.export_text()
+
+
+def test_as_dict_is_json_and_holds_the_verdict():
+    p = plan(lengths=np.full(10, 100))
+    found = json.loads(json.dumps(p.as_dict()))
+    assert found["needs"] == p.needs and found["verdict"] == p.verdict and found["micro_batch_tokens"] == p.micro_batch_tokens
+    assert sum(c["bytes"] for c in found["components"] if c["where"] == "device") / GIB == pytest.approx(found["needs"])
+
+
+def test_a_plan_needs_neither_torch_nor_time():
+    """In a fresh process: no torch, and at most ten times the CPU that importing pydantic, numpy and rich takes."""
+    code = (
+        "import io, json, sys, time; t = time.process_time(); import pydantic, numpy, rich.console\n"
+        "base = time.process_time() - t\n"
+        "t = time.process_time()\n"
+        "from tunesmith.config.schema import RunConfig; from tunesmith.devices import parse_device\n"
+        "from tunesmith.plan import make_plan; from tunesmith.spec import Spec; from rich.console import Console\n"
+        "c = RunConfig.model_validate(dict(model='m', data={'train': [{'path': 'd'}]}, method='qlora', output='o'))\n"
+        "s = Spec(vocab=9, dim=4096, hidden=14336, layers=32, heads=32, kv_heads=8, head_dim=128, context=4096, norm_eps=1e-6)\n"
+        "make_plan(c, s, device=parse_device('4090')).print(Console(file=io.StringIO()))\n"
+        "print(json.dumps([(time.process_time() - t) / base, sorted({'torch', 'transformers'} & set(sys.modules))]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ratio, loaded = json.loads(done.stdout)
+    assert loaded == [] and ratio < 10
