@@ -121,26 +121,29 @@ def test_private_keys():
     assert "def" not in redact(pem[:50], env={})
 
 
-def test_the_work_grows_with_the_text_and_not_with_its_square():
-    """Texts that make each pattern start over and over; bytes per regex step cannot be counted, so: 8 times the text, at most 24 times
-    the time of the shorter (a square would take 64 times), the better of three."""
+STARTS = [
+    "a",
+    "a.",
+    "sk-",
+    "sk-a-",
+    "hf_",
+    "token:",
+    "http://",
+    "a:",
+    "password: ",
+    "eyJ",
+    "-----BEGIN PRIVATE KEY",
+    "xoxb-",
+    "bearer ",
+]
+
+
+@pytest.mark.parametrize("piece", STARTS)
+def test_the_work_grows_with_the_text_and_not_with_its_square(piece):
+    """Texts that make a pattern start over and over: 32 times the text takes about 32 times the time, a square would take 1,024.
+    The bar lies 6 times from either, which is what a busy machine can swing."""
 
     def seconds(text):
         return min(timeit.repeat(lambda: redact(text, env={}), number=1, repeat=3))
 
-    for piece in (
-        "a",
-        "a.",
-        "sk-",
-        "sk-a-",
-        "hf_",
-        "token:",
-        "http://",
-        "a:",
-        "password: ",
-        "eyJ",
-        "-----BEGIN PRIVATE KEY",
-        "xoxb-",
-        "bearer ",
-    ):
-        assert seconds(piece * 16_000) < 24 * seconds(piece * 2_000) + 0.01, piece
+    assert seconds(piece * 16_000) < 190 * seconds(piece * 500)

@@ -95,16 +95,20 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, durable: boo
         os.close(fd)
 
 
-def write_atomic(path: Path, data: bytes | str, *, durable: bool = True) -> None:
-    """Replace a file's whole content at once. `durable=False` skips the fsyncs: safe when the program dies, not the machine.
+def write_atomic(
+    path: Path, data: bytes | str | Iterable[bytes | memoryview], *, durable: bool = True, needed: int | None = None
+) -> None:
+    """Replace a file's whole content, given whole or in pieces, at once. `durable=False` skips the fsyncs: safe when the program
+    dies, not the machine. `needed`: the bytes that pieces add up to.
 
     When the disk is full: DoesNotFit, the former content stands and nothing is left behind.
     """
-    raw = data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data
+    if isinstance(data, str):
+        data = data.encode("utf-8", "surrogateescape")
     temp = _hidden(path, "tmp")
-    with room(path, len(raw)):
+    with room(path, len(data) if isinstance(data, bytes) else needed):
         try:
-            write_file(temp, [raw], durable=durable)
+            write_file(temp, [data] if isinstance(data, bytes) else data, durable=durable)
             os.replace(temp, path)
             if durable:
                 fsync_folder(path.parent)

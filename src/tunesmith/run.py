@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Literal
 
 import yaml
@@ -39,7 +40,7 @@ State = Literal["preparing", "running", "finished", "interrupted", "failed", "st
 Stream = Literal["metrics", "samples"]
 STREAMS: tuple[Stream, ...] = ("metrics", "samples")
 PACKAGES = ("tunesmith", "torch", "numpy", "safetensors", "tokenizers", "transformers", "triton")  # versions kept in the manifest
-HALF_MADE = {"lock", "manifest.json", "status.json"}  # all a crash inside `create` can leave: run.yaml is written last
+HALF_MADE = {"lock", "lock.pid", "manifest.json", "status.json"}  # all a crash inside `create` can leave: run.yaml is written last
 
 # Keys that may differ between a run and its resumption: none of them reaches a weight.
 HARMLESS = ("output", "log.", "checkpoint.", "eval.samples", "eval.sample_tokens", "data.workers", "data.max_refused")
@@ -140,9 +141,11 @@ class Run:
 
     # ---- status ----------------------------------------------------------------------------------------------------------------
 
-    def set_status(self, state: State, *, step: int = 0, steps: int = 0, message: str = "") -> None:
-        """Write status.json at once. Only the holder of the lock may."""
+    def set_status(self, state: State, *, step: int | None = None, steps: int | None = None, message: str = "") -> None:
+        """Write status.json at once; step and steps stay as they were unless given. Only the holder of the lock may."""
         assert self._lock is not None and state != "stopped", "the writer states its own state"
+        was = self.status()
+        step, steps = was.step if step is None else step, was.steps if steps is None else steps
         status = Status(state, step, steps, redact(message), os.getpid(), _now())
         write_atomic(self.path / "status.json", json.dumps(asdict(status)) + "\n", durable=state not in ("preparing", "running"))
 
@@ -346,25 +349,32 @@ class _Lock:
 
     @classmethod
     def _take_by_existence(cls, path: Path) -> _Lock:
-        """Without system locks: a file that only one can create; that of a dead pid is removed."""
-        marker = path.with_name("lock.pid")
-        for _ in range(2):
-            try:
-                fd = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            except FileExistsError:
+        """Without system locks: a file that only one can link into place, with its pid in it from the first moment. That of a dead
+        process is renamed away, which also only one can do.
+        """
+        marker, mine = path.with_name("lock.pid"), path.with_name(f"lock.{os.getpid()}-{token_hex(4)}")
+        mine.write_bytes(_who())
+        try:
+            for _ in range(2):
+                with suppress(FileExistsError):
+                    os.link(mine, marker)
+                    return cls(marker, -1, True)
                 if _alive(_holder(marker).get("pid", 0)):
                     break
-                with suppress(FileNotFoundError):
-                    os.unlink(marker)
-                continue
-            os.write(fd, _who())
-            return cls(marker, fd, True)
+                stale = mine.with_suffix(".stale")
+                with suppress(FileNotFoundError):  # another was quicker
+                    os.rename(marker, stale)
+                    if _alive(_holder(stale).get("pid", 0)):  # another's new one, put there since we looked
+                        os.rename(stale, marker)
+                        break
+                    os.unlink(stale)
+        finally:
+            os.unlink(mine)
         raise _refusal(marker)
 
     def release(self) -> None:
         _held.discard(self)
         if self.by_existence:
-            os.close(self.fd)
             with suppress(FileNotFoundError):
                 os.unlink(self.path)
         else:
@@ -396,7 +406,8 @@ _held: set[_Lock] = set()
 def _forget_in_child() -> None:
     """A forked child (data workers) must not keep its parent's lock alive after the parent died."""
     for lock in _held:
-        os.close(lock.fd)
+        if not lock.by_existence:
+            os.close(lock.fd)
     _held.clear()
 
 

@@ -64,7 +64,7 @@ def test_files_are_byte_for_byte_those_of_safetensors(tmp_path):
             {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}, tmp_path / "theirs", metadata
         )
         assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-        (tmp_path / "ours").unlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"]
 
 
 def test_tensors_come_back_bit_for_bit(tmp_path):

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tunesmith.errors import RunError
-from tunesmith.files import ensure_room, folder_atomic, former, make_folder, remove_folder, settle, verify, write_file
+from tunesmith.files import ensure_room, folder_atomic, former, make_folder, remove_folder, settle, verify, write_atomic, write_file
 
 FORMAT = 1
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -59,7 +59,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
     ensure_room(folder, needed, f"the checkpoint of step {step}")
     target = folder / f"step-{step:08d}"
     with folder_atomic(target, needed=needed) as temp:
-        write_safetensors(temp / TENSORS, tensors)
+        write_file(temp / TENSORS, _pieces(_header(tensors), tensors))
         write_file(temp / STATE, [text.encode()])
     return target
 
@@ -119,7 +119,7 @@ def prune(folder: Path, keep: int) -> list[Path]:
 def bytes_needed(tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> int:
     """Bytes one checkpoint takes on disk: the tensors, their header, the state, the manifest."""
     header = len(_header(tensors)) if tensors else 16
-    return header + sum(t.numel() * t.element_size() for t in tensors.values()) + len(_state_text(0, state or {})) + 1024
+    return header + _bytes(tensors) + len(_state_text(0, state or {})) + 1024
 
 
 def preflight(folder: Path, tensors: Mapping[str, Tensor], keep: int) -> None:
@@ -163,8 +163,9 @@ def restore_rng(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> list
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write one safetensors file, one tensor at a time (the library's own writer holds them all on the host), durable at return."""
-    write_file(path, _pieces(_header(tensors, metadata), tensors))
+    """Write or replace one safetensors file, atomically and durably, one tensor at a time (the library's holds all of them)."""
+    header = _header(tensors, metadata)
+    write_atomic(path, _pieces(header, tensors), needed=len(header) + _bytes(tensors))
 
 
 def _pieces(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -173,6 +174,10 @@ def _pieces(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[bytes | me
         tensor = tensors[name].detach().cpu().contiguous()
         if tensor.numel():
             yield tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _order(tensors: Mapping[str, Tensor]) -> list[str]:
