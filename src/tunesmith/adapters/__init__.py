@@ -17,13 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tunesmith.adapters.lora import METHODS, Dora, Lora, Twin
 from tunesmith.adapters.merge import merge
-from tunesmith.adapters.storage import copy_tensors, load, named, read_config, read_tensors, resolve, save
+from tunesmith.adapters.storage import copy_tensors, load, named, read_config, read_tensors, resolve, save, vocabulary_into_base
 from tunesmith.adapters.swap import (
     PREFIX,
     Settings,
@@ -39,15 +40,37 @@ from tunesmith.config import schema
 from tunesmith.errors import AdapterError
 
 __all__ = ["METHODS", "Dora", "Lora", "Settings", "Twin", "attach", "disabled", "fast", "load", "merge", "named", "save",
-           "trainable", "twins", "unmoved"]  # fmt: skip
+           "token_starts", "trainable", "twins", "unmoved"]  # fmt: skip
 
 
-def attach(model: nn.Module, lora: schema.Lora, *, seed: int, new_tokens: Mapping[int, Sequence[int]] | None = None) -> Settings:
+Pieces = Mapping[int, Sequence[int] | None]  # id of a token whose row is trained -> ids of its pieces; None: it starts as it is
+
+
+class Vocabulary(Protocol):
+    """What is asked of a tokenizer."""
+
+    def token_to_id(self, token: str) -> int | None: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+def token_starts(tokens: Sequence[str], tokenizer: Vocabulary, before: Vocabulary) -> dict[int, list[int] | None]:
+    """For `attach`: each token's id in `tokenizer`, which has them all, and its pieces in the tokenizer as it was before they were
+    added (None for one that was known there and keeps its row)."""
+    ids = {token: tokenizer.token_to_id(token) for token in tokens}
+    if missing := [token for token, index in ids.items() if index is None]:
+        raise AdapterError(
+            f"lora.new_tokens: the tokenizer lacks {', '.join(map(repr, missing))}", "add them to the tokenizer first"
+        )
+    return {i: before.encode(t) if before.token_to_id(t) is None else None for t, i in ids.items() if i is not None}
+
+
+def attach(model: nn.Module, lora: schema.Lora, *, seed: int, new_tokens: Pieces | None = None) -> Settings:
     """Freezes `model` and puts trainable twins in the place of its targets.
 
-    `new_tokens` maps the id of each of `lora.new_tokens` to the ids of its pieces in the old vocabulary: its row starts as the mean
-    of theirs, or of all rows where it has none. Embedding and projection grow to hold the ids. With `lora.continue_from`, that
-    adapter's rank, alpha, targets and variant win and its tensors are the start. Raises AdapterError, all faults at once.
+    `new_tokens`, from `token_starts`, maps the id of each of `lora.new_tokens` to the ids of its pieces in the old vocabulary: its
+    row starts as the mean of theirs, or of all rows where it has none. Embedding and projection grow to hold the ids. With
+    `lora.continue_from`, that adapter's rank, alpha, targets and variant win and its tensors are the start. Raises AdapterError.
     """
     if twins(model):
         raise AdapterError("this model already has an adapter", "merge it first, or load the model again")
@@ -58,6 +81,7 @@ def attach(model: nn.Module, lora: schema.Lora, *, seed: int, new_tokens: Mappin
     if lora.continue_from != "none":
         tensors = read_tensors(Path(lora.continue_from))
         earlier = resolve(model, read_config(Path(lora.continue_from)))
+        tensors = vocabulary_into_base(model, earlier, tensors)
         settings = _continued(model, earlier, lora, new_tokens)
     else:
         saved = resolve_saved(model, lora.modules_to_save)
@@ -113,7 +137,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             twin.enabled = before.get(name, True)
 
 
-def _token_rows(model: nn.Module, new_tokens: Mapping[int, Sequence[int]], saved: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def _token_rows(model: nn.Module, new_tokens: Pieces, saved: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """The modules whose rows `new_tokens` are trained: the embedding, and the projection where there is one."""
     if not new_tokens:
         return {}
@@ -127,20 +151,21 @@ def _token_rows(model: nn.Module, new_tokens: Mapping[int, Sequence[int]], saved
     return {name: tuple(sorted(new_tokens)) for name in (embedding, head) if name is not None}
 
 
-def _starts(weight: Tensor, ids: Sequence[int], pieces: Mapping[int, Sequence[int]]) -> Tensor:
+def _starts(weight: Tensor, ids: Sequence[int], pieces: Pieces) -> Tensor:
     """First values of the trained rows [K, D], at least float32: the mean of a new token's pieces (of all rows when it has none),
     else the row as it is."""
     weight, wide = weight.detach(), torch.promote_types(torch.float32, weight.dtype)
 
     def start(token: int) -> Tensor:
-        if token not in pieces:
+        parts = pieces.get(token)
+        if parts is None:
             return weight[token].to(wide)
-        return (weight[list(pieces[token])] if pieces[token] else weight).to(wide).mean(0)
+        return (weight[list(parts)] if parts else weight).to(wide).mean(0)
 
     return torch.stack([start(token) for token in ids])
 
 
-def _continued(model: nn.Module, earlier: Settings, lora: schema.Lora, new_tokens: Mapping[int, Sequence[int]]) -> Settings:
+def _continued(model: nn.Module, earlier: Settings, lora: schema.Lora, new_tokens: Pieces) -> Settings:
     """An earlier adapter's settings with what this run adds: its dropout, further modules to save, new tokens."""
     saved = tuple(dict.fromkeys([*earlier.modules_to_save, *resolve_saved(model, lora.modules_to_save)]))
     tokens = earlier.tokens

@@ -166,6 +166,26 @@ def put_in(model: nn.Module, settings: Settings, tensors: Mapping[str, Tensor], 
     copy_tensors(model, tensors)
 
 
+def vocabulary_into_base(model: nn.Module, settings: Settings, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT writes the whole embedding or projection too when it was resized or is a target itself; such tensors go into the base,
+    which grows where they are longer. Returns the others."""
+    others = {}
+    for key, tensor in tensors.items():
+        name, _, leaf = key.replace(".base_layer.", ".").rpartition(".")
+        if name not in vocabulary(model) or leaf not in ("weight", "bias") or name in settings.modules_to_save:
+            others[key] = tensor
+            continue
+        grow_vocabulary(model, len(tensor))
+        place = getattr(model.get_submodule(name), leaf)
+        if place.shape != tensor.shape:
+            raise AdapterError(
+                f"{key}: {list(tensor.shape)} where {list(place.shape)} belongs", "use the base model of this adapter"
+            )
+        with torch.no_grad():
+            place.copy_(tensor)
+    return others
+
+
 def copy_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies every tensor into its place; names are PEFT's, with or without its prefix. All faults are raised before any copy."""
     places = {name.removeprefix(PREFIX): parameter for name, parameter in named(model).items()}
@@ -200,7 +220,7 @@ def load(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> Se
         raise AdapterError("this model already has an adapter", "merge it first, or load the model again")
     config, tensors = read_config(folder), read_tensors(folder)
     settings = resolve(model, config)
-    put_in(model, settings, tensors)
+    put_in(model, settings, vocabulary_into_base(model, settings, tensors))
     for parameter in named(model).values():
         parameter.requires_grad_(trainable)
     return settings
@@ -215,7 +235,9 @@ def save(model: nn.Module, folder: str | Path, *, base_name: str, revision: str 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: parameter.detach().to("cpu", torch.float32).contiguous() for name, parameter in sorted(named(model).items())}
     write_atomic(folder / WEIGHTS, to_bytes(tensors, metadata={"format": "pt"}))
-    config = json.dumps(config_of(model, settings, base_name, revision), indent=2, sort_keys=True)
+    config = json.dumps(
+        config_of(model, settings, base_name, revision), indent=2
+    )  # not sorted: the first pattern that matches wins
     write_atomic(folder / CONFIG, config + "\n")
 
 
