@@ -126,7 +126,7 @@ def test_bfloat16_rounds_where_transformers_rounds(name):
 
 @pytest.mark.parametrize("name", ["llama-3.2", "phi4-mini", "gemma2", "gemma3", "mistral-window", "qwen2-window"])
 def test_greedy_generation_equals_transformers(name):
-    """Through the cache, past the window, and past longrope's first context (32 tokens), where transformers computes the cache again."""
+    """Through the cache, past the window and past longrope's first context (32 tokens), where both compute the cache again."""
     ours, theirs = pair(CASES[name])
     prompt = tokens_of(26)
     with torch.no_grad():

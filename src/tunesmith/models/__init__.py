@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from tunesmith.errors import ModelError
+from tunesmith.models import weights
 from tunesmith.models.decoder import Decoder
 from tunesmith.models.linear import Linear, NF4Linear
 from tunesmith.models.weights import Progress
-from tunesmith.models.weights import load as load_decoder
 from tunesmith.spec import read_config, support
 
 if TYPE_CHECKING:
@@ -28,4 +28,12 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torc
         from tunesmith.models import fallback
 
         return fallback.load(folder, dtype=dtype, device=device, store=store, progress=progress)
-    return load_decoder(folder, dtype=dtype, device=device, linear=NF4Linear if store == "nf4" else Linear, progress=progress)
+    return weights.load(folder, dtype=dtype, device=device, linear=NF4Linear if store == "nf4" else Linear, progress=progress)
+
+
+def save_checkpoint(model: Decoder | Fallback, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """A standard Hugging Face folder in `dtype` (default: the model's own); quantised linears are written dense."""
+    if isinstance(model, Decoder):
+        weights.save_checkpoint(model, folder, dtype=dtype)
+    else:
+        model.save_checkpoint(folder, dtype=dtype)

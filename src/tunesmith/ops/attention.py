@@ -138,11 +138,10 @@ def _softcapped(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | Non
 
 def capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
     """Scores written out. q [B, Q, i, H], k and v [B, K, j, H], mask broadcastable to [B, Q, i, j]; softmax in at least float32."""
-    b, heads, rows, width = q.shape
-    q = q.reshape(b, k.shape[1], -1, rows, width)  # query heads beside the key head they share: k and v are not copied
+    groups = q.unflatten(1, (k.shape[1], -1))  # query heads beside the key head they share: k and v are not copied
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = (q @ k[:, :, None].mT).to(wide)
+    scores = (groups @ k[:, :, None].mT).flatten(1, 2).to(wide)
     scores = softcap * torch.tanh(scores * (scale / softcap))
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    return (scores.softmax(-1).to(v.dtype) @ v[:, :, None]).reshape(b, heads, rows, width)
+    return (scores.softmax(-1).to(v.dtype).unflatten(1, (k.shape[1], -1)) @ v[:, :, None]).flatten(1, 2)

@@ -1,0 +1,65 @@
+"""Rotary: the written-once rotation equals the definition and turns back; tables are chosen per document."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tunesmith.ops.rotary import frequencies, reference, rotate, tables
+from tunesmith.spec import Rope
+
+FACTORS = {"short_factor": (1.0, 2.0), "long_factor": (3.0, 4.0), "original_max_position_embeddings": 8}
+LONG = Rope(kind="longrope", scaling=(*FACTORS.items(), ("factor", None), ("attention_factor", None)))
+DYNAMIC = Rope(kind="dynamic", scaling=(("factor", 2.0),))
+
+
+@pytest.mark.parametrize("width", [8, 11])  # 11: three numbers of a head are not rotated
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rotate_equals_the_definition_and_its_backward_turns_back(width, dtype):
+    x = torch.randn(5, 3, width, dtype=dtype, requires_grad=True)
+    angle = torch.randn(5, 4)
+    cos, sin = angle.cos(), angle.sin()
+    y = rotate(x, cos, sin)
+    assert torch.equal(y, reference(x, cos, sin))
+    (theirs,) = torch.autograd.grad(reference(x, cos, sin), x, dy := torch.randn_like(y))
+    assert_close(torch.autograd.grad(y, x, dy)[0], theirs)
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(lambda x: rotate(x, cos.double(), sin.double()), x)
+
+
+def test_a_pair_turns_by_position_times_frequency():
+    freq, gain = frequencies(Rope(theta=100.0), 4, 64, 10)
+    assert_close(freq, torch.tensor([1.0, 0.1]))
+    assert gain == 1.0
+    cos, sin = tables(Rope(theta=100.0), 4, 64, torch.tensor([0, 3]), [2], None, torch.float32)
+    x = torch.tensor([[[1.0, 0.0, 0.0, 0.0]]]).expand(2, 1, 4)
+    assert_close(rotate(x, cos, sin)[1, 0], torch.tensor([math.cos(3.0), 0.0, math.sin(3.0), 0.0]))
+
+
+@pytest.mark.parametrize("rope", [LONG, DYNAMIC], ids=lambda r: r.kind)
+def test_the_table_is_the_documents_own(rope):
+    positions, documents = torch.cat([torch.arange(5), torch.arange(20)]), torch.tensor([0] * 5 + [1] * 20)
+    cos, sin = tables(rope, 4, 16, positions, [5, 20], documents, torch.float32)
+    short = tables(rope, 4, 16, positions[:5], [5], None, torch.float32)
+    long = tables(rope, 4, 16, positions[5:], [20], None, torch.float32)
+    assert torch.equal(cos[:5], short[0]) and torch.equal(sin[:5], short[1])
+    assert torch.equal(cos[5:], long[0]) and torch.equal(sin[5:], long[1])
+    assert not torch.equal(cos[1:5], cos[6:10])
+
+
+def test_longrope_switches_past_its_first_context():
+    assert torch.equal(frequencies(LONG, 4, 16, 8)[0], frequencies(LONG, 4, 16, 1)[0])
+    assert_close(
+        frequencies(LONG, 4, 16, 9)[0] * torch.tensor([3.0, 4.0]), frequencies(LONG, 4, 16, 8)[0] * torch.tensor([1.0, 2.0])
+    )
+    assert frequencies(LONG, 4, 16, 9)[1] == math.sqrt(1 + math.log(2) / math.log(8))
+
+
+def test_tables_kept_from_inference_serve_training():
+    where = Rope(theta=123.0), 4, 16, torch.arange(3), [3], None, torch.float32  # a theta of its own: nothing is kept of it yet
+    with torch.inference_mode():
+        tables(*where)
+    x = torch.randn(3, 1, 4, requires_grad=True)
+    rotate(x, *tables(*where)).sum().backward()
+    assert x.grad is not None
