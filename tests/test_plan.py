@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tunesmith import plan as plans
 from tunesmith.config.schema import RunConfig
 from tunesmith.devices import GIB, Device, parse_device
 from tunesmith.errors import DoesNotFit, ModelError
-from tunesmith.plan import METHODS, Measured, kept, make_plan, nf4_bytes, usual_full_bytes
+from tunesmith.plan import METHODS, MICRO_CAP, Measured, _Job, kept, make_plan, nf4_bytes, usual_full_bytes
 from tunesmith.spec import Rope, Spec, linear_shapes
 
 MISTRAL = Spec(
@@ -121,6 +120,8 @@ def _kept_by_autograd(spec, method, dtype, lora, checkpoint=False) -> float:
             model.hidden(torch.zeros(tokens, dtype=torch.long), Layout.of([tokens // 2, tokens // 2]))
         return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in held) if s.data_ptr() not in own}.values())
 
+    if spec.attention_softcap:  # grows with the square of a document: the cost of one layer at one length
+        return (total(3, 512) - total(2, 512)) / 512
     return ((total(3, 128) - total(2, 128)) - (total(3, 64) - total(2, 64))) / 64
 
 
@@ -154,6 +155,18 @@ def test_the_table_knows_variants_and_targets_to_the_byte(lora):
     adapted = {n for n in linear_shapes(TINY) if lora.targets == "all-linear" or n.rpartition(".")[2] in lora.targets}
     table = kept(TINY, "lora", adapted, width=4, device="cpu", rank=8, variant=lora.variant, dropout=lora.dropout > 0)
     assert sum(size for _, size, _ in table) == _kept_by_autograd(TINY, "lora", torch.float32, lora)
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_scores_written_out_for_a_softcap_are_counted(width):
+    import torch
+
+    spec, dtype = replace(TINY, attention_softcap=50.0, sandwich=True), {2: "bf16", 4: "fp32"}[width]
+    table = kept(spec, "lora", set(linear_shapes(spec)), width=width, device="cpu", rank=16)
+    job = _Job.of(config("lora", memory={"dtype": dtype}), spec, np.full(4, 256), parse_device("cpu-8GB"), None)
+    found = _kept_by_autograd(spec, "lora", {2: torch.bfloat16, 4: torch.float32}[width], config("lora").lora)
+    counted = sum(size for _, size, _ in table) + job._scores(1)[0] / spec.layers
+    assert counted == pytest.approx(found, rel=0.005)  # two documents of 256: small copies of k and v are not counted
 
 
 def test_checkpointing_keeps_a_layers_input_and_nothing_else():
@@ -237,7 +250,7 @@ def test_what_is_pinned_stays_and_auto_fills_the_rest():
     short = plan(gpu="80GB", memory={"micro_batch_tokens": 100}, lengths=np.full(10, 700))
     assert short.micro_batch_tokens == 700 and any("less than the longest row" in n for n in short.notes)
     assert plan(gpu="h200").activations == "keep" and plan(gpu="9GB").activations == "checkpoint"
-    assert plan(gpu="cpu-512GB", spec=TINY).micro_batch_tokens <= plans.MICRO_CAP["cpu"]
+    assert plan(gpu="cpu-512GB", spec=TINY).micro_batch_tokens <= MICRO_CAP["cpu"]
 
 
 def test_dtype_follows_the_card_and_is_refused_by_name():
@@ -264,7 +277,7 @@ def test_time_grows_with_rows_and_shrinks_with_the_card_and_says_whether_it_was_
     measured = plan(lengths=rows, gpu="h200", measured=Measured(0.7, "an H200"))
     assert measured.minutes < plan(lengths=rows, gpu="h200").minutes and measured.measured == "an H200"
     # 2N forward, 2N for dx: 4 x 7.0e9 a token, no more than a fifth beside it for 400-token rows
-    flops = plans._Job.of(config(), MISTRAL, rows, parse_device("h200"), None).flops("keep")
+    flops = _Job.of(config(), MISTRAL, rows, parse_device("h200"), None).flops("keep")
     assert 4 * 6.98e9 < flops < 1.2 * 4 * 6.98e9
 
 

@@ -472,10 +472,10 @@ class _Job:
         """(kept, transient) bytes of attention scores that a softcap writes out (Gemma 2); none elsewhere."""
         if self.spec.attention_softcap is None:
             return 0.0, 0.0
-        row = self.spec.heads * (12 + self.width)  # float32 scores, their tanh, the softmax; its cast
-        if self.rows.longest <= SOFTCAP_ROWS:
-            return self.spec.layers * row * self.rows.longest * tokens, 0.0
-        return 0.0, 2 * row * SOFTCAP_ROWS * self.rows.longest
+        row = self.spec.heads * (8 + self.width % 4) + 1  # float32 tanh and softmax, its 16-bit cast; a mask for all heads
+        near = min(self.rows.longest, SOFTCAP_ROWS)  # of longer documents nothing is kept: CHUNK rows at a time are made again
+        far = self.rows.longest if self.rows.longest > SOFTCAP_ROWS else 0
+        return self.spec.layers * row * near * tokens, 2 * row * SOFTCAP_ROWS * far
 
     def cache_bytes(self) -> int:
         """Keys and values of the sample answers, and the widest activations of reading their prompts."""
