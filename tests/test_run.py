@@ -1,12 +1,14 @@
 """The run folder: one writer, a status that does not lie, rows that are whole, resumption only of what is the same."""
 
 import errno
+import fcntl
 import json
 import math
 import os
 import platform
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -126,12 +128,30 @@ def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.fixture(params=["flock", "existence"])
+class LikeMsvcrt:
+    """msvcrt.locking by its documentation (bytes from the current position, EACCES when another has them), over those locks of Linux
+    that belong to an open file, as Windows' do. What it cannot show: Windows also refuses to read locked bytes.
+    """
+
+    LK_NBLCK, LK_UNLCK = 2, 0
+
+    @staticmethod
+    def locking(fd, mode, nbytes):
+        kind = fcntl.F_WRLCK if mode else fcntl.F_UNLCK
+        try:
+            fcntl.fcntl(fd, 37, struct.pack("hhqqi4x", kind, os.SEEK_CUR, 0, nbytes, 0))  # F_OFD_SETLK
+        except BlockingIOError:
+            raise PermissionError(errno.EACCES, "Permission denied") from None
+
+
+@pytest.fixture(params=["flock", "msvcrt", "existence"])
 def locking(request, monkeypatch):
-    """Both ways to lock: the system's, and a file with a pid where there is none."""
-    if request.param == "existence":
+    """The three ways to lock: Unix, Windows, and a file with a pid where there is neither."""
+    if request.param == "msvcrt" and sys.platform != "linux":
+        pytest.skip("the stand-in needs Linux")
+    if request.param != "flock":
         monkeypatch.setattr(module, "fcntl", None)
-        monkeypatch.setattr(module, "msvcrt", None)
+        monkeypatch.setattr(module, "msvcrt", LikeMsvcrt if request.param == "msvcrt" else None)
     return request.param
 
 
