@@ -1,0 +1,48 @@
+"""Tunesmith: fine-tune an open language model on your own data, on one GPU or a laptop, with proof that it helped.
+
+import tunesmith
+tunesmith.check("run.yaml").print()
+run = tunesmith.train("run.yaml", "train.epochs=1")
+
+Every verb of the command line is a function here. It is found in tunesmith.api when it is first used, so that `import tunesmith`
+imports nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tunesmith.api import chat, check, explain, generate, init, merge, plan, report, stream, train
+
+__all__ = ["chat", "check", "explain", "generate", "init", "merge", "plan", "report", "stream", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("tunesmith.api"), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tunesmith")
+    raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+class _Verbs(ModuleType):
+    """Some rooms bear a verb's name (plan.py, train/). Importing one would set it as an attribute here, over the function, and the
+    second `tunesmith.plan(...)` of a notebook would call a module. The verb stays; a room's names are imported from it
+    (`from tunesmith.plan import make_plan`)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Verbs

@@ -1,0 +1,227 @@
+"""The command line: parses, calls the verb of the same name (tunesmith.api, found when first used), prints.
+
+Exit codes: 0 done; 1 training failed, or the data did not pass; 2 yours to mend, said as error and fix; 70 a bug of ours;
+130 stopped on request with all saved.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+
+import tunesmith
+from tunesmith.errors import TunesmithError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HELP = """Fine-tune an open language model on your own data, with proof that it helped.
+
+From your rows to a model you can talk to:
+
+  tunesmith init  chats.jsonl    write a commented run.yaml from a look at them
+  tunesmith check run.yaml       what will be learned, what is refused and why
+  tunesmith plan  run.yaml       will it fit, how long will it take
+  tunesmith train run.yaml       tune; the run folder gets report.html
+  tunesmith chat  runs/first     talk to it
+
+Any setting can follow a run file: train run.yaml train.epochs=1 lora.rank=32
+What a setting does: tunesmith explain lora.rank"""
+
+RunFile = Annotated[str, Parameter(help="A run file.")]
+RunFolder = Annotated[str, Parameter(help="A run folder.")]
+Overrides = Annotated[str, Parameter(help="Settings over the file's, as key.path=value.")]
+Model = Annotated[str, Parameter(help="A run folder, a checkpoint folder, a hub id, or embedded.")]
+Adapter = Annotated[str | None, Parameter(help="A PEFT adapter folder over the model.")]
+System = Annotated[str | None, Parameter(help="The system message.")]
+MaxTokens = Annotated[int, Parameter(help="Longest answer in tokens.")]
+Temperature = Annotated[float, Parameter(help="0 always takes the likeliest token; higher is more varied.")]
+
+app = App(
+    name="tunesmith", help=HELP, help_format="plaintext", version=lambda: tunesmith.__version__, suppress_keyboard_interrupt=False
+)
+app["--help"].group = app["--version"].group = ""  # they go without saying
+
+
+def verb(function: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Registers a verb; --help lists them in the order they stand here, which is the order of use."""
+    app.command(function, sort_key=len(list(app)))
+    return function
+
+
+@verb
+def init(
+    data: Annotated[str, Parameter(help="A file (jsonl, json, csv, parquet, txt), a folder of them, or hub:owner/name.")] = "",
+    /,
+    *,
+    model: Annotated[str, Parameter(help="A checkpoint folder, a hub id, or embedded.")] = "embedded",
+    output: Annotated[Path, Parameter(help="The file to write.")] = Path("run.yaml"),
+    from_: Annotated[str | None, Parameter(name="--from", help="An Axolotl or LLaMA-Factory YAML to carry over instead.")] = None,
+) -> None:
+    """Write a commented run file from a look at your data."""
+    if not data and from_ is None:
+        raise TunesmithError(
+            "init needs your data, or another tool's file", "tunesmith init chats.jsonl, or tunesmith init --from axolotl.yml"
+        )
+    if output.exists() or not output.parent.is_dir():
+        what = "is already there" if output.exists() else f"there is no folder {output.parent}"
+        raise TunesmithError(f"{output}: {what}", "name another file with --output")
+    text = tunesmith.init(data, model=model, from_=from_)
+    output.write_text(text, "utf-8")
+    _say(f"{text}\nWritten to {output}. Next: tunesmith check {output}")
+
+
+@verb
+def check(
+    config: Annotated[str, Parameter(help="A run file, or the data itself.")],
+    /,
+    *overrides: Overrides,
+    show: Annotated[int | None, Parameter(help="The row to show as coloured tokens, learned or not.")] = None,
+    model: Annotated[str | None, Parameter(help="Whose tokenizer and chat template to use.")] = None,
+) -> int:
+    """Say what is in the data, what will be learned, what is refused and why."""
+    report = tunesmith.check(config, *overrides, show=show, model=model)
+    report.print(_console())
+    return report.exit_code
+
+
+@verb
+def plan(
+    config: RunFile,
+    /,
+    *overrides: Overrides,
+    gpu: Annotated[str | None, Parameter(help="Plan for this card (4090), memory (24GB) or cpu, not for this machine.")] = None,
+) -> int:
+    """Say whether it will fit, how long it will take, and what to lower."""
+    planned = tunesmith.plan(config, *overrides, gpu=gpu)
+    planned.print(_console())
+    return 0 if planned.fits else 2
+
+
+@verb
+def train(
+    config: RunFile,
+    /,
+    *overrides: Overrides,
+    resume: Annotated[bool, Parameter(negative="", help="Go on from the newest whole checkpoint.", show_default=False)] = False,
+) -> None:
+    """Tune as the run file says."""
+    run = tunesmith.train(config, *overrides, resume=resume, console=_console())
+    _say(f"\nRun folder  {run.path}\nReport      {run.path / 'report.html'}\nTalk to it  tunesmith chat {run.path}")
+
+
+@verb
+def chat(
+    model: Model, /, *, adapter: Adapter = None, system: System = None, max_tokens: MaxTokens = 512, temperature: Temperature = 0.7
+) -> None:
+    """Talk to a run folder, or to a checkpoint."""
+    tunesmith.chat(model, adapter=adapter, system=system, max_tokens=max_tokens, temperature=temperature, console=_console())
+
+
+@verb
+def generate(
+    model: Model,
+    /,
+    *,
+    prompt: Annotated[list[str] | None, Parameter(help="A prompt; give it again for more.", negative="")] = None,
+    file: Annotated[Path | None, Parameter(help="A text file with one prompt a line.")] = None,
+    adapter: Adapter = None,
+    system: System = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: Annotated[float, Parameter(help="Sample among the likeliest tokens that together have this probability.")] = 1.0,
+    top_k: Annotated[int, Parameter(help="Sample among this many likeliest tokens; 0 is all.")] = 0,
+    seed: Annotated[int, Parameter(help="Decides the draws.")] = 0,
+    raw: Annotated[
+        bool, Parameter(negative="", help="Continue the prompt as it stands, without the template.", show_default=False)
+    ] = False,
+) -> None:
+    """Answer prompts, and print the answers alone."""
+    prompts = [*(prompt or []), *(_lines(file) if file else [])]
+    if not prompts:
+        raise TunesmithError("no prompt", 'give --prompt "..." or --file prompts.txt')
+    settings = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "raw": raw}
+    for answer in tunesmith.generate(model, prompts, adapter=adapter, system=system, **settings):
+        _say(answer)
+
+
+@verb
+def report(run: RunFolder, /) -> None:
+    """Draw report.html of a run folder again."""
+    _say(f"Written to {tunesmith.report(run)}")
+
+
+@verb
+def merge(
+    run: RunFolder,
+    out: Annotated[str, Parameter(help="The folder to write.")],
+    /,
+    *,
+    onto: Annotated[str, Parameter(help="auto; nf4, the 4-bit base it was trained over; or dense, the original weights.")] = "auto",
+) -> None:
+    """Fold the adapter into the weights: a Hugging Face folder for other tools."""
+    _say(f"Written to {tunesmith.merge(run, out, onto=onto)}")
+
+
+@verb
+def explain(
+    key: Annotated[str, Parameter(help="Such as lora.rank, a section, or another tool's name; none lists all.")] = "", /
+) -> None:
+    """Say what a setting does, and what too high and too low look like."""
+    _say(tunesmith.explain(key))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code. Only a bug of ours shows a traceback."""
+    try:
+        return app(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0
+    except CycloptsError as fault:
+        return _told(str(fault).strip(), f"`{' '.join(['tunesmith', *(fault.command_chain or ())])} --help` says what there is", 2)
+    except TunesmithError as fault:
+        return _told(fault.what, fault.fix, fault.exit_code)
+    except KeyboardInterrupt:
+        return _told("stopped", "", 130)
+    except BrokenPipeError:  # `tunesmith explain | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:  # noqa: BLE001 - the one place where a bug is met; it keeps its traceback
+        traceback.print_exc()
+        return _told("this is a bug in Tunesmith, not in your files", "please report it with the lines above", 70)
+
+
+def _told(what: str, fix: str, code: int) -> int:
+    from rich.text import Text
+
+    console = _console(stderr=True)
+    for label, style, text in (("error: ", "bold red", what), ("fix: ", "bold green", fix)):
+        for line in text.splitlines():
+            console.print(Text.assemble((label, style), line), soft_wrap=True)
+    return code
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def _say(text: str) -> None:
+    """Text as it is: nothing in it is markup, no line is wrapped."""
+    _console().print(text, markup=False, soft_wrap=True)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return [line for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as fault:
+        raise TunesmithError(f"{file}: cannot be read: {fault}", "name a UTF-8 text file with one prompt a line") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""The command line: light to start, every verb handed to its function, faults without traceback, no markup from anybody's data."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import tunesmith
+from tunesmith import api, cli
+from tunesmith.errors import DoesNotFit, Interrupted, TrainingFailed
+
+HEAVY = {"torch", "transformers", "pyarrow", "tokenizers", "numpy", "pydantic", "safetensors", "huggingface_hub", "jinja2", "yaml"}
+
+
+def modules_after(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    ("code", "most"),
+    [
+        ("import tunesmith", 40),
+        ("from tunesmith.cli import main\nmain(['--help'])", 260),
+        ("from tunesmith.cli import main\nmain(['nope'])", 260),
+    ],
+)
+def test_starting_is_light(code, most):
+    """Modules, not seconds: 0.1 s is about 150 of them here, and torch alone is 1,500."""
+    before, after = modules_after("pass"), modules_after(code)
+    assert not {m.split(".")[0] for m in after} & HEAVY
+    assert len(after - before) < most, sorted(after - before)
+
+
+def test_the_package_is_the_verbs():
+    assert tunesmith.__all__ == api.__all__ and sorted(tunesmith.__all__) == tunesmith.__all__
+    for name in tunesmith.__all__:
+        assert getattr(tunesmith, name) is getattr(api, name) and getattr(api, name).__doc__, name
+    with pytest.raises(AttributeError, match="nope"):
+        tunesmith.nope  # noqa: B018
+    assert tunesmith.__version__[0].isdigit()
+
+
+def test_a_room_with_a_verbs_name_does_not_take_its_place():
+    import tunesmith.plan
+
+    assert tunesmith.plan is api.plan
+    assert sys.modules["tunesmith.plan"].__name__ == "tunesmith.plan"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Each verb's function replaced by one that remembers; `answers` says what it returns, or raises."""
+    made = SimpleNamespace(
+        list=[],
+        answers={
+            "init": "model: embedded\n",
+            "check": SimpleNamespace(print=lambda console: console.print("checked"), exit_code=1),
+            "plan": SimpleNamespace(print=lambda console: console.print("planned"), fits=True),
+            "train": SimpleNamespace(path=Path("runs/a")),
+            "generate": ["[bold]one[/bold]", "[/] two"],
+            "merge": Path("out"),
+            "report": Path("runs/a/report.html"),
+            "explain": "[b]text[/b]",
+            "chat": None,
+        },
+    )
+
+    def remember(name):
+        def call(*args, **kwargs):
+            kwargs.pop("console", None)
+            made.list.append((name, args, kwargs))
+            if isinstance(made.answers[name], BaseException):
+                raise made.answers[name]
+            return made.answers[name]
+
+        return call
+
+    for name in made.answers:
+        monkeypatch.setattr(api, name, remember(name))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("line", "call", "code"),
+    [
+        (
+            "check run.yaml train.epochs=1 --show 3 --model m",
+            ("check", ("run.yaml", "train.epochs=1"), {"show": 3, "model": "m"}),
+            1,
+        ),
+        ("plan run.yaml lora.rank=8 --gpu 4090", ("plan", ("run.yaml", "lora.rank=8"), {"gpu": "4090"}), 0),
+        ("train run.yaml a.b=-1 c.d=[x] --resume", ("train", ("run.yaml", "a.b=-1", "c.d=[x]"), {"resume": True}), 0),
+        ("merge runs/a out --onto dense", ("merge", ("runs/a", "out"), {"onto": "dense"}), 0),
+        ("report runs/a", ("report", ("runs/a",), {}), 0),
+        ("explain", ("explain", ("",), {}), 0),
+        ("explain lora.rank", ("explain", ("lora.rank",), {}), 0),
+        (
+            "chat runs/a --system Be --temperature 0",
+            ("chat", ("runs/a",), {"adapter": None, "system": "Be", "max_tokens": 512, "temperature": 0.0}),
+            0,
+        ),
+    ],
+)
+def test_verbs_pass_on_what_was_said(calls, line, call, code):
+    assert cli.main(line.split()) == code
+    assert calls.list == [call]
+
+
+def test_generate_takes_prompts_from_both_and_prints_answers_as_they_are(calls, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("third\n\nfourth\n")
+    assert cli.main(["generate", "m", "--prompt", "first", "--prompt", "second", "--file", str(tmp_path / "p.txt"), "--raw"]) == 0
+    ((_, args, kwargs),) = calls.list
+    assert args == ("m", ["first", "second", "third", "fourth"]) and kwargs["raw"] is True and kwargs["max_tokens"] == 256
+    assert capsys.readouterr().out == "[bold]one[/bold]\n[/] two\n"
+
+
+def test_init_writes_the_file_once(calls, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", "chats.jsonl", "--model", "a/b"]) == 0
+    assert Path("run.yaml").read_text() == "model: embedded\n" and "tunesmith check run.yaml" in capsys.readouterr().out
+    assert calls.list == [("init", ("chats.jsonl",), {"model": "a/b", "from_": None})]
+    assert cli.main(["init", "chats.jsonl"]) == 2 and "already there" in capsys.readouterr().err
+    assert cli.main(["init", "--from", "ax.yml", "--output", "b.yaml"]) == 0 and calls.list[-1][2]["from_"] == "ax.yml"
+    assert cli.main(["init"]) == 2 and cli.main(["init", "x", "--output", "no/such/run.yaml"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("trian run.yaml", 'Did you mean "train"?'),
+        ("plan run.yaml --gup 4090", "Did you mean --gpu?"),
+        ("train", "CONFIG"),
+        ("merge runs/a", "OUT"),
+        ("check run.yaml --show many", "many"),
+        ("generate m", 'give --prompt "..."'),
+        ("generate m --file nope.txt", "nope.txt: cannot be read"),
+    ],
+)
+def test_wrong_lines_say_what_was_meant_and_exit_2(line, told, capsys):
+    assert cli.main(line.split()) == 2
+    err = capsys.readouterr().err
+    assert told in err and err.startswith("error: ") and "\nfix: " in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (DoesNotFit("[red]needs[/red] 30 GB\nand disk", "lower [x]"), 2),
+        (TrainingFailed("nan", "lower it"), 1),
+        (Interrupted("saved", "--resume"), 130),
+    ],
+)
+def test_faults_are_said_as_error_and_fix_line_by_line(calls, capsys, fault, code):
+    calls.answers["train"] = fault
+    assert cli.main(["train", "run.yaml"]) == code
+    err = capsys.readouterr().err
+    assert err == "".join(f"error: {line}\n" for line in fault.what.splitlines()) + f"fix: {fault.fix}\n"
+
+
+def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(calls, capsys):
+    calls.answers["train"] = KeyboardInterrupt()
+    assert cli.main(["train", "run.yaml"]) == 130 and "Traceback" not in capsys.readouterr().err
+    calls.answers["train"] = ZeroDivisionError("ours")
+    assert cli.main(["train", "run.yaml"]) == 70
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "ZeroDivisionError: ours" in err and "please report it" in err
+
+
+def test_a_wrong_run_file_from_the_shell(tmp_path):
+    """The real program, through its real functions."""
+    (tmp_path / "run.yaml").write_text("model: embedded\ndata: a.jsonl\nmethod: lora\noutput: runs/a\nlora: {rankk: 8}\n")
+    done = subprocess.run([sys.executable, "-m", "tunesmith.cli", "plan", "run.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: run.yaml:5: lora.rankk: unknown key; did you mean 'rank'?\nfix: "
+    )
+    done = subprocess.run([sys.executable, "-m", "tunesmith.cli", "explain", "lora.rank"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Axolotl   lora_r" in done.stdout
+
+
+def test_help_lists_every_verb_in_one_screen(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f" {name} " in out for name in set(tunesmith.__all__) - {"stream"})
+    assert len(out.splitlines()) <= 40
