@@ -67,7 +67,7 @@ eval: {every_steps: soon}
 num_epochs: 3
 """
     assert faults(run_yaml(text)) == [
-        "run.yaml:1: model: missing; write a checkpoint folder, a hub id such as mistralai/Mistral-7B-v0.3, or embedded",
+        "run.yaml:1: model: missing; write a checkpoint folder, a hub id such as mistralai/Mistral-7B-Instruct-v0.3, or embedded",
         "run.yaml:1: output: missing; write a folder for the run, such as runs/first",
         "run.yaml:1: modle: unknown key; did you mean 'model'?",
         "run.yaml:5: data.train.1: expected a path, or a mapping with path and weight, got 3; put it in quotes",

@@ -1,5 +1,6 @@
 """A starter loads as it is, says what was seen, and says why where nothing could be."""
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -21,7 +22,7 @@ class Refused:
 
 
 def detect(value):
-    return "messages" if isinstance(value, dict) and "messages" in value else None
+    return "text" if isinstance(value, str) else "messages" if "messages" in value else None
 
 
 def loaded(text, tmp_path):
@@ -39,13 +40,22 @@ def test_what_was_seen_is_written(tmp_path):
     assert (config.method, config.data.max_length, str(config.output)) == ("qlora", 4096, "runs/chats")
 
 
+def test_its_commented_keys_are_keys_too(tmp_path):
+    text = starter(look("chats.jsonl", lambda _: [Row({"messages": []})], detect))
+    plain = loaded(text, tmp_path)
+    switched_on = re.sub(r"^( *)# (lora|  rank|train_on|max_length|batch_size|learning_rate):", r"\1\2:", text, flags=re.M)
+    config = loaded(switched_on, tmp_path)
+    assert config == plain and config.lora.model_fields_set == {"rank"} and config.train.batch_size == 8
+
+
 def test_a_look_is_a_look_and_not_a_reading(tmp_path):
     def endless(_):
         while True:
             yield Row("text")
 
     text = starter(look("big.txt", endless, detect))
-    assert "the first 2,000 rows" in text and loaded(text, tmp_path).method == "lora"
+    assert "the first 2,000 rows, format text" in text and loaded(text, tmp_path).method == "lora"
+    assert "max_length" not in text
 
 
 @pytest.mark.parametrize("path", ["a b: #c.jsonl", "é\u2028.jsonl", "- x", "x" * 300 + " y" * 60])

@@ -24,7 +24,7 @@ MAX_BYTES = 1 << 20
 LAST = 1 << 30  # overrides are told after all lines of the file
 FOUR_KEYS = "write model, data, method and output; `tunesmith init DATA` writes such a file for you"
 REQUIRED = {
-    "model": "write a checkpoint folder, a hub id such as mistralai/Mistral-7B-v0.3, or embedded",
+    "model": "write a checkpoint folder, a hub id such as mistralai/Mistral-7B-Instruct-v0.3, or embedded",
     "data": "write the file or folder with your rows, such as chats.jsonl",
     "data.train": "write the file or folder with your rows, such as chats.jsonl",
     "method": "write qlora, lora or full",
@@ -49,8 +49,8 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any] | RunConfig, *overri
     return _Check(name, read(text, name), overrides).config()
 
 
-def dump(config: RunConfig) -> str:
-    """The config as YAML with every default written out, such that `load` gives the same run from any directory.
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """Every key with its value, such that `load` gives the same run from any directory: what a run folder keeps.
 
     Paths that exist are made absolute; defaults that have no effect (the lora section of method: full) are left out.
     """
@@ -62,7 +62,12 @@ def dump(config: RunConfig) -> str:
     tree["output"] = os.path.abspath(tree["output"])
     for c in contradictions(_validated(tree)):
         _drop(tree, _loc(c.key))
-    return write(tree)
+    return tree
+
+
+def dump(config: RunConfig) -> str:
+    """`resolved` as YAML."""
+    return write(resolved(config))
 
 
 def _absolute(value: Any) -> Any:

@@ -21,7 +21,7 @@ HEAD = """\
 A run file is YAML. Four keys suffice:
 
 ```yaml
-model: mistralai/Mistral-7B-v0.3
+model: mistralai/Mistral-7B-Instruct-v0.3
 data: chats.jsonl
 method: qlora
 output: runs/first

@@ -6,6 +6,7 @@ The config room is below the data room, so the look takes the reader and the for
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ class Look:
     formats: Counter[str] = field(default_factory=Counter)
     refused: list[str] = field(default_factory=list)  # the first few, with their line
     unknown: int = 0  # rows of no known format
-    characters: list[int] = field(default_factory=list)  # of each row's texts
+    characters: list[int] = field(default_factory=list)  # of each row that must fit whole
     why_not: str = ""  # why nothing could be read
 
 
@@ -47,11 +48,13 @@ def look(path: str | os.PathLike[str], rows: Callable[[str], Iterable[Any]], det
                 seen.refused.append(f"{row.origin}: {row.reason}")
                 continue
             seen.rows += 1
-            seen.characters.append(_characters(row.value))
-            if kind := detect(row.value):
-                seen.formats[kind] += 1
-            else:
+            kind = detect(row.value)
+            if kind is None:
                 seen.unknown += 1
+                continue
+            seen.formats[kind] += 1
+            if kind != "text":  # raw text is cut into windows of any length
+                seen.characters.append(_characters(row.value))
     except TunesmithError as fault:
         seen.why_not = one_line(fault.what)
     return seen
@@ -72,26 +75,22 @@ def starter(
     where the text will be written (its first line leads an editor to the schema when that is near)."""
     if not isinstance(seen, Look):
         seen = Look(os.fspath(seen), why_not="nobody looked at it")
+    about_model = "the small model in the package; a real one: mistralai/Mistral-7B-Instruct-v0.3"
     lines = [*_schema_line(file), f"# What to train, on what, how, and where to. Next: tunesmith check {file}", ""]
-    lines += [_line("model", model, _about_model(model)), "", *_about_data(seen)]
-    longest = max(seen.characters, default=0) / CHARACTERS_A_TOKEN
-    length = next((n for n in (512, 1024, 2048, 4096, 8192, 16384, 32768) if n >= longest), 32768)
-    lines += [
-        "data:",
-        *_indent(_line("train", seen.path)),
-        *_indent(_line("held_out", 0.05, "share of rows never trained on, to see whether it helps")),
-    ]
-    if length != 2048 and seen.characters:
-        about = f"the longest row seen has about {int(longest):,} tokens"
-        lines += (
-            _indent(_line("max_length", max(length, 512), about)) if length > 2048 else _indent(f"# max_length: 2048  # {about}")
-        )
+    lines += [_line("model", model, about_model if model == "embedded" else "a folder or a hub id"), ""]
+    lines += [*_about_data(seen), "data:", _line("  train", seen.path)]
+    lines += [_line("  held_out", 0.05, "share of rows never trained on: they show whether it helped")]
+    if seen.characters:
+        longest = max(seen.characters) / CHARACTERS_A_TOKEN
+        length = next((n for n in (2048, 4096, 8192, 16384) if n >= longest), 32768)
+        about = f"tokens; the longest row seen has about {int(longest):,}"
+        lines += [_line("  # max_length" if length == 2048 else "  max_length", length, about)]
     if seen.formats["messages"] + seen.formats["sharegpt"]:
-        lines += _indent("# train_on: all          # all: every answer of a chat is learned; last: only the last")
+        lines += [_line("  # train_on", "all", "every answer of a chat is learned; last: only its last")]
     method = "lora" if model == "embedded" else "qlora"
     lines += ["", _line("method", method, "qlora: least memory; lora: faster where it fits; full: every weight")]
     lines += [_line("output", output, "the run folder: adapter, metrics, report.html"), ""]
-    return "\n".join([*lines, *_train(seen), ""])
+    return "\n".join([*lines, *_about_training(seen), ""])
 
 
 def _schema_line(file: str) -> list[str]:
@@ -102,20 +101,10 @@ def _schema_line(file: str) -> list[str]:
 
 
 def _line(key: str, value: Any, comment: str = "") -> str:
-    text = write({key: value}).strip()
-    return f"{text:<24}  # {comment}" if comment else text
-
-
-def _indent(line: str) -> list[str]:
-    return ["  " + line]
-
-
-def _about_model(model: str) -> str:
-    return (
-        "the small model inside the package; a real one: mistralai/Mistral-7B-v0.3"
-        if model == "embedded"
-        else "a folder or a hub id"
-    )
+    """One key and, in a column of its own, what to know of it. A key that starts with # is a default worth knowing."""
+    lead, name = re.fullmatch(r"([ #]*)(\w+)", key).groups()
+    text = lead + write({name: value}).strip()
+    return f"{text:<26}  # {comment}" if comment else text
 
 
 def _about_data(seen: Look) -> list[str]:
@@ -137,20 +126,20 @@ def _comment(text: str) -> str:
     return text if text.isprintable() else show(text, 200)
 
 
-def _train(seen: Look) -> list[str]:
+def _about_training(seen: Look) -> list[str]:
     epochs, why = 3, "passes over the rows"
     if not seen.more and 0 < seen.rows < 200:
-        why = f"{seen.rows} rows are few: watch the held-out loss, and write more rows if it turns up early"
+        why += f"; {seen.rows} rows are few: if the held-out loss turns up early, write more"
     elif seen.more:
         epochs, why = 2, "with many rows one or two passes do; see whether the held-out loss still falls"
     return [
         "train:",
-        *_indent(_line("epochs", epochs, why)),
-        *_indent("# learning_rate: 2e-4    # auto by default; the first thing to change: lower if the loss jumps"),
-        *_indent("# batch_size: 8          # examples a step; memory is planned for you and never changes the result"),
+        _line("  epochs", epochs, why),
+        _line("  # batch_size", 8, "examples a step; memory is planned for you and never changes the result"),
+        _line("  # learning_rate", "auto", "the first thing to change: lower where the loss jumps, such as 1e-4"),
         "",
-        "# lora:                    # how much the adapter can hold",
-        "#   rank: 16",
+        "# lora:",
+        _line("#   rank", 16, "how much the adapter can hold"),
         "",
         "# Every other key, with its default: tunesmith explain",
     ]
