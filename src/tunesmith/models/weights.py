@@ -56,15 +56,19 @@ class Stored:
     start: int  # byte in the file
     end: int
 
-    def read(self, file: BinaryIO) -> Tensor:
-        """The tensor on the CPU, in its stored dtype; its bytes are read once, into it."""
-        tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype])
-        if self.end > self.start:
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.start
+
+    def read(self, file: BinaryIO, scratch: Tensor | None = None) -> Tensor:
+        """The tensor on the CPU, in its stored dtype, its bytes read once into it or into `scratch` (uint8), of which it is a view."""
+        raw = torch.empty(self.size, dtype=torch.uint8) if scratch is None else scratch[: self.size]
+        if self.size:
             file.seek(self.start)
-            view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-            if file.readinto(view) != self.end - self.start:
+            if file.readinto(memoryview(raw.numpy())) != self.size:
                 raise ModelError(f"{self.file}: ended while it was being read", "download the checkpoint again")
-        return tensor
+        return raw.view(DTYPES[self.dtype]).view(self.shape)
 
 
 # ------------------------------------------------------------------ headers
@@ -215,7 +219,9 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torc
     if faults:
         raise ModelError(_listed(folder, faults), "download the checkpoint again, or use the config.json of these weights")
     model = Decoder(spec, linear=partial(_place, linear, dtype=dtype), config=config, dtype=dtype, device="meta")
-    total, done = sum(stored[name].end - stored[name].start for name in set(source.values())), 0
+    total, done = sum(stored[name].size for name in set(source.values())), 0
+    device, scratch = torch.device(device), torch.empty(0, dtype=torch.uint8)  # one buffer for all that is cast or moved: freeing
+    largest = max(stored[name].size for name in source.values())  # many of different sizes leaves holes in the heap
     modules = dict(model.named_modules())
     with _Files() as files:
         in_file_order = sorted((stored[there].file, stored[there].start, name) for name, there in source.items())
@@ -227,12 +233,15 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torc
                 group = {n.removeprefix(f"{path}."): s for n, s in stored.items() if n.startswith(f"{path}.weight")}
                 _take_quantised(module, {n: s.read(files(s.file)).to(device) for n, s in group.items()}, dtype)
             else:
-                tensor = at.read(files(at.file)).to(device=device, dtype=dtype)
+                copied = DTYPES[at.dtype] != dtype or device.type != "cpu"
+                if copied and not len(scratch):
+                    scratch = torch.empty(largest, dtype=torch.uint8)
+                tensor = at.read(files(at.file), scratch if copied else None).to(device=device, dtype=dtype)
                 if hasattr(module, "set_weight"):
                     module.set_weight(leaf, tensor)
                 else:
                     setattr(module, leaf, nn.Parameter(tensor))
-            done += at.end - at.start
+            done += at.size
             if progress:
                 progress(done, total)
         if spec.tied and {"model.embed_tokens.weight", "lm_head.weight"} <= set(stored):
