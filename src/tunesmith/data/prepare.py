@@ -25,32 +25,37 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from tunesmith.config.schema import Data, RunConfig
+from tunesmith.config.schema import Data
 from tunesmith.data import clusters, formats, sources
+from tunesmith.data.render import Rendered, RowRefused
 from tunesmith.data.sources import Chunk, Files, Refused, Row, find, parse, raise_all
 from tunesmith.data.store import ExampleStore, Packed, StoreWriter
 from tunesmith.errors import DataError
 from tunesmith.files import folder_atomic, remove_folder, sha256, sha256_file, verify, write_atomic
 from tunesmith.types import Conversation, Example
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 VERSION = 1  # raise it when the same rows would be prepared differently
-INLINE_ROWS = 2_000  # rows prepared before worker processes are worth their start
+INLINE_ROWS = 2_000  # rows prepared here before workers are thought of
+INLINE_BYTES = 8 << 20  # with `workers: auto`, size of all files from which workers are worth their start (a tokenizer each: 1-3 s)
 HELD_OUT_MOST = 500  # rows a held-out share takes at most
 MAX_WORKERS = 16
 REASONS_KEPT, EXAMPLES_KEPT = 200, 3
 
 
 class Renders(Protocol):
-    """The part of data/render.py's Renderer that is used here. A refused row comes back as the exception that tells why."""
+    """The part of data/render.py's Renderer that is used here."""
 
     @property
     def fingerprint(self) -> str: ...
 
-    def examples_many(self, conversations: Sequence[Conversation]) -> Sequence[Any]: ...
+    def examples_many(self, conversations: Sequence[Conversation]) -> Sequence[Rendered | RowRefused]: ...
 
 
 # ---- the account ---------------------------------------------------------------------------------------------------------------
@@ -58,7 +63,7 @@ class Renders(Protocol):
 
 @dataclass
 class Refusals:
-    """Rows refused for one reason (numbers in it aside): how many, the first reason in full, the first few places."""
+    """Rows refused for one reason: how many, the reason (numbers that differ are N), the first few places."""
 
     count: int
     reason: str
@@ -107,6 +112,10 @@ class Account:
     def refused(self) -> int:
         return sum(s.refused for s in self.sources)
 
+    def counts(self) -> dict[str, int]:
+        """Rows by class over all sources, for the model card; the classes sum to `rows`."""
+        return {c: sum(getattr(s, c) for s in self.sources) for c in ("used", "fixed", "truncated", "refused")}
+
     def reasons(self) -> list[Refusals]:
         """Refusals of all sources by reason, the most frequent first."""
         merged: dict[str, Refusals] = {}
@@ -114,6 +123,7 @@ class Account:
             for key, r in source.refusals.items():
                 into = merged.setdefault(key, Refusals(0, r.reason, []))
                 into.count += r.count
+                into.reason = _shared(into.reason, r.reason)
                 into.places = (into.places + r.places)[:EXAMPLES_KEPT]
         return sorted(merged.values(), key=lambda r: -r.count)
 
@@ -141,13 +151,18 @@ class Prepared:
     train: ExampleStore
     held_out: ExampleStore
     account: Account
-    weights: tuple[float, ...]  # of each training source
+    data: Data  # the settings it was prepared with
 
     def conversations(self) -> Iterator[Conversation]:
         """The held-out rows as they were said, in the order of `held_out`, for questions before and after."""
         with (self.folder / "held_out.jsonl").open(encoding="utf-8") as f:
             for line in f:
                 yield formats.from_dict(json.loads(line))
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of each training source."""
+        return tuple(s.weight for s in self.data.train)
 
     @property
     def epoch_size(self) -> int:
@@ -192,47 +207,50 @@ def cache_folder(cache_dir: Path | None = None) -> Path:
     return (cache_dir or Path(os.environ.get("TUNESMITH_CACHE") or "~/.cache/tunesmith").expanduser()) / "prepared"
 
 
-def cached_lengths(config: RunConfig, cache_dir: Path | None = None) -> np.ndarray | None:
+def cached_lengths(data: Data, model: str | Path, seed: int = 0, cache_dir: Path | None = None) -> np.ndarray | None:
     """Tokens of each training example, int64 [N], when this data has been prepared for this model before; None otherwise.
 
-    A quick look for an estimate: it does not read the sources again, so it may be older than they are.
+    A quick look for an estimate, without a tokenizer: it does not read the sources again, so it may be older than they are.
     """
     root = cache_folder(cache_dir)
     try:
-        name = json.loads((root / f"latest-{_question(config.data, config.model)}.json").read_text())["folder"]
-        return _load(root / str(name), config.data).train.lengths
+        name = json.loads((root / f"latest-{_question(data, model, seed)}.json").read_text())["folder"]
+        return _load(root / str(name), data).train.lengths
     except (OSError, ValueError, KeyError, TypeError, DataError):
         return None
 
 
 def prepare(
     data: Data,
-    renderer: Renders,
+    make_renderer: Callable[[], Renders],
     *,
     seed: int,
+    renderer: Renders | None = None,
     cache_dir: Path | None = None,
-    progress: Callable[[int, float], None] | None = None,
-    model_fingerprint: str = "",
-    make_renderer: Callable[[], Renders] | None = None,
+    progress: Console | None = None,
+    model: str | Path = "",
     strict: bool = True,
 ) -> Prepared:
     """Read, render and split the data, or take it from the cache.
 
-    progress(rows, share): rows done and the share of all bytes read, 0..1.
-    model_fingerprint: the model as the run file names it, so that `cached_lengths` finds the result.
-    make_renderer: builds the same renderer in a worker process; must be picklable. Without it everything happens in this process.
+    make_renderer: picklable (functools.partial of a module's function), as each worker process builds its own renderer with it.
+    renderer: one that `make_renderer` made already, so that it is not made again here.
+    progress: a terminal that shows a bar.
+    model: the checkpoint's folder, under which `cached_lengths` finds the result.
     strict: raise when too many rows are refused or nothing is trained (`Prepared.require`); `check` says False.
     Raises DataError with all faults of all files at once.
     """
+    renderer = renderer or make_renderer()
     found = _find_all(data)
     key = _fingerprint(data, renderer.fingerprint, seed, found)
     root = cache_folder(cache_dir)
     folder = root / key[:32]
     if not (folder.is_dir() and not verify(folder)):
-        _build(folder, data, renderer, seed, found, progress, make_renderer)
+        with _bar(found, progress) as report:
+            _build(folder, data, renderer, seed, found, report, make_renderer)
     prepared = _load(folder, data, key)
-    root.mkdir(parents=True, exist_ok=True)
-    write_atomic(root / f"latest-{_question(data, model_fingerprint)}.json", json.dumps({"folder": folder.name}), durable=False)
+    if model:
+        write_atomic(root / f"latest-{_question(data, model, seed)}.json", json.dumps({"folder": folder.name}), durable=False)
     return prepared.require(data.max_refused) if strict else prepared
 
 
@@ -253,8 +271,9 @@ def _settings(data: Data) -> dict[str, Any]:
     return data.model_dump(mode="json", exclude={"train", "max_refused", "workers"})
 
 
-def _question(data: Data, model: str) -> str:
-    return sha256(json.dumps([_settings(data), [s.path for s in data.train], model], sort_keys=True))[:32]
+def _question(data: Data, model: str | Path, seed: int) -> str:
+    """Names the newest result for these settings, whatever the files hold now."""
+    return sha256(json.dumps([_settings(data), [s.path for s in data.train], os.path.abspath(model), seed], sort_keys=True))[:32]
 
 
 def _fingerprint(data: Data, renderer: str, seed: int, found: list[Files]) -> str:
@@ -269,8 +288,7 @@ def _load(folder: Path, data: Data, fingerprint: str = "") -> Prepared:
     is_held = np.zeros(len(store), bool)
     is_held[held] = True
     account = Account.load(folder / "account.json")
-    weights = tuple(s.weight for s in data.train)
-    return Prepared(folder, fingerprint, store.subset(np.flatnonzero(~is_held)), store.subset(held), account, weights)
+    return Prepared(folder, fingerprint, store.subset(np.flatnonzero(~is_held)), store.subset(held), account, data)
 
 
 # ---- one chunk -----------------------------------------------------------------------------------------------------------------
@@ -319,10 +337,11 @@ def _process(chunk: Chunk, renderer: Renders) -> _Result:
     cuts: Counter[str] = Counter()
     fixed, overlong = 0, []
     for i, c, rendered in zip(numbers, told, renderer.examples_many(told), strict=True):
-        if isinstance(rendered, Exception):
-            refused.append((i, Refused(c.origin, str(rendered), _preview(parsed[i]))))
-            if tokens := getattr(rendered, "tokens", 0):
-                overlong.append(tokens)
+        if isinstance(rendered, RowRefused):
+            reason = "; ".join(filter(None, (rendered.what, rendered.fix)))
+            refused.append((i, Refused(c.origin, reason, _preview(parsed[i]))))
+            if rendered.tokens:
+                overlong.append(rendered.tokens)
             continue
         if not any(e.learn.any() for e in rendered.examples):
             refused.append((i, Refused(c.origin, "no token of it is trained", _preview(parsed[i]))))
@@ -330,7 +349,7 @@ def _process(chunk: Chunk, renderer: Renders) -> _Result:
         used.append(i)
         kept.append(c)
         mended = dict.fromkeys(c.fixes + rendered.notes)
-        fixes.update(mended)
+        fixes.update(list(mended))
         if rendered.truncated:
             cuts[rendered.truncated] += 1
         elif mended:
@@ -389,9 +408,11 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _workers(wanted: int | str) -> int:
+def _workers(wanted: int | str, size: int) -> int:
     if wanted != "auto":
         return max(1, int(wanted))
+    if size < INLINE_BYTES:
+        return 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(usable, MAX_WORKERS)
 
@@ -400,14 +421,14 @@ Tagged = tuple[int, Chunk]
 
 
 def _results(
-    chunks: Iterator[Tagged], renderer: Renders, make_renderer: Callable[[], Renders] | None, workers: int
+    chunks: Iterator[Tagged], renderer: Renders, make_renderer: Callable[[], Renders], workers: int
 ) -> Iterator[tuple[int, Chunk, _Result]]:
-    """Each chunk's result, in the chunks' order. The first rows are done here; workers start when there are many more."""
+    """Each chunk's result, in the chunks' order. INLINE_ROWS rows are done here, the rest by workers if there are any."""
     done = 0
     for source, chunk in chunks:
         yield source, chunk, _process(chunk, renderer)
         done += len(chunk.lines)
-        if done >= INLINE_ROWS and workers > 1 and make_renderer is not None:
+        if done >= INLINE_ROWS and workers > 1:
             break
     else:
         return
@@ -452,15 +473,15 @@ def _build(
     renderer: Renders,
     seed: int,
     found: list[Files],
-    progress: Callable[[int, float], None] | None,
-    make_renderer: Callable[[], Renders] | None,
+    report: Callable[[Chunk, int], None],
+    make_renderer: Callable[[], Renders],
 ) -> None:
     """Fill `folder`, at once or not at all. Two processes may build it at the same time: the first to finish wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(folder.parent)
     own = folder.with_name(f"{folder.name}-{token_hex(4)}")
     with folder_atomic(own) as temp:
-        _fill(temp, data, renderer, seed, found, progress, make_renderer)
+        _fill(temp, data, renderer, seed, found, report, make_renderer)
     if folder.exists():
         if not verify(folder):
             remove_folder(own)
@@ -481,19 +502,20 @@ def _clear_leftovers(root: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _fill(temp: Path, data: Data, renderer: Renders, seed: int, found: list[Files], progress, make_renderer) -> None:
+def _fill(temp: Path, data: Data, renderer: Renders, seed: int, found: list[Files], report, make_renderer) -> None:
     held_source = len(data.train) if isinstance(data.held_out, str) else -1
     account = Account([SourceAccount(f.label, n == held_source, skipped=list(f.skipped)) for n, f in enumerate(found)])
     faults: list[DataError] = []
     used_rows, used_sources, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint16)], [np.zeros(0, np.uint64)]
     writer, done = StoreWriter(temp / "store"), 0
-    report = _Progress(found, progress)
+    workers = _workers(data.workers, sum(f.size for f in found))
     refused_path, signature_path = temp / "refused.jsonl", temp / "signatures.bin"
     with refused_path.open("w", encoding="utf-8") as refused_file, signature_path.open("wb") as signature_file:
-        for number, chunk, result in _results(_tagged(found, faults), renderer, make_renderer, _workers(data.workers)):
+        for number, chunk, result in _results(_tagged(found, faults), renderer, make_renderer, workers):
             _book(account.sources[number], result, chunk.file)
-            for _, r in result.refused:
-                entry = {"file": r.origin.file, "line": r.origin.line, "reason": r.reason, "row": r.preview}
+            for i, r in result.refused:
+                place = {"row": done + i + 1, "file": r.origin.file, "line": r.origin.line}
+                entry = {**place, "reason": r.reason, "begins": r.preview}
                 refused_file.write(json.dumps(entry) + "\n")
             account.overlong += result.overlong[: 100_000 - len(account.overlong)]
             result.packed.index["row"] += done
@@ -540,8 +562,18 @@ def _book(source: SourceAccount, result: _Result, file: str) -> None:
             key = "other reasons"
         entry = source.refusals.setdefault(key, Refusals(0, r.reason if key != "other reasons" else key, []))
         entry.count += 1
+        if entry.reason != key:
+            entry.reason = _shared(entry.reason, r.reason)
         if len(entry.places) < EXAMPLES_KEPT:
             entry.places.append(str(r.origin))
+
+
+def _shared(a: str, b: str) -> str:
+    """Two reasons that differ in their numbers as one: `536 tokens, the limit is 512` and `600 tokens ...` -> `N tokens ...`."""
+    if a == b:
+        return a
+    left, right = (re.split(r"(\d[\d,.]*|\bN\b)", t) for t in (a, b))
+    return "".join(x if x == y else "N" for x, y in zip(left, right, strict=False)) if len(left) == len(right) else a
 
 
 def _choose(account: Account, data: Data, seed: int, hashes, signature_path: Path, rows, of, held_source: int) -> np.ndarray:
@@ -587,18 +619,22 @@ def _write_conversations(path: Path, found: list[Files], held: np.ndarray) -> No
             wanted -= {start - len(chunk.lines) + i for i in here}
 
 
-class _Progress:
-    """Rows done and the share of all bytes read, to a callback."""
+@contextmanager
+def _bar(found: list[Files], console: Console | None) -> Iterator[Callable[[Chunk, int], None]]:
+    """A bar on a terminal; yields what is to be called after each chunk with the rows done so far."""
+    if console is None or not console.is_terminal:
+        yield lambda chunk, rows: None
+        return
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    def __init__(self, found: list[Files], report: Callable[[int, float], None] | None):
-        self.report = report
-        self.total = max(1, sum(f.size for f in found))
-        self.file, self.before, self.here = "", 0, 0
+    sizes = {str(p): p.stat().st_size for f in found for p in f.paths}
+    read: dict[str, int] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("preparing", total=max(1, sum(sizes.values())))
 
-    def __call__(self, chunk: Chunk, rows: int) -> None:
-        if self.report is None:
-            return
-        if chunk.file != self.file:
-            self.file, self.before, self.here = chunk.file, self.before + self.here, 0
-        self.here = chunk.position
-        self.report(rows, min(1.0, (self.before + self.here) / self.total))
+        def report(chunk: Chunk, rows: int) -> None:
+            read[chunk.file] = chunk.position
+            progress.update(task, completed=sum(read.values()), description=f"preparing {rows:,} rows")
+
+        yield report

@@ -1,0 +1,292 @@
+"""The data doctor's report: what became of every row, how long the examples are, what is duplicated, and what will be trained.
+
+Everything here is read from `Prepared`; nothing is computed twice. People's text is printed as text: markup in it is not obeyed,
+and control characters are shown, not sent to the terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tunesmith.config import starter
+from tunesmith.data import formats, sources
+from tunesmith.data.prepare import Account, Prepared
+from tunesmith.errors import DataError
+from tunesmith.types import Example
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from tunesmith.data.render import Renderer
+
+LIMITS = (512, 1024, 2048, 4096, 8192)  # lengths for which the report says what they would cut
+BAR = 40
+SHOWN_HEAD, SHOWN_TAIL = 500, 150  # tokens of a longer example that are shown
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+TRAINED, UNTRAINED, SPECIAL = "bold green", "dim", "magenta"
+OPEN, CLOSE = "▸", "◂"  # around trained tokens where there is no colour
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring tokens of one example that are alike."""
+
+    text: str
+    trained: bool
+    special: bool
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One example as coloured tokens."""
+
+    title: str
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `tunesmith check` says. `fault` is why training would be refused, None when it would not."""
+
+    account: Account
+    train: int  # examples
+    lengths: np.ndarray  # tokens of every example, held-out ones too, int64 [N]
+    last: np.ndarray  # position of each example's last trained token [N]
+    max_length: int
+    overlength: str
+    held_out: str  # how the held-out rows were chosen
+    shown: tuple[Shown, ...] = ()
+    fault: DataError | None = None
+    _places: str = field(default="", repr=False)  # where the whole list of refused rows is
+
+    @property
+    def exit_code(self) -> int:
+        """0 when this data can be trained on, else the error's."""
+        return self.fault.exit_code if self.fault else 0
+
+    def print(self, console: Console) -> None:
+        """Everything, to a terminal or a file; without colour, trained tokens stand between ▸ and ◂."""
+        _classes(self, console)
+        _lengths(self, console)
+        _duplicates(self, console)
+        for shown in self.shown:
+            _tokens(shown, console)
+        _verdict(self, console)
+
+
+def check_report(prepared: Prepared, renderer: Renderer, show: int | None = None) -> CheckReport:
+    """The report on prepared data, with row `show` (counted from 1 over all sources) as tokens, or three rows spread over the data.
+
+    Raises DataError when there is no row `show`.
+    """
+    account, data = prepared.account, prepared.data
+    index = np.concatenate([prepared.train.index, prepared.held_out.index])
+    fault = None
+    try:
+        prepared.require(data.max_refused)
+    except DataError as e:
+        fault = e
+    if isinstance(data.held_out, str):
+        held = f"{account.held_out_rows:,} rows from {data.held_out}"
+    elif account.held_out_rows:
+        held = f"{account.held_out_rows:,} rows, by whole groups of near-equal rows"
+    else:
+        held = "no rows" if not data.held_out else "no rows: there are too few different ones to split"
+    return CheckReport(
+        account=account,
+        train=len(prepared.train),
+        lengths=index["length"].astype(np.int64),
+        last=index["last"].astype(np.int64),
+        max_length=data.max_length,
+        overlength=data.overlength,
+        held_out=held,
+        shown=tuple(_show(prepared, renderer, show)),
+        fault=fault,
+        _places=str(prepared.folder / "refused.jsonl"),
+    )
+
+
+def look(path: str) -> starter.Look:
+    """What the first rows of a source show, for `tunesmith init`."""
+    return starter.look(path, sources.rows, formats.detect)
+
+
+# ---- which rows, and their tokens ----------------------------------------------------------------------------------------------
+
+
+def _show(prepared: Prepared, renderer: Renderer, row: int | None) -> Iterator[Shown]:
+    train = prepared.train
+    if row is None:
+        for at in sorted({int(i) for i in np.linspace(0, len(train) - 1, min(3, len(train)))} if len(train) else ()):
+            yield Shown(f"row {int(train.index['row'][at]) + 1}, {train.origin(at)}", _runs(train[at], renderer))
+        return
+    if not 1 <= row <= prepared.account.rows:
+        raise DataError(f"there is no row {row}", f"rows are counted from 1 to {prepared.account.rows:,}")
+    for store, name in ((train, "trained"), (prepared.held_out, "held out")):
+        for at in np.flatnonzero(store.index["row"] == row - 1):
+            yield Shown(f"row {row}, {store.origin(int(at))}, {name}", _runs(store[int(at)], renderer))
+    with (prepared.folder / "refused.jsonl").open(encoding="utf-8") as f:
+        for line in f:
+            if (entry := json.loads(line))["row"] == row:
+                title = f"row {row}, {entry['file']}:{entry['line']}, refused: {entry['reason']}"
+                yield Shown(title, (Run(entry["begins"], False, False),))
+
+
+def _runs(example: Example, renderer: Renderer) -> tuple[Run, ...]:
+    """Tokens as text, neighbours of one kind joined; the middle of a long example is left out."""
+    tokenizer = renderer.tokenizer
+    stream = tokenizer.stream(skip_special=False)
+    runs: list[Run] = []
+
+    def add(text: str, trained: bool, special: bool) -> None:
+        if runs and (runs[-1].trained, runs[-1].special) == (trained, special):
+            text = runs.pop().text + text
+        if text:
+            runs.append(Run(text, trained, special))
+
+    count = len(example.ids)
+    for t, (token, learn) in enumerate(zip(example.ids.tolist(), example.learn.tolist(), strict=True)):
+        text = stream.push(token)
+        special = not tokenizer.decode([token], True) and bool(tokenizer.decode([token], False))
+        if t < SHOWN_HEAD or t >= count - SHOWN_TAIL:
+            add(text, learn, special)
+        elif t == SHOWN_HEAD:
+            add(f"\n… {count - SHOWN_HEAD - SHOWN_TAIL:,} tokens …\n", False, True)
+    add(stream.flush(), bool(example.learn[-1]) if count else False, False)
+    return tuple(runs)
+
+
+# ---- printing ------------------------------------------------------------------------------------------------------------------
+
+
+def _text(text: Any, style: str = "") -> Text:
+    """A person's text for the terminal: no markup, and control characters as their escapes."""
+    from rich.text import Text
+
+    return Text(_CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), str(text)), style)
+
+
+def _table(*columns: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    return table
+
+
+def _classes(report: CheckReport, console: Console) -> None:
+    table = _table("source", "rows", "used", "fixed", "truncated", "refused", "examples", "tokens", "trained")
+    total = [0] * 8
+    for s in report.account.sources:
+        numbers = [s.rows, s.used, s.fixed, s.truncated, s.refused, s.examples, s.tokens, s.trained]
+        total = [a + b for a, b in zip(total, numbers, strict=True)]
+        table.add_row(_text(s.path + (" (held out)" if s.held_out else "")), *(f"{n:,}" for n in numbers))
+    if len(report.account.sources) > 1:
+        table.add_row("all", *(f"{n:,}" for n in total), style="bold")
+    console.print(table)
+    for s in report.account.sources:
+        of = f" of {s.path}" if len(report.account.sources) > 1 else ""
+        if s.formats:
+            console.print(_text(f"formats{of}: " + ", ".join(f"{n:,} {name}" for name, n in s.formats.items())))
+        for title, counts in (("fixed", s.fixes), ("truncated", s.cuts), ("files", s.notes)):
+            for what, n in counts.items():
+                console.print(_text(f"{title}{of}: {n:,} {what}"))
+        for name in s.skipped:
+            console.print(_text(f"not read{of}: {name}", "yellow"))
+    if reasons := report.account.reasons():
+        refused = _table("refused because", "rows", "such as")
+        refused.columns[2].justify = "left"
+        for r in reasons[:12]:
+            refused.add_row(_text(r.reason), f"{r.count:,}", _text(", ".join(r.places)))
+        console.print(refused)
+        more = f"{len(reasons) - 12} more reasons; " if len(reasons) > 12 else ""
+        console.print(_text(f"{more}every refused row: {report._places}"))
+
+
+def _lengths(report: CheckReport, console: Console) -> None:
+    lengths = report.lengths
+    if not len(lengths):
+        return
+    middle, late, most = (int(np.quantile(lengths, q)) for q in (0.5, 0.95, 1.0))
+    console.print(_text(f"\nlengths in tokens: half up to {middle:,}, 95 % up to {late:,}, the longest {most:,}", "bold"))
+    every = np.concatenate([lengths, np.array(report.account.overlong, np.int64)])
+    edges = [0, *(2**k for k in range(4, 40) if 2**k < every.max() * 2)]
+    counts = [int(((every > a) & (every <= b)).sum()) for a, b in pairwise(edges)]
+    first, end = next(i for i, n in enumerate(counts) if n), len(counts)
+    for high, n in zip(edges[first + 1 : end + 1], counts[first:], strict=True):
+        bar = "█" * round(BAR * n / max(counts)) or ("▏" if n else "")
+        console.print(_text(f"{'up to ' + format(high, ','):>14} {n:>9,} {bar}"))
+    if report.account.overlong:
+        console.print(
+            _text(f"({len(report.account.overlong):,} of them are refused: longer than data.max_length {report.max_length:,})")
+        )
+    table = _table("data.max_length", "examples cut", "answers cut", "tokens cut")
+    known = [n for n in LIMITS if report.overlength == "refuse" or n < report.max_length]  # cut rows no longer tell their length
+    for limit in known:
+        over = every > limit
+        answers = int((report.last >= limit).sum()) + sum(n > limit for n in report.account.overlong)
+        cut = int((every[over] - limit).sum())
+        table.add_row(f"{limit:,}", f"{int(over.sum()):,}", f"{answers:,}", f"{cut:,} ({cut / every.sum():.1%})")
+    if known:
+        console.print(table)
+
+
+def _duplicates(report: CheckReport, console: Console) -> None:
+    a = report.account
+    if a.exact_duplicates or a.near_duplicates:
+        console.print(
+            _text(
+                f"duplicates: {a.exact_duplicates:,} rows repeat an earlier one word for word, {a.near_duplicates:,} more nearly do"
+            )
+        )
+    else:
+        console.print(_text("duplicates: none"))
+    console.print(_text(f"held out: {report.held_out}"))
+    if any(s.held_out for s in a.sources):
+        style = "yellow" if a.overlap_exact + a.overlap_near else ""
+        told = (
+            f"overlap: {a.overlap_exact:,} held-out rows are also training rows word for word, {a.overlap_near:,} more nearly are"
+        )
+        console.print(_text(told, style))
+
+
+def _tokens(shown: Shown, console: Console) -> None:
+    coloured = console.is_terminal and not console.no_color
+    told = _text("\n")
+    told.append_text(_text(shown.title, "bold"))
+    told.append("\n")
+    for before, run, after in zip((None, *shown.runs), shown.runs, (*shown.runs[1:], None), strict=False):
+        style = TRAINED if run.trained else SPECIAL if run.special else UNTRAINED
+        text = _text(run.text, style + (" underline" if run.special and run.trained else ""))
+        if run.trained and not coloured:
+            opened, closed = before is not None and before.trained, after is not None and after.trained
+            text = _text("" if opened else OPEN) + text + _text("" if closed else CLOSE)
+        told.append_text(text)
+    console.print(told, soft_wrap=True)
+
+
+def _verdict(report: CheckReport, console: Console) -> None:
+    if any(shown.runs for shown in report.shown):
+        coloured = console.is_terminal and not console.no_color
+        legend = (
+            "green tokens are trained, dim ones are read only" if coloured else f"tokens between {OPEN} and {CLOSE} are trained"
+        )
+        console.print(_text(f"\n({legend})"))
+    if report.fault is not None:
+        console.print(_text(f"error: {report.fault.what}", "bold red"))
+        console.print(_text(f"fix: {report.fault.fix}"))
+        return
+    trained = sum(s.trained for s in report.account.sources)
+    tokens = sum(s.tokens for s in report.account.sources)
+    share = f"{trained / max(1, tokens):.0%}"
+    console.print(_text(f"{report.train:,} examples to train on; {trained:,} of {tokens:,} tokens ({share}) are trained", "bold"))

@@ -1,0 +1,335 @@
+"""Preparation: every row in one class, the same result whatever the workers, splits by cluster, caches that are honest."""
+
+import json
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tunesmith.config.schema import Data
+from tunesmith.data import prepare as prepare_module
+from tunesmith.data.prepare import Prepared, cached_lengths, prepare
+from tunesmith.errors import DataError
+
+# A renderer in a file of its own, so that worker processes can import it: one token a byte, answers learned.
+STUB = """
+import numpy as np
+from tunesmith.data.render import Rendered, RowRefused
+from tunesmith.types import Example
+
+class Stub:
+    def __init__(self, max_length=300, overlength="refuse", learn=True):
+        self.max_length, self.overlength, self.learn = max_length, overlength, learn
+        self.fingerprint = f"stub {max_length} {overlength} {learn}"
+
+    def examples_many(self, conversations):
+        return [self.one(c) for c in conversations]
+
+    def one(self, c):
+        ids, learn, notes = [256], [False], ()
+        for m in c.messages:
+            text = m.content.encode() + b"\\n"
+            if "crash" in m.content:
+                import os; os._exit(1)
+            if "unrenderable" in m.content:
+                return RowRefused("the template has no such role", "name another template")
+            if "merge" in m.content:
+                notes = ("merged same-role turns",)
+            ids += text
+            learn += [self.learn and m.role in ("assistant", "completion", "text")] * len(text)
+        cut = ""
+        if len(ids) > self.max_length:
+            if self.overlength == "refuse":
+                return RowRefused(f"{len(ids)} tokens, and data.max_length is {self.max_length}", tokens=len(ids))
+            ids, learn, cut = ids[: self.max_length], learn[: self.max_length], "the end of the answer"
+        both = Example(np.array(ids, np.int32), np.array(learn), c.origin)
+        return Rendered((both, both) if "twice" in c.messages[0].content else (both,), notes, cut)
+"""
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "stub_for_prepare.py").write_text(STUB)
+    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
+    from stub_for_prepare import Stub
+
+    yield Stub
+    import sys
+
+    del sys.modules["stub_for_prepare"]
+
+
+def rows(n, seed=0, start=0):
+    draw = np.random.default_rng(seed)
+    return [{"question": f"{start + i}? " + " ".join(draw.choice(WORDS, 12)), "answer": f"a{start + i}"} for i in range(n)]
+
+
+WORDS = [a + b + c for a in "bdfgklm" for b in "aeiou" for c in "nrst"]
+
+
+def write(path: Path, values, tail="") -> str:
+    path.write_text("".join(json.dumps(v) + "\n" for v in values) + tail)
+    return str(path)
+
+
+def run(tmp_path, stub, train, cache="cache", strict=True, **data) -> Prepared:
+    return prepare(Data(train=train, **data), stub, seed=data.pop("seed", 0), cache_dir=tmp_path / cache, strict=strict)
+
+
+def content(p: Prepared):
+    return {
+        str(f.relative_to(p.folder)): f.read_bytes()
+        for f in sorted(p.folder.rglob("*"))
+        if f.is_file() and f.name != "manifest.json"
+    }
+
+
+def test_every_row_is_in_one_class(tmp_path, stub):
+    good = rows(20)
+    bad = [{"question": "unrenderable", "answer": "a"}, {"foo": 1}, {"question": "q", "answer": "x" * 400}]
+    fixed = [{"question": "merge this", "answer": 1}]
+    path = write(tmp_path / "a.jsonl", good + bad + fixed, '{"cut\n[1]\n')
+    p = run(tmp_path, stub, path, strict=False, held_out=0)
+    (s,) = p.account.sources
+    assert (s.rows, s.used, s.fixed, s.truncated, s.refused) == (26, 20, 1, 0, 5)
+    assert p.account.counts() == {"used": 20, "fixed": 1, "truncated": 0, "refused": 5}
+    assert s.fixes == {"number read as text": 1, "merged same-role turns": 1}
+    assert s.formats["question_answer"] == 23
+    refused = [json.loads(line) for line in (p.folder / "refused.jsonl").read_text().splitlines()]
+    assert [(r["row"], r["line"]) for r in refused] == [(21, 21), (22, 22), (23, 23), (25, 25), (26, 26)]
+    assert "no such role; name another template" in refused[0]["reason"] and "unrenderable" in refused[0]["begins"]
+    assert p.account.overlong == [404]
+    p = run(tmp_path, lambda: stub(overlength="truncate"), path, strict=False, held_out=0)
+    (s,) = p.account.sources
+    assert (s.used, s.fixed, s.truncated, s.refused, s.cuts) == (20, 1, 1, 4, {"the end of the answer": 1})
+
+
+def test_the_store_holds_what_the_renderer_gave_in_the_order_of_the_files(tmp_path, stub):
+    a, b = rows(5), [{"question": "twice", "answer": "b"}, *rows(3, 1)]
+    p = run(tmp_path, stub, [write(tmp_path / "b.jsonl", b), write(tmp_path / "a.jsonl", a)], held_out=0)
+    texts = [bytes(e.ids[1:].astype(np.uint8)).decode() for e in p.train]
+    assert texts == [f"{r['question']}\n{r['answer']}\n" for r in [b[0], *b, *a]]
+    assert [e.learn.sum() for e in p.train] == [len(r["answer"]) + 1 for r in [b[0], *b, *a]]
+    assert [(Path(e.origin.file).name, e.origin.line) for e in p.train][:6] == [("b.jsonl", 1)] * 2 + [
+        ("b.jsonl", 2),
+        ("b.jsonl", 3),
+        ("b.jsonl", 4),
+        ("a.jsonl", 1),
+    ]
+    assert p.train.index["source"].tolist() == [0] * 5 + [1] * 5
+
+
+def test_too_many_refused_rows_stop_with_reasons_counts_and_places(tmp_path, stub):
+    path = write(
+        tmp_path / "a.jsonl", rows(90) + [{"question": "x" * (400 + i), "answer": "a"} for i in range(8)] + [{"foo": 1}] * 2
+    )
+    with pytest.raises(DataError) as e:
+        run(tmp_path, stub, path)
+    assert "10 of 100 rows (10.0%) were refused; data.max_refused is 0.01" in e.value.what
+    assert f"8 rows: N tokens, and data.max_length is 300 ({path}:91, {path}:92, {path}:93)" in e.value.what
+    assert "2 rows: no known format has these keys: foo" in e.value.what
+    assert "data.max_refused: 0.1" in e.value.fix and "refused.jsonl" in e.value.fix
+    assert len(run(tmp_path, stub, path, max_refused=0.1).train) == 90 - 4  # 5 % of 90 are held out
+
+
+def test_nothing_to_train_is_an_error(tmp_path, stub):
+    path = write(tmp_path / "a.jsonl", rows(3))
+    with pytest.raises(DataError, match="no token of it is trained"):
+        run(tmp_path, lambda: stub(learn=False), path)
+    p = run(tmp_path, stub, path, held_out=0)
+    assert p.require(0.0) is p
+
+
+def test_all_faults_of_all_sources_at_once(tmp_path, stub):
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    (tmp_path / "latin.csv").write_bytes("text\ncafé\n".encode("latin1"))
+    good = write(tmp_path / "good.jsonl", rows(3))
+    with pytest.raises(DataError) as e:
+        run(tmp_path, stub, [str(tmp_path / "empty.jsonl"), good, str(tmp_path / "latin.csv")])
+    assert len(e.value.what.splitlines()) == 2 and "empty" in e.value.what and "latin1" in e.value.fix
+    with pytest.raises(DataError) as e:
+        run(tmp_path, stub, ["nowhere.jsonl", "nothing.csv"])
+    assert len(e.value.what.splitlines()) == 2
+    assert not [f for f in (tmp_path / "cache" / "prepared").iterdir() if f.is_dir()]  # nothing half made stays
+
+
+def test_workers_change_nothing(tmp_path, stub, monkeypatch):
+    monkeypatch.setattr(prepare_module, "INLINE_ROWS", 100)
+    monkeypatch.setattr(prepare_module.sources, "CHUNK_ROWS", 40)
+    bad = [{"foo": 1}, {"question": "merge", "answer": "x"}, {"question": "twice", "answer": "z"}]
+    train = [write(tmp_path / "a.jsonl", rows(150) + bad), write(tmp_path / "b.jsonl", rows(150, 1, 500) + bad, "junk\n")]
+    one = run(tmp_path, stub, train, "one", workers=1, max_refused=0.5)
+    started = []
+    real = multiprocessing.get_context("spawn").Process.start
+    monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", lambda self: started.append(1) or real(self))
+    two = run(tmp_path, stub, train, "two", workers=2, max_refused=0.5)
+    assert len(started) == 2
+    assert one.fingerprint == two.fingerprint and content(one) == content(two)
+
+
+def test_a_worker_that_dies_is_an_error_with_a_fix(tmp_path, stub, monkeypatch):
+    monkeypatch.setattr(prepare_module, "INLINE_ROWS", 10)
+    monkeypatch.setattr(prepare_module.sources, "CHUNK_ROWS", 10)
+    path = write(tmp_path / "a.jsonl", [*rows(30), {"question": "crash", "answer": "a"}])
+    with pytest.raises(DataError, match="has died") as e:
+        run(tmp_path, stub, path, workers=2)
+    assert "data.workers: 1" in e.value.fix
+
+
+def test_the_held_out_share_never_shares_a_cluster_with_training(tmp_path, stub):
+    base = rows(60)
+    path = write(tmp_path / "a.jsonl", [r for r in base for _ in range(3)])
+    seen = set()
+    for seed in range(3):
+        p = prepare(Data(train=path, held_out=0.1), stub, seed=seed, cache_dir=tmp_path / "c")
+        train, held = ({bytes(e.ids) for e in s} for s in (p.train, p.held_out))
+        assert not train & held
+        assert (len(p.train), len(p.held_out), p.account.held_out_rows) == (162, 18, 18)
+        assert (p.account.exact_duplicates, p.account.near_duplicates) == (120, 0)
+        said = [c.messages[0].content + "\n" + c.messages[1].content + "\n" for c in p.conversations()]
+        assert said == [bytes(e.ids[1:].astype(np.uint8)).decode() for e in p.held_out]
+        seen.add(tuple(sorted(held)))
+    assert len(seen) == 3
+
+
+def test_held_out_is_at_most_500_rows_at_least_one_and_none_for_zero(tmp_path, stub, monkeypatch):
+    monkeypatch.setattr(prepare_module, "HELD_OUT_MOST", 7)
+    path = write(tmp_path / "a.jsonl", rows(40))
+    assert len(run(tmp_path, stub, path, held_out=0.5).held_out) == 7
+    assert len(run(tmp_path, stub, path, held_out=0.001).held_out) == 1
+    assert len(run(tmp_path, stub, path, held_out=0).held_out) == 0
+    one = write(tmp_path / "one.jsonl", rows(1))
+    assert (len(run(tmp_path, stub, one).train), len(run(tmp_path, stub, one).held_out)) == (1, 0)
+
+
+def test_a_held_out_file_reports_its_overlap(tmp_path, stub):
+    train, own = rows(50), rows(10, 7, 900)
+    near = dict(train[3], question=train[3]["question"] + " indeed")
+    held = write(tmp_path / "held.jsonl", [*own, train[0], train[1], near, own[0]])
+    p = run(tmp_path, stub, write(tmp_path / "a.jsonl", train), held_out=held)
+    assert (len(p.train), len(p.held_out)) == (50, 14)
+    assert (p.account.overlap_exact, p.account.overlap_near, p.account.exact_duplicates) == (2, 1, 0)
+    assert [s.held_out for s in p.account.sources] == [False, True]
+    assert len(list(p.conversations())) == 14
+
+
+def test_epochs_follow_the_weights_and_the_seed(tmp_path, stub):
+    train = [
+        {"path": write(tmp_path / "a.jsonl", rows(20)), "weight": 0.5},
+        {"path": write(tmp_path / "b.jsonl", rows(10, 1)), "weight": 2},
+        {"path": write(tmp_path / "c.jsonl", rows(4, 2)), "weight": 1},
+    ]
+    p = run(tmp_path, stub, train, held_out=0)
+    epochs = [p.epoch(0, n) for n in range(3)]
+    for order in epochs:
+        counts = np.bincount(order, minlength=34)
+        assert counts[:20].sum() == 10 and counts[:20].max() == 1
+        assert (counts[20:30] == 2).all() and (counts[30:] == 1).all()
+        assert len(order) == p.epoch_size == 34
+    assert epochs[0].tolist() == p.epoch(0, 0).tolist() != epochs[1].tolist() != p.epoch(1, 1).tolist()
+    assert set(epochs[0][epochs[0] < 20]) != set(epochs[1][epochs[1] < 20])
+
+
+def test_the_cache_is_found_by_content(tmp_path, stub, monkeypatch):
+    path = write(tmp_path / "a.jsonl", rows(30))
+    made = []
+    real = prepare_module._fill
+    monkeypatch.setattr(prepare_module, "_fill", lambda *a: made.append(1) or real(*a))
+
+    def count(stub=stub, seed=0, **data):
+        before = len(made)
+        prepare(Data(**{"train": path} | data), stub, seed=seed, cache_dir=tmp_path / "c")
+        return len(made) - before
+
+    assert count() == 1
+    # nothing that matters changed
+    os.utime(path, (1, 1))
+    assert count() == 0
+    assert count(workers=1, max_refused=0.5, train=[{"path": path, "weight": 3}]) == 0
+    # one byte changed, size and time kept
+    stat, raw = os.stat(path), Path(path).read_bytes()
+    Path(path).write_bytes(raw.replace(b"a7", b"a8", 1))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert count() == 1
+    Path(path).write_bytes(raw)
+    assert count() == 0
+    # what does matter
+    assert count(seed=1) == 1
+    assert count(held_out=0.2) == 1
+    assert count(lambda: stub(max_length=299)) == 1
+    assert count(train=[path, path]) == 1
+    assert count(held_out=0) == 1
+    assert count(held_out=0, seed=5) == 0  # nothing is drawn
+    monkeypatch.setattr(prepare_module, "VERSION", 10**6)
+    assert count() == 1
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "missing", "manifest", "empty"])
+def test_a_damaged_cache_is_made_again(tmp_path, stub, harm):
+    path = write(tmp_path / "a.jsonl", rows(30))
+    p = run(tmp_path, stub, path)
+    before = content(p)
+    target = p.folder / ("manifest.json" if harm == "manifest" else "store/ids.bin")
+    raw = target.read_bytes()
+    if harm == "flip":
+        target.write_bytes(raw[:50] + bytes([raw[50] ^ 1]) + raw[51:])
+    elif harm == "missing":
+        target.unlink()
+    elif harm == "empty":
+        shutil.rmtree(p.folder)
+        p.folder.mkdir()
+    else:
+        target.write_bytes(raw[: len(raw) // 2])
+    assert content(run(tmp_path, stub, path)) == before
+
+
+def test_a_crash_leaves_nothing_that_is_trusted(tmp_path, stub, monkeypatch):
+    path = write(tmp_path / "a.jsonl", rows(30))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_module, "_choose", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, stub, path)
+    monkeypatch.undo()
+    assert not [f for f in (tmp_path / "cache" / "prepared").iterdir() if f.is_dir() and not f.name.startswith(".")]
+
+
+def test_lengths_are_read_without_a_tokenizer(tmp_path, stub):
+    path = write(tmp_path / "a.jsonl", rows(30))
+    data = Data(train=path)
+    assert cached_lengths(data, "models/m", 0, tmp_path / "c") is None
+    p = prepare(data, stub, seed=0, cache_dir=tmp_path / "c", model="models/m")
+    assert cached_lengths(data, "models/m", 0, tmp_path / "c").tolist() == p.train.lengths.tolist()
+    assert cached_lengths(data, "models/other", 0, tmp_path / "c") is None
+    assert cached_lengths(Data(train=path, max_length=99), "models/m", 0, tmp_path / "c") is None
+    shutil.rmtree(p.folder)
+    assert cached_lengths(data, "models/m", 0, tmp_path / "c") is None
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path, stub, monkeypatch):
+    """What stays in memory is the split's arrays, some hundred bytes a row at the peak; tokens and signatures are on disk."""
+    import tracemalloc
+
+    monkeypatch.setattr(prepare_module.sources, "CHUNK_ROWS", 32)
+    sizes = {}
+    for n in (500, 2_500):
+        path = write(tmp_path / f"{n}.jsonl", rows(n))
+        tracemalloc.start()
+        run(tmp_path, stub, path, workers=1)
+        sizes[n] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert (sizes[2_500] - sizes[500]) / 2_000 < 500
+
+
+def test_no_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, tunesmith.data.prepare, tunesmith.data.report; print([m for m in ['torch'] if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
