@@ -11,8 +11,10 @@ import hashlib
 import json
 import re
 import struct
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,9 @@ MARKER = re.compile(r"[<\[{]\S.*[>\]}]|<\S*|\S*>", re.DOTALL)
 SPECIAL_PIECE = re.compile(r"\[/?[A-Z][A-Z_0-9]*\]|<\|.*\|>|<(start|end)_of_turn>")
 """Sentencepiece user-defined pieces that are control tokens in all but type."""
 QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_WORDS = QWEN_WORDS.replace(r"\p{N}|", r"\p{N}{1,3}|")
+WORD_PATTERNS = (GPT2_WORDS, QWEN_WORDS, LLAMA3_WORDS)
 WHERE = ("tokenizer.json", "tokenizer.model", "vocab.json + merges.txt")
 
 
@@ -128,6 +133,7 @@ class Tokenizer:
             self._prefix = [self.bos_id] if wish else [i for i in self._prefix if i != self.bos_id]
         for name in ("fingerprint", "marker_pattern", "markup_pattern"):
             self.__dict__.pop(name, None)
+        self._words = None if words else _Words.of(self)
 
     def _view(self, kind: str, words: list[AddedToken]) -> Backend:
         """The same model without markup tokens. `lead` begins a text, `rest` follows a special token, `bare` continues a word:
@@ -196,6 +202,16 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], where: str = "lead") -> list[list[int]]:
         """Ids of each text, no special token recognised. `where`: `lead` as a text of its own, `rest` right after a special token,
         `bare` as the continuation of what stands before it (no space is put in front)."""
+        if self._words is None:
+            return self._encode_batch(texts, where)
+        rows = [self._words.encode(text, where) for text in texts]
+        if left := [k for k, ids in enumerate(rows) if ids is None]:
+            for k, ids in zip(left, self._encode_batch([texts[k] for k in left], where), strict=True):
+                rows[k] = ids
+        return rows
+
+    def _encode_batch(self, texts: Sequence[str], where: str) -> list[list[int]]:
+        """`encode_batch` without the memory of words."""
         view = {"lead": self._lead, "rest": self._rest, "bare": self._bare}[where]
         rows = [encoding.ids for encoding in view.encode_batch_fast(texts, add_special_tokens=False)]
         for k, ids in enumerate(rows):
@@ -241,9 +257,9 @@ class Tokenizer:
     # ---- changing and saving
 
     def add_tokens(self, tokens: Sequence[str], special: bool = False) -> list[int]:
-        """Add tokens that are new to the vocabulary; returns the id of each of `tokens`, new or known. The model's embedding must have
-        `vocab_size` rows afterwards. One that looks like markup (`<note>`) is recognised in templates and assistant content only;
-        one that looks like a word, everywhere."""
+        """Add tokens that are new to the vocabulary; returns the id of each of `tokens`, new or known. The model's embedding must
+        have `vocab_size` rows afterwards. One that looks like markup (`<note>`) is recognised in templates and assistant content
+        only; one that looks like a word, everywhere."""
         bad = [t for t in tokens if not isinstance(t, str) or not t.strip()]
         if bad:
             raise ModelError(f"tokens to add must not be empty: {bad!r}", "give each new token a visible text")
@@ -273,6 +289,127 @@ class Tokenizer:
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8", newline="")
         return [folder / name for name in files]
+
+
+class _Words(dict[str, tuple[int, ...]]):
+    """Words and their ids, so that text seen before is not tokenised again: the library's own ids, 4-6 times faster on prose.
+
+    Possible where a text splits into words that no merge can cross. Byte-level BPE says by a pattern where words end; its classes
+    of letters and digits are written out here for the characters of PROSE, and a text with others goes the library's way. A
+    sentencepiece BPE splits before each run of spaces if none of its pieces has a space behind another character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, pattern: str, prefix: str | None):
+        super().__init__()
+        self._find = re.compile(pattern).findall
+        self._tokenize = tokenizer.backend.model.tokenize
+        self._prefix = prefix  # ▁ or nothing for sentencepiece; None for byte-level
+        self._forbidden = tokenizer._forbidden
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> _Words | None:
+        """None where words cannot be told apart for sure, or the ids of a sample are not the library's."""
+        shell = Backend(models.BPE())
+        for name in ("normalizer", "pre_tokenizer"):
+            if (part := getattr(tokenizer._lead, name)) is not None:
+                setattr(shell, name, part)
+        spec = json.loads(shell.to_str())
+        splits, normal = spec["pre_tokenizer"], spec["normalizer"]
+        if not isinstance(tokenizer.backend.model, models.BPE) or tokenizer.backend.model.dropout:
+            return None
+        if splits is None and tokenizer.backend.model.byte_fallback:
+            steps = normal["normalizers"] if normal and normal["type"] == "Sequence" else [normal]
+            kinds = [step and step["type"] for step in steps]
+            spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+            prefixed = kinds[0] == "Prepend" and steps[0]["prepend"] == "▁"
+            vocab = tokenizer.backend.get_vocab(with_added_tokens=False)
+            crossing = any("▁" in piece.lstrip("▁") for piece in vocab)
+            if (
+                steps[-1] != spaces
+                or len(steps) != 1 + prefixed
+                or crossing
+                or any(f"<0x{b:02X}>" not in vocab for b in range(256))
+            ):
+                return None
+            words = cls(tokenizer, "▁*[^▁]+|▁+", "▁" if prefixed else "")
+        else:
+            pattern = _word_pattern(splits)
+            if pattern is None or (normal is not None and normal["type"] != "NFC"):
+                return None
+            words = cls(tokenizer, pattern, None)
+        for where in ("lead", "rest", "bare"):
+            if [words.encode(text, where) for text in SAMPLE] != tokenizer._encode_batch(SAMPLE, where):
+                return None
+        return words
+
+    def encode(self, text: str, where: str) -> list[int] | None:
+        """Ids of a text, or None if it must go the library's way."""
+        if self._prefix is None:
+            if not text.isascii() and PROSE.fullmatch(text) is None:
+                return None
+        elif text:
+            text = ("" if where == "bare" else self._prefix) + text.replace(" ", "▁")
+        try:
+            return list(chain.from_iterable(map(self.__getitem__, self._find(text))))
+        except LookupError:
+            return None
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        if len(self) >= WORDS:
+            self.clear()
+        ids = tuple(
+            t.id for t in self._tokenize(word if self._prefix is not None else word.encode().decode("latin-1").translate(BYTES))
+        )
+        if self._forbidden[list(ids)].any():
+            raise LookupError(word)
+        if len(word) <= 64:
+            self[word] = ids
+        return ids
+
+
+WORDS = 100_000  # words remembered; about 20 MB
+_VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+_HIDDEN = [b for b in range(256) if b not in _VISIBLE]
+BYTES = {b: chr(256 + k) for k, b in enumerate(_HIDDEN)}
+"""The characters that byte-level BPE writes for bytes that are not visible ones."""
+_PROSE = [c for c in map(chr, (*range(0x250), *range(0x2002, 0x2070), 0x20AC, 0x2122)) if c != "\u017f"]
+PROSE = re.compile(f"[{re.escape(''.join(_PROSE))}]*")
+"""Texts of Latin letters, digits and common punctuation: characters whose class no Unicode version changed, all of them in NFC. (ſ
+is left out: it matches s without case.)"""
+SAMPLE = (
+    "Hello  world, it's 2024-05-01; I'LL pay $3.50\u2014\u201cor\u201d \u20ac12\u00bd!\n\n\tdef f(x):\n        return x_1**2\r\n   \n",
+    " a\n b \t\t c...  !!?(['\"]) caf\u00e9 na\u00efve \u0142\u00f3d\u017a 1234567 x\u00a0y\u2009z \x00\x1c\x85 <s>[INST]</s>   ",
+    "",
+)
+
+
+def _word_pattern(splits: dict[str, Any] | None) -> str | None:
+    """The word pattern of a byte-level pre-tokenizer for Python's `re`, its classes written out for the characters of PROSE."""
+    if splits is None:
+        return None
+    parts = splits["pretokenizers"] if splits["type"] == "Sequence" else [splits]
+    last = parts[-1]
+    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
+        return None
+    if len(parts) == 1 and last["use_regex"]:
+        source = GPT2_WORDS
+    elif len(parts) == 2 and not last["use_regex"] and parts[0]["type"] == "Split" and parts[0]["behavior"] == "Isolated":
+        source = parts[0]["pattern"].get("Regex")
+    else:
+        return None
+    if source not in WORD_PATTERNS:
+        return None
+    letters, digits = ("".join(c for c in _PROSE if unicodedata.category(c)[0] == kind) for kind in "LN")
+    classes = {r"\p{L}": letters, r"\p{N}": digits, r"\s": "".join(c for c in _PROSE if c in SPACE)}
+
+    def expand(match: re.Match[str]) -> str:
+        text = match[0]
+        for name, members in classes.items():
+            text = text.replace(name, re.escape(members) if match[0].startswith("[") else f"[{re.escape(members)}]")
+        return text
+
+    spaces = re.escape(classes[r"\s"])
+    return re.sub(r"\[[^\]]*\]|\\p\{[LN]\}|\\s", expand, source).replace(r"\S", f"[^{spaces}]")
 
 
 class TextStream:

@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -393,8 +394,8 @@ class Renderer:
         return work.draft([*ops, (FIELD, 0, False), (ID, self._eos(), None)], {0: text}, False, lead=True)
 
     def _windows(self, ids: list[int], origin: Origin) -> Iterator[Example]:
-        """Windows of at most max_length. Each begins with the last token of the one before, so every token but the first of the document
-        is learned exactly once."""
+        """Windows of at most max_length. Each begins with the last token of the one before, so every token of the document
+        but the first is learned exactly once."""
         row, step = np.asarray(ids, np.int32), self.max_length - 1
         for begin in range(0, max(1, len(row) - 1), step):
             window = row[begin : begin + self.max_length]
@@ -603,7 +604,7 @@ class Renderer:
         return _fit_spots(text, pieces, order, inside)
 
     def _spots_one_by_one(self, chat: _Chat, n: int, prompt: bool, text: str, skeleton: str | None) -> list[Spot]:
-        """Render with a sentinel in place of one field at a time: what comes before and after it is the template's text about the others."""
+        """Render with a sentinel in place of one field at a time: what is before and after it is about the others."""
         fields = [f for f in chat.contents if f % REASONING < n]
         rows = [[_replaced(m, i, {f: chat.contents[f]}, SENTINEL, None) for i, m in enumerate(chat.messages[:n])] for f in fields]
         answers = self._sandbox.render([self._job(chat, row, [(n, prompt)]) for row in rows])
@@ -625,19 +626,22 @@ class Renderer:
                 raise RowRefused(f"the template changes its own text with {_who(chat, f)}: cannot tell which text is whose")
             found.append((begin, end, f))
         found.sort()
-        if any(a[1] > b[0] for a, b in zip(found, found[1:], strict=False)):
+        if any(a[1] > b[0] for a, b in pairwise(found)):
             raise RowRefused("the template's rendering mixes two messages: cannot tell which text is whose")
         if skeleton is not None:
             bare = [(m.start(), m.end(), 0) for m in FIELDS.finditer(skeleton)]
-            if [i for *_, i in self._scan(text, found)] != [i for *_, i in self._scan(skeleton, bare)]:
+            here, there = (
+                [i for *_, i in self._scan(*of) if i in self.tokenizer.special_ids] for of in ((text, found), (skeleton, bare))
+            )
+            if here != there:
                 raise RowRefused("the template writes other special tokens for this content: cannot tell whose they are")
         return found
 
     # ---- documents
 
     def _documents(self, world: _World, chat: _Chat) -> list[_Document]:
-        """What is trained of a conversation: the whole as one document when it begins, at every learned answer, exactly with the prompt
-        of inference and that answer; else a document for each answer."""
+        """What is trained of a conversation: the whole as one document when it begins, at every learned answer, exactly with the
+        prompt of inference and that answer; else a document for each answer."""
         n = len(chat.messages)
         whole = world.text(n, False)
         singles, agree = [], True
@@ -674,8 +678,8 @@ class Renderer:
         return text, tuple(spots), begin, stop
 
     def _join(self, world: _World, t: int, prompt: str, text: str, spots: list[Spot]) -> tuple[str, list[Spot]]:
-        """The template writes earlier turns otherwise once they are answered (Nemo moves the system message): put the answer, from the
-        end of what the prompt's last words have in common with it, behind the prompt."""
+        """The template writes earlier turns otherwise once they are answered (Nemo moves the system message): put the answer, from
+        the end of what the prompt's last words have in common with it, behind the prompt."""
         before = [spot for spot in spots if spot[2] % REASONING < t]
         asked = world.spots(t, True)
         if before and asked and before[-1][2] == asked[-1][2]:
@@ -685,7 +689,8 @@ class Renderer:
                 shift = len(prompt) - cut
                 return prompt + text[cut:], [*asked, *((a + shift, b + shift, f) for a, b, f in spots if a >= cut)]
         raise RowRefused(
-            f"the prompt of message {t + 1} (it ends in {FIELDS.sub('…', prompt[-40:])!r}) is not how the template writes the answered turn"
+            f"the prompt of message {t + 1}, which ends in {FIELDS.sub('…', prompt[-40:])!r},"
+            " is not how the template writes the answered turn"
         )
 
     def _complete(self, chat: _Chat, document: _Document, n: int, trained: Iterable[int]) -> None:
@@ -799,7 +804,8 @@ class _Encoding:
         return len(self.slots) - 1
 
     def draft(self, ops: Sequence[Op], values: Mapping[int, str], guarded: bool, lead: bool = False) -> list[Any]:
-        """Gather a document's runs. `lead`: the text after the first ids is still the beginning of a text (BOS put there by hand)."""
+        """Gather a document's runs. `lead`: the text after the first ids is still the beginning of a text (BOS put there by
+        hand)."""
         tokenizer = self.tokenizer
         markers = tokenizer.marker_pattern
         items: list[Any] = []
@@ -872,7 +878,8 @@ class _Encoding:
                 slots.clear()
 
     def finish(self, items: list[Any]) -> tuple[list[int], list[tuple[int, int]]]:
-        """(ids, learned spans) of a document. Where the prompt's ids do not begin its run's ids, those of prompt and answer are joined."""
+        """(ids, learned spans) of a document. Where the prompt's ids do not begin its run's ids, those of prompt and answer are
+        joined."""
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         begin = 0
@@ -1031,8 +1038,8 @@ def build_renderer(
     *,
     saved: bool = False,
 ) -> Renderer:
-    """The renderer of a checkpoint or, with `saved`, of a run's own tokenizer folder, whose template is already the one that was chosen.
-    Picklable with functools.partial, so that each data worker makes its own."""
+    """The renderer of a checkpoint or, with `saved`, of a run's own tokenizer folder, whose template is already the one that was
+    chosen. Picklable with functools.partial, so that each data worker makes its own."""
     tokenizer = Tokenizer.load(folder)
     if new := [t for t in new_tokens if tokenizer.token_to_id(t) is None]:
         tokenizer.add_tokens(new)
