@@ -103,6 +103,31 @@ def test_going_on_from_an_adapter(tmp_path):
     assert torch.equal(adapters.trainable(made)["base_model.model.lm_head.weight"], model().lm_head.weight)
 
 
+class Wrapper(nn.Module):
+    """As a model of another library stands behind the decoder's face: its own names start one level deeper."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = model()
+
+    @property
+    def checkpoint_root(self):
+        return self.inner
+
+
+def test_a_wrapped_model_has_the_checkpoints_names(folder, tmp_path):
+    wrapped, bare = Wrapper(), model()
+    adapters.load(wrapped, folder)
+    adapters.load(bare, folder)
+    assert adapters.named(wrapped).keys() == adapters.named(bare).keys()
+    adapters.save(wrapped, tmp_path / "again", base_name="owner/name", revision="abc")
+    assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
+    adapters.merge(wrapped)
+    adapters.merge(bare)
+    assert wrapped.inner.state_dict().keys() == bare.state_dict().keys()
+    assert all(torch.equal(t, bare.state_dict()[n]) for n, t in wrapped.inner.state_dict().items())
+
+
 def test_every_tensor_that_does_not_fit_is_named(folder):
     path = folder / "adapter_model.safetensors"
     tensors, prefix = load_file(path), "base_model.model.layers."

@@ -28,6 +28,7 @@ from tunesmith.adapters.storage import copy_tensors, load, named, read_config, r
 from tunesmith.adapters.swap import (
     PREFIX,
     Settings,
+    at,
     grow_vocabulary,
     resolve_saved,
     resolve_targets,
@@ -100,7 +101,7 @@ def attach(model: nn.Module, lora: schema.Lora, *, seed: int, new_tokens: Pieces
         )
     if settings.tokens:
         grow_vocabulary(model, max(i for ids in settings.tokens.values() for i in ids) + 1)
-    starts = {name: _starts(model.get_submodule(name).weight, ids, new_tokens) for name, ids in settings.tokens.items()}
+    starts = {name: _starts(at(model, name).weight, ids, new_tokens) for name, ids in settings.tokens.items()}
     swap_in(model, settings, seed=seed, starts=starts)
     if earlier is not None:
         added = {*settings.modules_to_save, *settings.tokens} - {*earlier.modules_to_save, *earlier.tokens}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tunesmith.adapters.swap import put, set_config, settings_of, twins, vocabulary
+from tunesmith.adapters.swap import at, put, set_config, settings_of, twins, vocabulary
 
 
 def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
@@ -30,6 +30,6 @@ def merge(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
 
 def tied_vocabulary(model: nn.Module) -> bool:
     """Whether projection and embedding are one matrix, looking through twins at their bases."""
-    found = [model.get_submodule(name) for name in vocabulary(model) if name is not None]
+    found = [at(model, name) for name in vocabulary(model) if name is not None]
     plain = [getattr(module, "base", module).weight for module in found]
     return len(plain) == 2 and plain[0] is plain[1]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tunesmith.adapters.swap import (
     PREFIX,
     Settings,
+    at,
     grow_vocabulary,
     linears,
     modules,
@@ -151,7 +152,7 @@ def _tokens(model: nn.Module, wanted: Sequence[int] | Mapping[str, Sequence[int]
     names = [n for n, _ in modules(model)]
     by_entry = dict(wanted) if isinstance(wanted, Mapping) else {embedding: wanted}
     found = {n: tuple(ids) for entry, ids in by_entry.items() for n in names if matches(entry, n)}
-    if embedding in found and head is not None and model.get_submodule(head).weight is model.get_submodule(embedding).weight:
+    if embedding in found and head is not None and at(model, head).weight is at(model, embedding).weight:
         found[head] = found[embedding]
     return dict(sorted(found.items(), key=lambda item: item[0] != embedding))
 
@@ -161,7 +162,7 @@ def put_in(model: nn.Module, settings: Settings, tensors: Mapping[str, Tensor], 
     ids = [i for rows in settings.tokens.values() for i in rows]
     if ids:
         grow_vocabulary(model, max(ids) + 1)
-    starts = {name: model.get_submodule(name).weight[list(rows)] for name, rows in settings.tokens.items()}
+    starts = {name: at(model, name).weight[list(rows)] for name, rows in settings.tokens.items()}
     swap_in(model, settings, seed=seed, starts=starts)
     copy_tensors(model, tensors)
 
@@ -176,7 +177,7 @@ def vocabulary_into_base(model: nn.Module, settings: Settings, tensors: Mapping[
             others[key] = tensor
             continue
         grow_vocabulary(model, len(tensor))
-        place = getattr(model.get_submodule(name), leaf)
+        place = getattr(at(model, name), leaf)
         if place.shape != tensor.shape:
             raise AdapterError(
                 f"{key}: {list(tensor.shape)} where {list(place.shape)} belongs", "use the base model of this adapter"

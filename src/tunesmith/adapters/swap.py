@@ -43,10 +43,19 @@ class Settings:
         return of_pattern(self.alpha_pattern, name, self.alpha)
 
 
+def root(model: nn.Module) -> nn.Module:
+    """The module from which the checkpoint's names count: a wrapper around a transformers model answers it as `checkpoint_root`."""
+    return getattr(model, "checkpoint_root", model)
+
+
+def at(model: nn.Module, name: str) -> nn.Module:
+    return root(model).get_submodule(name)
+
+
 def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module by its own name, a twin as one: nothing inside it."""
     inside = ""
-    for name, module in model.named_modules():
+    for name, module in root(model).named_modules():
         if inside and name.startswith(inside):
             continue
         inside = f"{name}." if isinstance(module, Twin) else ""
@@ -67,8 +76,8 @@ def vocabulary(model: nn.Module) -> tuple[str | None, str | None]:
     by_name = dict(modules(model))
 
     def find(getter: str, known: Sequence[str]) -> str | None:
-        if hasattr(model, getter):
-            wanted = getattr(model, getter)()
+        if hasattr(root(model), getter):
+            wanted = getattr(root(model), getter)()
             return next((name for name, module in by_name.items() if module is wanted), None)
         return next((name for name in by_name if name.rpartition(".")[2] in known), None)
 
@@ -130,26 +139,26 @@ def swap_in(model: nn.Module, settings: Settings, *, seed: int, starts: Mapping[
     method = METHODS[settings.variant]
     for name in settings.targets:
         rank = settings.rank_of(name)
-        twin = method.twin(model.get_submodule(name), rank, method.scale(settings.alpha_of(name), rank), settings.dropout)
+        twin = method.twin(at(model, name), rank, method.scale(settings.alpha_of(name), rank), settings.dropout)
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         twin.reset(torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1))
         put(model, name, twin)
     first: Tokens | None = None
     for name, ids in settings.tokens.items():
-        base = model.get_submodule(name)
+        base = at(model, name)
         tied = first if first is not None and base.weight is first.base.weight else None
         twin = Tokens(base, ids, starts[name], tied)
         first = first or twin
         put(model, name, twin)
     for name in settings.modules_to_save:
-        put(model, name, Saved(model.get_submodule(name)))
+        put(model, name, Saved(at(model, name)))
     model.adapter_settings = settings
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
     """`module` in the place of `name`, in its mode of training or evaluation."""
-    module.train(model.get_submodule(name).training)
-    model.set_submodule(name, module)
+    module.train(at(model, name).training)
+    root(model).set_submodule(name, module)
 
 
 def settings_of(model: nn.Module) -> Settings:
@@ -164,7 +173,7 @@ def grow_vocabulary(model: nn.Module, rows: int) -> None:
     names = [name for name in vocabulary(model) if name is not None]
     grown: dict[int, nn.Parameter] = {}
     for name in names:
-        module = model.get_submodule(name)
+        module = at(model, name)
         old = module.weight
         if old.shape[0] >= rows:
             continue
@@ -196,7 +205,7 @@ def set_config(model: nn.Module, key: str, value: Any) -> None:
 
 
 def transposed(model: nn.Module, targets: Sequence[str]) -> bool:
-    return any(is_conv1d(model.get_submodule(name)) for name in targets)
+    return any(is_conv1d(at(model, name)) for name in targets)
 
 
 def loras(model: nn.Module) -> dict[str, Lora]:
