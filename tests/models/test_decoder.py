@@ -158,6 +158,37 @@ def test_rows_and_the_cache_go_together():
         assert_close(x, torch.stack([model.hidden(first, Layout.of([14]))[-1], model.hidden(second, Layout.of([5]))[-1]]))
 
 
+def test_what_lies_in_unused_memory_reaches_no_answer():
+    """Deterministic mode fills memory that nobody initialised with nan: a hidden key weighs 0, and 0 x nan is nan."""
+    model, tokens = model_of("plain"), tokens_of(12)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.no_grad():
+            cache = model.new_cache(2, 20)
+            model.hidden(tokens[:10], Layout.of([8, 2]), cache=cache)
+            x = model.hidden(tokens[10:], Layout.of([1, 1]), cache=cache)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert x.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SPECS)
+def test_the_cache_on_a_gpu_in_bfloat16(name):
+    """Beside the full forward in float64, as near as the full forward in bfloat16 is; memory is dirtied first."""
+    model, exact = model_of(name).to("cuda", torch.bfloat16), model_of(name).cuda()
+    dirt = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(20)]
+    del dirt
+    tokens, more = tokens_of(sum(LENGTHS)).cuda(), tokens_of(len(LENGTHS), seed=1).cuda()
+    with torch.no_grad():
+        layout, cache = Layout.of(LENGTHS, "cuda"), model.new_cache(len(LENGTHS), 40)
+        model.hidden(tokens, layout, cache=cache)
+        found = model.logits(model.hidden(more, Layout.of([1] * len(LENGTHS), "cuda"), cache=cache)).double()
+        texts = [torch.cat([t, more[i : i + 1]]) for i, t in enumerate(tokens.split(LENGTHS))]
+        right, half = (torch.stack([m(t)[-1] for t in texts]).double() for m in (exact, model))
+    assert (found - right).norm() < 1.5 * (half - right).norm()
+
+
 def test_a_full_cache_is_an_error_not_a_wrong_answer():
     model = model_of("plain")
     cache = model.new_cache(1, 4)

@@ -91,7 +91,7 @@ def test_the_variable_length_kernel_equals_the_definition(dtype, width, window):
     ya.backward(dy)
     yb.backward(dy.double())
     for x, y in zip(a, b, strict=True):
-        assert (x.grad.double() - y.grad).norm() < 1e-2 * y.grad.norm()
+        assert (x.grad.double() - y.grad).norm() < 1e-2 * y.grad.norm() + 1e-3  # a window of 1 has no gradient to q and k
     changed = [x.detach().clone() for x in a]
     for x in changed:
         x[8:308] += 1

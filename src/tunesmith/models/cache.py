@@ -23,8 +23,8 @@ class KVCache:
 
     def __init__(self, spec: Spec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str):
         shape = (spec.layers, batch, spec.kv_heads, capacity, spec.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # not empty: a hidden key weighs 0, and 0 x nan is nan
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.capacity = capacity
         self.lengths = [0] * batch
         self.lengths_N = torch.zeros(batch, dtype=torch.int64, device=device)

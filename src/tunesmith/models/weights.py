@@ -62,7 +62,7 @@ class Stored:
         return self.end - self.start
 
     def read(self, file: BinaryIO, scratch: Tensor | None = None) -> Tensor:
-        """The tensor on the CPU, in its stored dtype, its bytes read once into it or into `scratch` (uint8), of which it is a view."""
+        """The tensor on the CPU in its stored dtype; its bytes are read once, into it or into `scratch` (uint8)."""
         raw = torch.empty(self.size, dtype=torch.uint8) if scratch is None else scratch[: self.size]
         if self.size:
             file.seek(self.start)

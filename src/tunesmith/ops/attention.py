@@ -9,6 +9,7 @@ H head width.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ try:
 except ImportError:  # torch built without it
     varlen_attn = None
 
+# torch 2.11 shares key heads among query heads without being asked, and has no such argument; from 2.12 on it must be asked
+SHARED = {"enable_gqa": True} if varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 CHUNK = 512  # query rows at once where scores are written out (softcap): 512 x 8192 x 8 heads in fp32 are 134 MB
 
 
@@ -83,8 +86,8 @@ def attention(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: Layout, scale
         window = None
     if varlen_attn is not None and softcap is None and q_TQH.is_cuda and q_TQH.dtype in (torch.bfloat16, torch.float16):
         back = -1 if window is None else window - 1
-        ends, n, gqa = layout.cu_seqlens, layout.longest, q_TQH.shape[1] != k_TKH.shape[1]
-        return varlen_attn(q_TQH, k_TKH, v_TKH, ends, ends, n, n, scale=scale, window_size=(back, 0), enable_gqa=gqa)
+        ends, n, shared = layout.cu_seqlens, layout.longest, SHARED if q_TQH.shape[1] != k_TKH.shape[1] else {}
+        return varlen_attn(q_TQH, k_TKH, v_TKH, ends, ends, n, n, scale=scale, window_size=(back, 0), **shared)
     if len(layout.lengths) == 1:
         return _document(q_TQH, k_TKH, v_TKH, scale, window, softcap)
     parts = zip(*(x.split(layout.lengths) for x in (q_TQH, k_TKH, v_TKH)), strict=True)  # split: its backward is one cat
