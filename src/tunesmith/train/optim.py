@@ -50,9 +50,9 @@ class Optimizer:
     several micro-batches add up in float32 and only one layer's 16-bit gradient lives at a time.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], train: Train, peak: float, fast: Iterable[str] = ()):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], train: Train, fast: Iterable[str] = ()):
         """`parameters` by name; `fast` names those LoRA+ speeds up by `train.loraplus_ratio` (the B matrices)."""
-        self.parameters, self.peak, self.train = dict(parameters), peak, train
+        self.parameters, self.train = dict(parameters), train
         self.masters: dict[str, Tensor] = {}
         self._hooks = []
         for name, p in self.parameters.items():
@@ -70,16 +70,15 @@ class Optimizer:
         self.ratios = [ratio for ratio, _ in groups]
         fused = all(m.is_floating_point() and m.device.type in ("cpu", "cuda") for m in self.masters.values())
         self.adamw = torch.optim.AdamW(
-            [{"params": ps, "lr": peak * ratio, "weight_decay": decay} for (ratio, decay), ps in groups.items()],
+            [{"params": ps, "lr": 0.0, "weight_decay": decay} for (ratio, decay), ps in groups.items()],
             betas=train.betas,
             fused=fused,
         )
 
-    def set_rate(self, share: float) -> float:
-        """Set every group's rate to its share of the peak; returns the rate of the plain group."""
+    def set_rate(self, rate: float) -> None:
+        """Set the rate of the next step; LoRA+'s fast group learns at its multiple."""
         for group, ratio in zip(self.adamw.param_groups, self.ratios, strict=True):
-            group["lr"] = self.peak * ratio * share
-        return self.peak * share
+            group["lr"] = rate * ratio
 
     def rates(self) -> list[float]:
         """The rates the groups really have, for the check that they are the scheduled ones."""
@@ -117,6 +116,14 @@ class Optimizer:
         state = self.adamw.state
         return [n for n, m in self.masters.items() if m not in state or not bool(state[m]["exp_avg_sq"].any())]
 
+    @torch.no_grad()
+    def put(self, masters: Mapping[str, Tensor]) -> None:
+        """Set the masters, and through them the parameters, to these values by name."""
+        for name, master in self.masters.items():
+            master.copy_(masters[name])
+            if master is not self.parameters[name]:
+                self.parameters[name].copy_(master)
+
     def state(self) -> dict[str, Tensor]:
         """Masters and moments by name, for a checkpoint."""
         out = {f"master/{n}": m.detach() for n, m in self.masters.items()}
@@ -127,18 +134,11 @@ class Optimizer:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take a checkpoint's masters and moments. KeyError names what is missing: a checkpoint is whole or it is not used."""
-        with torch.no_grad():
-            for name, master in self.masters.items():
-                master.copy_(state[f"master/{name}"])
-                if master is not self.parameters[name]:
-                    self.parameters[name].copy_(master)
-                self.adamw.state[master] = {
-                    key: state[f"{key}/{name}"].clone().to("cpu" if key == "step" and master.device.type == "cpu" else master.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                    if f"{key}/{name}" in state
-                }
-                if not self.adamw.state[master]:
-                    del self.adamw.state[master]
+        self.put({name: state[f"master/{name}"] for name in self.masters})
+        for name, master in self.masters.items():
+            moments = {key: state[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in state}
+            if moments:
+                self.adamw.state[master] = {key: value.to(master.device, copy=True) for key, value in moments.items()}
 
 
 def _move_gradient(master: Tensor):

@@ -1,0 +1,192 @@
+"""Every verb as a plain function, for a notebook or a script; the command line only parses and prints.
+
+    import tunesmith
+    tunesmith.check("run.yaml").print()
+    tunesmith.plan("run.yaml", gpu="4090").print()
+    run = tunesmith.train("run.yaml", "train.epochs=1")
+    tunesmith.generate(run.path, ["What is the capital of France?"])
+
+`config` is a run file, a dict of its keys, or a RunConfig; overrides are `key.path=value`. torch is imported only by verbs that compute.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.config.schema import RunConfig
+from tunesmith.errors import RunError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tunesmith.data.report import CheckReport
+    from tunesmith.plan import Plan
+    from tunesmith.run import Run
+
+Config = str | Path | dict[str, Any] | RunConfig
+
+
+def _load(config: Config, overrides: Sequence[str] = ()) -> RunConfig:
+    from tunesmith.config.load import load
+
+    return load(config, *overrides)
+
+
+def _console(console: Console | None) -> Console:
+    from rich.console import Console
+
+    return console or Console(stderr=False)
+
+
+def init(data: str | Path, *, model: str = "embedded", output: str = "runs/first", from_: str | Path | None = None) -> str:
+    """A commented run file made from a look at `data`, or from an Axolotl or LLaMA-Factory YAML (`from_`). Returns its text.
+
+    Raises DataError when the data cannot be read, ConfigError when the other tool's file cannot be.
+    """
+    if from_ is not None:
+        from tunesmith.config.importers import from_file
+
+        return from_file(from_).text
+    from tunesmith.config.starter import look, starter
+    from tunesmith.data.formats import detect
+    from tunesmith.data.sources import rows
+
+    return starter(look(data, rows, detect), model, output)
+
+
+def explain(key: str = "") -> str:
+    """What a setting does, what too high and too low look like, its name in Axolotl, TRL and Unsloth. ConfigError names the near key."""
+    from tunesmith.config.explain import explain
+
+    return explain(key)
+
+
+def check(config: Config, *overrides: str, show: int | None = None, model: str | None = None, console: Console | None = None) -> CheckReport:
+    """What is in the data, what will be trained, what was refused and why. Nothing is trained.
+
+    `config` may be the data itself (a file or folder); `model` then names whose tokenizer and template to use. `show` picks the row to
+    show as coloured tokens. Returns a report with `.print(console)` and `.exit_code`.
+    """
+    import datetime
+    import functools
+
+    from tunesmith.data.prepare import prepare
+    from tunesmith.data.report import check_report
+    from tunesmith.hub import resolve_model
+    from tunesmith.data.render import build_renderer
+
+    if isinstance(config, (str, Path)) and Path(config).suffix not in (".yaml", ".yml"):
+        config = {"model": model or "embedded", "data": str(config), "method": "lora", "output": "runs/check"}
+    settings = _load(config, [*overrides, *([f"model={model}"] if model else [])])
+    base = resolve_model(settings.model)
+    make = functools.partial(build_renderer, base.path, settings.data, settings.lora.new_tokens, datetime.date.today().isoformat())
+    renderer = make()
+    prepared = prepare(settings.data, make, renderer=renderer, seed=settings.seed, progress=_console(console), model=base.path, strict=False)
+    return check_report(prepared, renderer, show=show)
+
+
+def plan(config: Config, *overrides: str, gpu: str | None = None) -> Plan:
+    """Will it fit, how long will it take, what to lower: memory per component from config.json alone, without torch, in under a second.
+
+    `gpu` is a card's name, `24GB` or `cpu`; this machine's device without it. Row lengths come from `check`'s cache when there is one.
+    """
+    from tunesmith.data.prepare import cached_lengths
+    from tunesmith.devices import local_device, parse_device
+    from tunesmith.hub import resolve_model
+    from tunesmith.plan import make_plan
+    from tunesmith.spec import read_spec
+
+    settings = _load(config, overrides)
+    base = resolve_model(settings.model)
+    device = parse_device(gpu) if gpu else local_device(settings.memory.device)
+    return make_plan(settings, read_spec(base.path), lengths=cached_lengths(settings.data, base.path, settings.seed), device=device)
+
+
+def train(config: Config, *overrides: str, resume: bool = False, console: Console | None = None) -> Run:
+    """Tune as the run file says; the result is a run folder: adapter (or model), metrics, checkpoints, report.html.
+
+    `resume` goes on from the newest whole checkpoint, bit for bit on a CPU and in the GPU's deterministic mode. Raises DataError, ModelError,
+    DoesNotFit before anything is trained; TrainingFailed rather than end a run that did not learn; Interrupted once all is saved.
+    """
+    settings = _load(config, overrides)  # before torch is imported: a slip of the pen is answered at once
+    from tunesmith.run import Run
+    from tunesmith.tuning import tune
+
+    if resume and (Path(settings.output) / "run.yaml").exists():
+        run = Run.open(settings.output)
+        if run.status().state == "finished":
+            raise RunError(f"{settings.output}: this run has finished", "name another `output` for a new run, or look at its report.html")
+    else:
+        run = Run.create(settings.output, settings, command=sys.argv)
+        resume = False
+    with run.lock():
+        return tune(settings, run, resume=resume, console=_console(console))
+
+
+def generate(
+    model: str | Path,
+    prompts: Sequence[str],
+    *,
+    adapter: str | Path | None = None,
+    system: str | None = None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    raw: bool = False,
+) -> list[str]:
+    """Answer each prompt. `model` is a run folder, a checkpoint folder, a hub id or `embedded`; `adapter` a PEFT folder over it.
+
+    A prompt is one user turn in the chat template; with `raw` it is continued as it stands. Temperature 0 is greedy.
+    """
+    from tunesmith.chat import Talker
+
+    talker = Talker.open(model, adapter=adapter)
+    return talker.answer(prompts, system=system, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, raw=raw)
+
+
+def chat(
+    model: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    system: str | None = None,
+    max_tokens: int = 512,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    console: Console | None = None,
+) -> None:
+    """Talk to a run folder, a checkpoint, or a checkpoint and an adapter, until /exit. The answer comes as it is made."""
+    from tunesmith.chat import Talker, converse
+
+    converse(Talker.open(model, adapter=adapter), system=system, max_tokens=max_tokens, temperature=temperature, top_p=top_p, console=_console(console))
+
+
+def merge(run: str | Path, out: str | Path, *, onto: str = "auto") -> Path:
+    """Write a standard Hugging Face folder with the adapter folded in. A QLoRA run is merged onto the dequantised 4-bit base it was
+    trained over (`auto`, `nf4`), or onto the original weights (`dense`), which answers a little differently than what was trained."""
+    from tunesmith.merging import merge_run
+
+    return merge_run(Path(run), Path(out), onto=onto)
+
+
+def report(run: str | Path) -> Path:
+    """Draw report.html of a run folder again; returns its path."""
+    from tunesmith.evaluate.report import write
+    from tunesmith.run import Run
+
+    return write(Run.open(run).path)
+
+
+def stream(model: str | Path, prompt: str, **settings: Any) -> Iterator[str]:
+    """One answer, piece by piece. Settings are those of `generate`."""
+    from tunesmith.chat import Talker
+
+    adapter = settings.pop("adapter", None)
+    yield from Talker.open(model, adapter=adapter).stream([{"role": "user", "content": prompt}], **settings)
+
+
+__all__ = ["chat", "check", "explain", "generate", "init", "merge", "plan", "report", "stream", "train"]

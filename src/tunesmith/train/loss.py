@@ -1,0 +1,68 @@
+"""From a batch to its loss: the one path that training, held-out evaluation and comparison share.
+
+The loss of a step is the sum over its trained tokens divided by their number, so how the examples are split into micro-batches
+changes nothing but the order of a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tunesmith.ops.attention import Layout
+from tunesmith.ops.linear_ce import LOGIT_BYTES, linear_cross_entropy
+from tunesmith.types import Batch
+
+Noise = Callable[[Tensor], Tensor]
+
+
+def batch_loss(model: nn.Module, batch: Batch, device: torch.device, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
+    """(sum over trained tokens in nats, differentiable scalar; each labelled row's loss, detached [L])."""
+    layout = Layout.of(np.diff(batch.cu_seqlens).tolist(), device)
+    tokens, rows, labels = (torch.from_numpy(a).to(device) for a in (batch.tokens, batch.rows, batch.labels))
+    x_LD = model.hidden(tokens, layout, rows=rows, noise=noise)
+    if head := model.plain_head():
+        weight, softcap = head
+        return linear_cross_entropy(x_LD, weight, labels, softcap=softcap)
+    return _any_head(model, x_LD, labels)
+
+
+def _any_head(model: nn.Module, x_LD: Tensor, labels_L: Tensor) -> tuple[Tensor, Tensor]:
+    """A head with an adapter, a bias or trained rows: autograd's own path, its logits recomputed chunk by chunk."""
+
+    def part(x: Tensor, labels: Tensor) -> Tensor:
+        logits = model.logits(x)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="none")
+
+    chunk = max(1, LOGIT_BYTES // (4 * model.vocab))
+    pieces = zip(x_LD.split(chunk), labels_L.split(chunk), strict=True)
+    if torch.is_grad_enabled():
+        rows_L = torch.cat([checkpoint(part, x, labels, use_reentrant=False) for x, labels in pieces])
+    else:
+        rows_L = torch.cat([part(x, labels) for x, labels in pieces])
+    return rows_L.sum(), rows_L.detach()
+
+
+def per_document(rows_L: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of losses and count of trained tokens of each document in the batch, [N] each."""
+    document = np.searchsorted(batch.cu_seqlens, batch.rows, side="right") - 1
+    n = len(batch.cu_seqlens) - 1
+    return np.bincount(document, rows_L, n), np.bincount(document, minlength=n)
+
+
+def neftune(alpha: float, seed: int) -> Noise | None:
+    """NEFTune (Jain et al. 2023): uniform noise of alpha / sqrt(tokens x width) on the embeddings of one micro-batch; None for alpha 0."""
+    if not alpha:
+        return None
+
+    def add(x_TD: Tensor) -> Tensor:
+        generator = torch.Generator(device=x_TD.device).manual_seed(seed)
+        noise = torch.rand(x_TD.shape, generator=generator, device=x_TD.device, dtype=torch.float32) * 2 - 1
+        return x_TD + (noise * (alpha / x_TD.numel() ** 0.5)).to(x_TD.dtype)
+
+    return add
