@@ -129,8 +129,8 @@ def ended(pid):
 
 
 class LikeMsvcrt:
-    """msvcrt.locking by its documentation (bytes from the current position, EACCES when another has them), over those locks of Linux
-    that belong to an open file, as Windows' do. What it cannot show: Windows also refuses to read locked bytes.
+    """msvcrt.locking by its documentation (bytes from the current position, EACCES when another has them), over those locks of
+    Linux that belong to an open file, as Windows' do. What it cannot show: Windows also refuses to read locked bytes.
     """
 
     LK_NBLCK, LK_UNLCK = 2, 0
@@ -271,6 +271,33 @@ def test_asking_for_the_status_does_not_get_in_a_writers_way(run):
         with Run.open(run.path).lock():
             pass
     assert [ended(p) for p in pids] == [0, 0]
+
+
+def test_a_reader_that_asks_just_now_is_waited_for(run, monkeypatch):
+    answers, real = [False] * (module.TRIES - 1), module._try_lock
+    monkeypatch.setattr(module, "_try_lock", lambda fd: answers.pop() if answers else real(fd))
+    with run.lock():
+        assert not answers
+
+
+def test_a_lock_that_changed_hands_since_it_looked_stale_is_put_back(run, monkeypatch):
+    """Without system locks: we read a dead pid, another process reclaims the file first, we rename its new one away: and back."""
+    monkeypatch.setattr(module, "fcntl", None)
+    monkeypatch.setattr(module, "msvcrt", None)
+    holder = child(lambda: time.sleep(600) or 0)
+    marker = run.path / "lock.pid"
+    marker.write_text(json.dumps({"pid": holder, "since": "2020"}))
+    real = module._holder
+    monkeypatch.setattr(
+        module, "_holder", lambda p, first=[1]: {"pid": 2**22 + 1} if p == marker and first and first.pop() else real(p)
+    )
+    try:
+        with pytest.raises(RunError, match=f"pid {holder}"), run.lock():
+            pass
+        assert real(marker)["pid"] == holder and not [p for p in run.path.iterdir() if p.name.startswith("lock.") and p != marker]
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        ended(holder)
 
 
 def test_a_file_system_without_flock(run, tmp_path, monkeypatch):

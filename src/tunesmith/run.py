@@ -132,6 +132,7 @@ class Run:
         self._lock = _Lock.take(self.path / "lock")
         try:
             settle(self.path)
+            settle(self.checkpoints)
             for stream in STREAMS:
                 self._cut_torn_line(stream)
             yield self
