@@ -124,7 +124,7 @@ class Tokenizer:
         for token in words:
             if (ours := self._lead.token_to_id(token.content)) != (real := backend.token_to_id(token.content)):
                 self._remap[ours] = real
-        self._forbidden = np.zeros(self.vocab_size + len(words) + 1, bool)
+        self._forbidden = np.zeros(self.vocab_size, bool)
         self._forbidden[[i for i in (*self.special_ids, *self.markers) if i != self.unk_id]] = True
         ends = backend.encode("a", add_special_tokens=True).ids, backend.encode("a", add_special_tokens=False).ids
         at = next((k for k in range(len(ends[0])) if ends[0][k : k + len(ends[1])] == ends[1]), 0)
@@ -215,18 +215,20 @@ class Tokenizer:
         view = {"lead": self._lead, "rest": self._rest, "bare": self._bare}[where]
         rows = [encoding.ids for encoding in view.encode_batch_fast(texts, add_special_tokens=False)]
         for k, ids in enumerate(rows):
-            if self._forbidden[ids].any():
-                rows[k] = self._spell(view, texts[k])
             if self._remap:
-                rows[k] = [self._remap.get(i, i) for i in rows[k]]
+                rows[k] = ids = [self._remap.get(i, i) for i in ids]
+            if self._forbidden[ids].any() or (self.unk_token is not None and self.unk_token in texts[k]):
+                rows[k] = self._spell(view, texts[k])
         return rows
 
     def _spell(self, view: Backend, text: str) -> list[int]:
-        """Encode a text whose plain encoding makes a special token (a Unigram or WordLevel vocabulary holds them as words):
-        each such token's text is written character by character."""
-        encoding, ids = view.encode(text, add_special_tokens=False), []
-        for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if not self._forbidden[index]:
+        """Encode a text whose plain encoding may make a special token (a Unigram or WordLevel vocabulary holds them as words): each
+        such token's text is written character by character."""
+        encoding = view.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        for ours, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            index = self._remap.get(ours, ours)
+            if not self._forbidden[index] and (self.unk_token is None or self.unk_token not in text[start:end]):
                 ids.append(index)
                 continue
             for character in text[start:end]:
@@ -377,7 +379,7 @@ PROSE = re.compile(f"[{re.escape(''.join(_PROSE))}]*")
 """Texts of Latin letters, digits and common punctuation: characters whose class no Unicode version changed, all of them in NFC. (ſ
 is left out: it matches s without case.)"""
 SAMPLE = (
-    "Hello  world, it's 2024-05-01; I'LL pay $3.50\u2014\u201cor\u201d \u20ac12\u00bd!\n\n\tdef f(x):\n        return x_1**2\r\n   \n",
+    "Hello  world, it's 2024-05-01; I'LL pay $3.50\u2014\u201cor\u201d \u20ac12\u00bd!\n\n\tdef f(x):\n        return x_1\r\n   \n",
     " a\n b \t\t c...  !!?(['\"]) caf\u00e9 na\u00efve \u0142\u00f3d\u017a 1234567 x\u00a0y\u2009z \x00\x1c\x85 <s>[INST]</s>   ",
     "",
 )
