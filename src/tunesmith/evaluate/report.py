@@ -108,15 +108,14 @@ class _Found:
         self.config = loaded if isinstance(loaded, dict) else {}
 
     def _read_status(self) -> None:
-        if (self.folder / "run.yaml").is_file():
+        raw = self._object("status.json")
+        self.state, self.message = str(raw.get("state", "unknown")), str(raw.get("message", ""))
+        self.step, self.steps = _count(raw.get("step")), _count(raw.get("steps"))
+        if self.state in ("running", "preparing") and (self.folder / "run.yaml").is_file():
             status = Run.open(self.folder).status()  # knows when the writer is gone without a last word
-            self.state, self.message, self.step, self.steps = status.state, str(status.message), status.step, status.steps
-        else:
-            raw = self._object("status.json")
-            self.state, self.message = str(raw.get("state", "unknown")), str(raw.get("message", ""))
-            self.step, self.steps = int(_number(raw.get("step")) or 0), int(_number(raw.get("steps")) or 0)
-        done = [r for r in self.kind("step")]
-        self.step = max([self.step if isinstance(self.step, int) else 0, *(int(r["step"]) for r in done[-1:])])
+            self.state, self.message = status.state, str(status.message)
+        if done := self.kind("step"):
+            self.step = max(self.step, _count(done[-1]["step"]))
 
     def _object(self, name: str) -> dict[str, Any]:
         try:
