@@ -82,10 +82,10 @@ def test_a_signature_does_not_depend_on_the_other_rows():
 
 def test_known_values_hold_on_every_machine_and_python():  # a split is the same tomorrow
     assert signatures(["the quick brown fox jumps over the lazy dog"])[0, :4].tolist() == [
-        8607057,
-        493967985,
-        804356381,
-        2421086264,
+        508076111,
+        1508390981,
+        72727121,
+        358371976,
     ]
 
 

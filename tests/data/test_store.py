@@ -62,7 +62,7 @@ def test_subset_and_indexing(tmp_path):
 
 def test_ids_are_on_disk_not_in_memory(tmp_path):
     store = written(tmp_path / "s", [some_examples([50])])
-    assert isinstance(store._ids, np.memmap) and isinstance(store._learn, np.memmap)
+    assert isinstance(store._ids.base, np.memmap) and isinstance(store._learn.base, np.memmap)
 
 
 def test_an_unclosed_or_cut_store_is_refused(tmp_path):

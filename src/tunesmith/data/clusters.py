@@ -87,10 +87,11 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
         hash_S = (span_S >> np.uint64(32)).astype(np.uint32)
         begin_N = np.searchsorted(row_S, np.arange(len(texts)))
         out = np.empty((len(texts), PERMUTATIONS), np.uint32)
+        mixed_S = np.empty_like(hash_S)
         for p in range(PERMUTATIONS):
-            mixed_S = hash_S * _MULTIPLY[p] + _ADD[p]
-            mixed_S ^= mixed_S >> np.uint32(15)
-            out[:, p] = np.minimum.reduceat(mixed_S * np.uint32(0x2C1B3C6D), begin_N)
+            np.multiply(hash_S, _MULTIPLY[p], out=mixed_S)
+            mixed_S += _ADD[p]
+            out[:, p] = np.minimum.reduceat(mixed_S, begin_N)
     return out
 
 

@@ -20,6 +20,7 @@ from tunesmith.registry import Registry
 from tunesmith.types import Conversation, Message, Origin
 
 SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
+PLAIN = (USER, ASSISTANT, SYSTEM)
 ROLES = {SYSTEM: SYSTEM, USER: USER, ASSISTANT: ASSISTANT, TOOL: TOOL}
 CALLS = ("function_call", "tool_call")  # roles whose content is the call itself
 SHAREGPT = {
@@ -275,6 +276,10 @@ def _parts(parts: list[Any], where: str, fixes: list[str]) -> tuple[str, str, li
 
 def _turn(message: Any, number: int, fixes: list[str]) -> Message:
     """One message, in OpenAI's keys (role, content) or ShareGPT's (from, value)."""
+    if isinstance(message, dict) and len(message) == 2:  # nearly every message: worth a short way
+        role, text = message.get("role"), message.get("content")
+        if role in PLAIN and isinstance(text, str) and text and not text.isspace():
+            return Message(role, text)
     where = f"message {number}"
     if not isinstance(message, dict):
         raise FormatError(f"{where} is not an object")
