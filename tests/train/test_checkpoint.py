@@ -271,7 +271,7 @@ def test_order_is_by_step_whatever_the_clock_says(tmp_path):
 def test_prune_keeps_the_newest(tmp_path):
     for step in range(1, 6):
         write(tmp_path, step)
-    assert [p.name for p in checkpoint.prune(tmp_path, 2)] == ["step-00000003", "step-00000002", "step-00000001"]
+    assert [p.name for p in checkpoint.prune(tmp_path, 2)] == ["step-00000001", "step-00000002", "step-00000003"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
     with pytest.raises(AssertionError):
         checkpoint.prune(tmp_path, 1)

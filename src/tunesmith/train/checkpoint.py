@@ -109,10 +109,11 @@ def prune(folder: Path, keep: int) -> list[Path]:
     kept, removed = 1, []
     for path in sorted(older, key=lambda p: _step(p.name), reverse=True):
         if kept == keep:
-            remove_folder(path)
-            removed.append(path)
+            removed.insert(0, path)
         elif not verify(path, deep=False):
             kept += 1
+    for path in removed:  # oldest first
+        remove_folder(path)
     return removed
 
 
