@@ -738,11 +738,15 @@ def _print(plan: Plan, console: Console) -> None:
     bars.add_column(no_wrap=True)
     bars.add_column(justify="right", no_wrap=True)
     bars.add_column(no_wrap=True, width=BAR)
-    bars.add_column(style="dim")
+    roomy = console.width >= 110  # on a narrow terminal the reasons would wrap under the bars
+    if roomy:
+        bars.add_column(style="dim")
     start = 0.0
     for component, colour in zip(device, COLOURS * 2, strict=False):
         size = component.bytes / GIB
-        bars.add_row(component.name, _gb(size, 2), Text(_bar(start * scale, (start + size) * scale), style=colour), component.why)
+        bars.add_row(
+            component.name, _gb(size, 2), Text(_bar(start * scale, (start + size) * scale), style=colour), *[component.why][:roomy]
+        )
         start += size
     edge = Text(
         "".join("│" if i == min(BAR - 1, round(plan.budget * scale) - 1) else "█" if i < start * scale else "·" for i in range(BAR))
@@ -785,6 +789,8 @@ def _bar(start: float, end: float) -> str:
 
 
 def _gb(gib: float, digits: int = 1) -> str:
+    if 0 < gib < 0.5 * 10**-digits:
+        return f"<{10**-digits:g}"
     return f"{gib:.{digits}f}".removesuffix("." + "0" * digits)
 
 
