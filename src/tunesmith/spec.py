@@ -480,6 +480,7 @@ TOWERS = ("text_config", "vision_config", "audio_config", "thinker_config")
 
 REMOTE_CODE = {  # types that transformers does not know: their code lies in the checkpoint
     "phi-msft": "use the phi checkpoint (model_type 'phi', the same weights under transformers' own names)",
+    "phi3small": "use Phi-3 mini or medium, or Phi-4-mini",
     "qwen": "use a Qwen 2 or Qwen 3 checkpoint",
     "baichuan": "use a checkpoint of another family, or one converted to llama's names",
     "internlm": "use a checkpoint converted to llama's names",

@@ -1,5 +1,6 @@
 """Weights: every fault of a folder is listed before anything is allocated; loading streams; pickles are never opened."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tunesmith import models
-from tunesmith.errors import ModelError
+from tunesmith.errors import DoesNotFit, ModelError
 from tunesmith.models import weights
 from tunesmith.models.decoder import Decoder
 from tunesmith.models.linear import NF4Linear
@@ -275,6 +276,24 @@ def test_an_untied_head_is_written_where_the_config_says_so(tmp_path):
     save_checkpoint(model, tmp_path / "untied")
     loaded = models.load(tmp_path / "untied")
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight) and not loaded.spec.tied
+
+
+def test_a_save_over_another_leaves_only_its_own_files(tmp_path):
+    make(tmp_path, shard_bytes=60_000)
+    single = make(tmp_path, seed=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", SINGLE]
+    assert torch.equal(models.load(tmp_path).get_parameter(Q), single.get_parameter(Q))
+    make(tmp_path, shard_bytes=60_000)
+    assert not (tmp_path / SINGLE).exists() and models.load(tmp_path)
+
+
+def test_a_full_disk_says_how_much_is_needed(tmp_path, monkeypatch):
+    def full(path, pieces):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(weights, "write_file", full)
+    with pytest.raises(DoesNotFit, match=r"bytes are needed"):
+        make(tmp_path)
 
 
 def test_a_save_that_is_cut_short_leaves_no_folder_that_loads(tmp_path):

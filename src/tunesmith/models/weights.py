@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import ModelError
+from tunesmith.files import fsync_folder, room, write_file
 from tunesmith.models.decoder import Decoder
 from tunesmith.models.linear import Linear, NF4Linear
 from tunesmith.spec import Spec, checkpoint_quantization, read_config, spec_of, tensor_shapes
@@ -313,7 +314,7 @@ def write_checkpoint(folder: str | Path, config: Mapping[str, Any], shapes: Shap
                      dtype: torch.dtype, *, shard_bytes: int = SHARD_BYTES) -> None:  # fmt: skip
     """As `save_checkpoint`, from any source: `tensor(name)` is asked once for each name of `shapes`, in order, and held no longer.
 
-    The index and config.json come last, so a folder that was cut short does not load.
+    The index and config.json come last, so a folder that was cut short does not load. A full disk is DoesNotFit.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -328,14 +329,21 @@ def write_checkpoint(folder: str | Path, config: Mapping[str, Any], shapes: Shap
         shards[-1].append(name)
         size, total = size + n, total + n
     names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    for file, members in zip(names, shards, strict=True):
-        _write_shard(folder / file, {n: shapes[n] for n in members}, tensor, dtype, code)
-    if len(shards) > 1:
-        where = {n: file for file, members in zip(names, shards, strict=True) for n in members}
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
     dropped = ("auto_map", "quantization_config", "_name_or_path", "torch_dtype", "dtype")
     kept = {k: v for k, v in config.items() if k not in dropped}
-    _write_json(folder / "config.json", {**kept, "torch_dtype": str(dtype).removeprefix("torch.")})
+    with room(folder, total):
+        for stale in (INDEX, "config.json"):
+            (folder / stale).unlink(missing_ok=True)
+        for file, members in zip(names, shards, strict=True):
+            _write_shard(folder / file, {n: shapes[n] for n in members}, tensor, dtype, code)
+        for old in folder.glob("model*.safetensors"):  # of a save with other shards: transformers would read it first
+            if old.name not in names:
+                old.unlink()
+        if len(shards) > 1:
+            where = {n: file for file, members in zip(names, shards, strict=True) for n in members}
+            _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        _write_json(folder / "config.json", {**kept, "torch_dtype": str(dtype).removeprefix("torch.")})
+        fsync_folder(folder)
 
 
 def _write_shard(path: Path, shapes: Shapes, tensor: Callable[[str], Tensor], dtype: torch.dtype, code: str) -> None:
@@ -366,9 +374,6 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     """Whole or absent: written beside, synced, renamed."""
     part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as file:
-        for piece in pieces:
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
+    part.unlink(missing_ok=True)
+    write_file(part, pieces)
     os.replace(part, path)

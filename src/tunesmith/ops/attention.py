@@ -31,7 +31,7 @@ SHARED = {"enable_gqa": True} if varlen_attn and "enable_gqa" in inspect.signatu
 CHUNK = 512  # query rows at once where scores are written out (softcap): 512 x 8192 x 8 heads in fp32 are 134 MB
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Where documents lie in the stream. `bounds[i]:bounds[i + 1]` is document i; `positions_T` restarts at 0 in each."""
 
@@ -84,7 +84,7 @@ def attention(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: Layout, scale
     """As `reference`, in the inputs' dtype, at linear memory unless there is a softcap. Returns [T, Q, H]."""
     if window is not None and window >= layout.longest:
         window = None
-    if varlen_attn is not None and softcap is None and q_TQH.is_cuda and q_TQH.dtype in (torch.bfloat16, torch.float16):
+    if softcap is None and _has_kernel(q_TQH):
         back = -1 if window is None else window - 1
         ends, n, shared = layout.cu_seqlens, layout.longest, SHARED if q_TQH.shape[1] != k_TKH.shape[1] else {}
         return varlen_attn(q_TQH, k_TKH, v_TKH, ends, ends, n, n, scale=scale, window_size=(back, 0), **shared)
@@ -92,6 +92,13 @@ def attention(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: Layout, scale
         return _document(q_TQH, k_TKH, v_TKH, scale, window, softcap)
     parts = zip(*(x.split(layout.lengths) for x in (q_TQH, k_TKH, v_TKH)), strict=True)  # split: its backward is one cat
     return torch.cat([_document(q, k, v, scale, window, softcap) for q, k, v in parts])
+
+
+def _has_kernel(q: Tensor) -> bool:
+    """Whether the variable-length kernel takes it: bf16 or fp16, heads of at most 256, an Ampere card or later."""
+    if varlen_attn is None or not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > 256:
+        return False
+    return torch.cuda.get_device_capability(q.device)[0] >= 8
 
 
 def _document(q_tQH: Tensor, k_tKH: Tensor, v_tKH: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
