@@ -752,7 +752,7 @@ def _print(plan: Plan, console: Console) -> None:
         "".join("│" if i == min(BAR - 1, round(plan.budget * scale) - 1) else "█" if i < start * scale else "·" for i in range(BAR))
     )
     bars.add_row(
-        "[bold]in all[/bold]", f"[bold]{_gb(plan.needs, 2)}[/bold]", edge, f"of {_gb(plan.budget)} GB the run may use", style=""
+        "[bold]in all[/bold]", f"[bold]{_gb(plan.needs, 2)}[/bold]", edge, *[f"of {_gb(plan.budget)} GB the run may use"][:roomy]
     )
     console.print(bars)
     beside = [f"{where} {_gb(size, 2)} GB" for where, size in (("main memory", plan.host), ("disk", plan.disk)) if size]
