@@ -208,7 +208,8 @@ def test_held_out_is_at_most_500_rows_at_least_one_and_none_for_zero(tmp_path, s
 
 def test_a_held_out_file_reports_its_overlap(tmp_path, stub):
     train, own = rows(50), rows(10, 7, 900)
-    near = dict(train[3], question=train[3]["question"] + " indeed")
+    train[3]["question"] = " ".join(np.random.default_rng(5).choice(WORDS, 48))
+    near = dict(train[3], answer="another")
     held = write(tmp_path / "held.jsonl", [*own, train[0], train[1], near, own[0]])
     p = run(tmp_path, stub, write(tmp_path / "a.jsonl", train), held_out=held)
     assert (len(p.train), len(p.held_out)) == (50, 14)

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import types
@@ -386,6 +387,7 @@ _worker: Renders | None = None
 
 def _start_worker(make_renderer: Callable[[], Renders]) -> None:
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this one
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is parallel enough
     _worker = make_renderer()
 
