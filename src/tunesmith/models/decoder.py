@@ -175,14 +175,20 @@ class Decoder(nn.Module):
         and norm on those only. `noise` is applied to the embeddings. With a `cache`, document i continues its sequence i."""
         if cache is None:
             positions, lengths = layout.positions_T, layout.lengths
-            attend: Attend = lambda layer, q, k, v, scale, window, cap: attention(q, k, v, layout, scale, window, cap)  # noqa: E731
+
+            def attend(_: int, q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Tensor:
+                return attention(q, k, v, layout, *how)
+
         else:
             tokens_T, layout, new = cache.begin(tokens_T, layout)
             if new is not None:
                 rows = new if rows is None else new[rows]
             positions = cache.positions(layout)
             lengths = [past + n for past, n in zip(cache.lengths, layout.lengths, strict=True)]
-            attend = lambda layer, q, k, v, *how: cache.attend(layer, q, k, v, layout, *how)  # noqa: E731
+
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Tensor:
+                return cache.attend(layer, q, k, v, layout, *how)
+
         x = self.model.embed_tokens(tokens_T)
         if self.spec.scale_embeddings:  # the factor is rounded to the model's dtype first: sqrt(3072) is 55.5 in bf16
             x = x * torch.tensor(self.spec.dim**0.5, dtype=x.dtype)
