@@ -92,15 +92,18 @@ class _Chat:
     messages: list[dict[str, Any]]
     contents: dict[int, str]  # field number -> text, fields with text only
     tools: tuple[dict[str, Any], ...]
-    trained: tuple[int, ...]  # indices of the assistant messages that are learned
+    answers: tuple[int, ...]  # indices of the assistant messages
+    trained: tuple[int, ...]  # those that are learned
+    prompt: bool  # a prompt for inference: nothing is learned, the generation prompt stands at the end
     key: Any  # conversations with one key have one skeleton
     notes: tuple[str, ...]
     guarded: bool
 
     def asked(self) -> list[tuple[int, bool]]:
-        """The renderings needed: the whole, and for each learned answer its prompt and the conversation up to it."""
-        whole = (len(self.messages), False)
-        return list(dict.fromkeys([whole, *(pair for t in self.trained for pair in ((t, True), (t + 1, False)))]))
+        """The renderings needed: the whole; the prompt of each answer; and the conversation up to each learned one."""
+        n = len(self.messages)
+        prompts = [(t, True) for t in self.answers if t or t in self.trained]  # a greeting that is not learned needs none
+        return list(dict.fromkeys([(n, self.prompt), *prompts, *((t + 1, False) for t in self.trained)]))
 
 
 Spot = tuple[int, int, int]  # begin, end, field number
@@ -108,11 +111,13 @@ Spot = tuple[int, int, int]  # begin, end, field number
 
 @dataclass(frozen=True, slots=True)
 class _Document:
-    """One text to be encoded: where its fields stand and which spans are learned (from a prompt's end through a stop)."""
+    """One text to be encoded: where its fields stand, which spans are learned (from a prompt's end through a stop), and where the
+    prompts of other answers end: the ids of what came before an answer never depend on it."""
 
     text: str
     spots: tuple[Spot, ...]
     marks: tuple[tuple[int, int], ...] = ()
+    joins: tuple[int, ...] = ()
 
 
 # what a document is put together from
@@ -128,9 +133,8 @@ class _Shape:
     texts: dict[tuple[int, bool], str] = field(default_factory=dict)
     refused: str = ""  # every row of this shape is refused, for this reason
     ops: list[Op] | None = None  # the whole conversation is one example, put together like this
-    checks: list[tuple[int, int, int, int, int, int]] = field(default_factory=list)
-    """For each learned answer: index of its prompt's and of its own rendering among those asked; the piece its prompt ends in and
-    how far in; the same for its stop."""
+    checks: list[tuple[int, bool, int, int]] = field(default_factory=list)
+    """What the row's other renderings must fulfil: (index among those asked, whether it must end there, piece, how far in)."""
 
 
 class _World:
@@ -333,12 +337,11 @@ class Renderer:
         """Ids for inference: the conversation so far and the generation prompt, by the same code as training. Raises RowRefused."""
         self._vet()
         chat = self._chat([_message(m) for m in messages], tuple(dict(t) for t in tools), prompt=True)
-        shape = self._shape(chat, prompt=True)
-        n = len(chat.messages)
-        texts = self._render_one(chat, [(n, True)])
+        shape = self._shape(chat)
         if shape.refused:
             raise RowRefused(shape.refused)
-        document = _Document(texts[0], tuple(_Real(self, chat, shape, [(n, True)], texts).spots(n, True)))
+        n, world = len(chat.messages), _Real(self, chat, shape, chat.asked(), self._render_one(chat, chat.asked()))
+        document = self._joined(world, chat, _Document(world.text(n, True), tuple(world.spots(n, True))), n)
         self._complete(chat, document, n, ())
         work = _Encoding(self.tokenizer, self._memo)
         draft = work.draft(self._ops(document, chat), _values(document), chat.guarded)
@@ -382,7 +385,7 @@ class Renderer:
         if not completion:
             raise RowRefused("the completion is empty: no token is trained")
         ops: list[Op] = [(ID, i, None) for i in self.tokenizer.prefix_ids]
-        ops += [(FIELD, 0, False), (START, None, None), (FIELD, 1, False), (ID, self._eos(), None), (END, None, None)]
+        ops += [(FIELD, 0, False), (START, True, None), (FIELD, 1, False), (ID, self._eos(), None), (END, None, None)]
         return work.draft(ops, {0: prompt, 1: completion}, False, lead=True)
 
     def _raw(self, conversation: Conversation, work: _Encoding) -> list[Any]:
@@ -469,7 +472,7 @@ class Renderer:
         else:
             rows = [{"role": m.role, "content": m.content} for m in merged]
             key = (tuple(m.role for m in merged), trained, None if len(contents) == len(merged) else tuple(contents))
-        return _Chat(rows, contents, tools, trained, (prompt, key), notes, guarded)
+        return _Chat(rows, contents, tools, tuple(answers), trained, prompt, (prompt, key), notes, guarded)
 
     def _guard(self, value: Any, role: str) -> Any:
         """Break up the texts of special tokens in every string of a tool definition or call, so that they are never matched."""
@@ -512,12 +515,12 @@ class Renderer:
         documents = self._documents(_Real(self, chat, shape, chat.asked(), answer), chat)
         return [(self._ops(document, chat), _values(document)) for document in documents]
 
-    def _shape(self, chat: _Chat, prompt: bool = False) -> _Shape:
+    def _shape(self, chat: _Chat) -> _Shape:
         """The skeletons of this conversation's shape, rendered once and remembered."""
         if chat.key in self._shapes:
             return self._shapes[chat.key]
         shape = _Shape()
-        asked = [(len(chat.messages), True)] if prompt else chat.asked()
+        asked = chat.asked()
         rows = [_replaced(m, i, chat.contents, SENTINEL, None) for i, m in enumerate(chat.messages)]
         jobs, reasons = [self._job(chat, rows, asked)], []
         for job, reason in self._without(chat, rows, asked[0]):
@@ -538,7 +541,7 @@ class Renderer:
                 ends = [0, *(end for _, end, _ in found)]
                 begins = [*(begin for begin, _, _ in found), len(text)]
                 shape.skeletons[pair] = ([text[a:b] for a, b in zip(ends, begins, strict=True)], [f for _, _, f in found])
-            if not prompt and not shape.refused:
+            if not chat.prompt and not shape.refused:
                 try:
                     self._settle(shape, chat, world, asked)
                 except RowRefused as refused:
@@ -555,11 +558,13 @@ class Renderer:
             return
         document = documents[0]
         ends = [0, *(end for _, end, _ in document.spots)]
-        for t, (begin, stop) in zip(chat.trained, document.marks, strict=True):
-            k = max(k for k, end in enumerate(ends) if end <= begin)
-            j = max(j for j, end in enumerate(ends) if end <= stop)
-            prompt, own = asked.index((t, True)), asked.index((t + 1, False))
-            shape.checks.append((prompt, own, k, begin - ends[k], j, stop - ends[j]))
+        prompts = {t: begin for t, (begin, _) in zip(chat.trained, document.marks, strict=True)}
+        prompts |= {t: len(world.text(t, True)) for t in chat.answers if t not in prompts and (t, True) in asked}
+        needed = [((t, True), True, begin) for t, begin in prompts.items() if begin in document.joins or t in chat.trained]
+        needed += [((t + 1, False), False, stop) for t, (_, stop) in zip(chat.trained, document.marks, strict=True)]
+        for pair, whole, at in needed:
+            k = max(k for k, end in enumerate(ends) if end <= at)
+            shape.checks.append((asked.index(pair), whole, k, at - ends[k]))
         shape.ops = self._ops(document, chat)
 
     def _without(self, chat: _Chat, rows: list[dict[str, Any]], pair: tuple[int, bool]) -> Iterator[tuple[Job, str]]:
@@ -652,10 +657,23 @@ class Renderer:
         if agree:
             document = _Document(whole, tuple(world.spots(n, False)), tuple(d.marks[0] for _, d in singles))
             self._complete(chat, document, n, chat.trained)
-            return [document]
+            return [self._joined(world, chat, document, n)]
         for t, document in singles:
             self._complete(chat, document, t + 1, (t,))
-        return [document for _, document in singles]
+        return [self._joined(world, chat, document, t) for t, document in singles]
+
+    def _joined(self, world: _World, chat: _Chat, document: _Document, n: int) -> _Document:
+        """The document with the ends of the prompts of its other answers, where it begins with them."""
+        learned = {begin for begin, _ in document.marks}
+        joins = []
+        for t in chat.answers:
+            if 0 < t < n:
+                prompt = world.text(t, True)
+                at = len(prompt)
+                inside = any(begin < at < end for begin, end, _ in document.spots)
+                if at not in learned and not inside and document.text.startswith(prompt):
+                    joins.append(at)
+        return _Document(document.text, document.spots, document.marks, tuple(joins))
 
     def _answer(self, world: _World, chat: _Chat, t: int) -> tuple[str, tuple[Spot, ...], int, int]:
         """(text, spots, begin, end): the prompt of inference with answer `t` behind it, learned from begin to end."""
@@ -729,7 +747,8 @@ class Renderer:
         for begin, end, index in self._scan(document.text, document.spots):
             events += [(begin, 4, (ID, index, self.tokenizer.added[index])), (end, 0, closer)]
         for begin, stop in document.marks:
-            events += [(begin, 1, (START, None, None)), (stop, 3, (END, None, None))]
+            events += [(begin, 1, (START, True, None)), (stop, 3, (END, None, None))]
+        events += [(at, 1, (START, False, None)) for at in document.joins]
         ops: list[Op] = []
         at, inside = 0, False
         for where, order, op in sorted(events, key=lambda event: event[:2]):
@@ -810,7 +829,7 @@ class _Encoding:
         markers = tokenizer.marker_pattern
         items: list[Any] = []
         parts: list[str] = []
-        fixed, cut, fixed_head, strip, first = True, -1, True, False, True
+        fixed, cut, fixed_head, strip, first, learn = True, -1, True, False, True, False
 
         def flush(before: bool) -> None:
             nonlocal fixed, cut, strip, first
@@ -829,11 +848,11 @@ class _Encoding:
                 where = "lead" if first else "rest"
                 if cut <= 0 or cut >= len(text):
                     run = (self._add(text, where, fixed),)
-                    items.extend([START, run] if cut == 0 else [run, START] if cut > 0 else [run])
+                    items.extend([run] if cut < 0 or not learn else [START, run] if cut == 0 else [run, START])
                 else:
-                    items.append((self._add(text, where, fixed), self._add(text[:cut], where, fixed_head), cut))
+                    items.append((self._add(text, where, fixed), self._add(text[:cut], where, fixed_head), cut, learn))
                 first = False
-            elif cut >= 0:
+            elif cut >= 0 and learn:
                 items.append(START)
             fixed, cut, strip = True, -1, False
 
@@ -861,8 +880,8 @@ class _Encoding:
                 first, strip = lead, b is not None and b.rstrip
             elif kind == START:
                 if parts:
-                    cut, fixed_head = len("".join(parts)), fixed
-                else:
+                    cut, fixed_head, learn = len("".join(parts)), fixed, a
+                elif a:
                     items.append(START)
             else:
                 items.append(END)
@@ -892,11 +911,12 @@ class _Encoding:
                 ids += item
             else:
                 run = self.slots[item[0]]
-                if len(item) == 3:
+                if len(item) == 4:
                     head = self.slots[item[1]]
                     if run[: len(head)] != head:
                         run = head + self.tokenizer.encode_batch([self.texts[item[0]][item[2] :]], "bare")[0]
-                    begin = len(ids) + len(head)
+                    if item[3]:
+                        begin = len(ids) + len(head)
                 ids += run
         return ids, spans
 
@@ -1020,8 +1040,9 @@ def _quick(shape: _Shape, chat: _Chat, answer: Texts) -> dict[int, str] | None:
     if fitted is None:
         return None
     values, ends = fitted
-    for prompt, own, k, begin, j, stop in shape.checks:
-        if answer.shared(prompt) != (ends[k] + begin, "") or answer.shared(own)[0] < ends[j] + stop:
+    for index, whole, k, at in shape.checks:
+        same, rest = answer.shared(index)
+        if same < ends[k] + at or (whole and (rest or same > ends[k] + at)):
             return None
     return dict(zip(order, values, strict=True))
 

@@ -1,0 +1,189 @@
+"""The template sandbox: what transformers' environment gives, bombs that die, escapes that do not get out."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+
+import pytest
+
+from tunesmith.data.template import Fault, Job, Sandbox
+from tunesmith.errors import TemplateError
+
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+
+
+def rendered(text: str, messages=TURNS, asked=((2, False),), tools=(), **settings):
+    return Sandbox({"default": text}, {"eos_token": "</s>"}, **settings).render([Job(messages, list(asked), tools)])[0]
+
+
+def test_what_templates_expect():
+    text = (
+        "{% for m in messages %}\n  {% if m.role == 'user' %}U:{{ m.content }}{% continue %}{% endif %}A:{% generation %}"
+        "{{ m['content'] + eos_token }}{% endgeneration %}{% break %}{% endfor %}{% if add_generation_prompt %}P{% endif %}"
+        "{{ tools | tojson }}{{ strftime_now('%d %b %Y') }}{{ nothing }}"
+    )
+    both = rendered(text, asked=((2, False), (1, True)), tools=({"a": "é<>"},), date=datetime.date(2026, 1, 2))
+    assert both[0] == 'U:hiA:yo</s>[{"a": "é<>"}]02 Jan 2026'
+    assert both[1] == 'U:hiP[{"a": "é<>"}]02 Jan 2026'
+    assert both.shared(1) == (4, both[1][4:])
+    assert rendered("{% if tools is none %}none{% endif %}")[0] == "none"
+    assert rendered("{{ {'a': 1, 'b': [1, 2]} | tojson(indent=2) }}")[0] == '{\n  "a": 1,\n  "b": [\n    1,\n    2\n  ]\n}'
+
+
+def test_many_jobs_keep_their_order():
+    box = Sandbox({"default": "{{ messages[0].content }}", "tool_use": "tool"})
+    jobs = [
+        Job([{"role": "user", "content": str(k)}], [(1, False)], (), "tool_use" if k % 97 == 3 else "default") for k in range(700)
+    ]
+    assert [t[0] for t in box.render(jobs)] == ["tool" if k % 97 == 3 else str(k) for k in range(700)]
+
+
+def test_faults_of_a_row_are_told_and_the_others_go_on():
+    box = Sandbox(
+        {"default": "{{ raise_exception('no ' + messages[0].content) if messages[0].content != 'x' else bos_token + 'a' }}"}
+    )
+    first, second = box.render(
+        [Job([{"role": "user", "content": "y"}], [(1, False)]), Job([{"role": "user", "content": "x"}], [(1, False)])]
+    )
+    assert str(first) == "the template says: no y" and first.kind == "raised"
+    assert second.kind == "fault" and "'bos_token' is undefined" in second.message
+    with pytest.raises(TemplateError, match=r"TemplateSyntaxError.*\(line 2\)"):
+        rendered("ok\n{% if %}")
+
+
+BOMBS = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "power": "{{ (9 ** (9 ** 9)) % 7 }}",
+    "string": "{{ 'a' * 10 ** 10 }}",
+    "doubling": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x | length }}",
+    "list": "{{ [0] * 9999999999 }}",
+    "format": "{{ '%0999999999d' % 1 }}",
+    "center": "{{ 'a' | center(10 ** 9) }}",
+    "range": "{{ range(10 ** 9) | list }}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "output": "{% for a in range(99999) %}{% for b in range(999) %}{{ 'x' * 999 }}{% endfor %}{% endfor %}",
+    "replace": "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
+    "product": "{{ [1, 2, 3, 4, 5, 6, 7, 8, 9] | batch(3) | list * 99999999 }}",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the kernel's limits are POSIX; the wall clock is tested below")
+@pytest.mark.parametrize("name", sorted(BOMBS))
+def test_a_bomb_dies(name):
+    """With 0.3 s of CPU and 128 MB: an error within three renders, never a text, and this process does not grow."""
+    box = Sandbox({"default": BOMBS[name]}, cpu=0.3, memory=128 << 20)
+    before = os.times()
+    try:
+        answer = box.render([Job(TURNS, [(2, False)])])[0]
+        assert isinstance(answer, Fault)
+    except TemplateError as fault:
+        assert "a render took more than 0.3 s of CPU time or 128 MB" in fault.what or "could not be compiled" in fault.what
+        assert "data.template" in fault.fix
+    box.close()
+    after = os.times()
+    child = after.children_user + after.children_system - before.children_user - before.children_system
+    assert child < 3 * (0.3 + 1.0), "killed by its CPU time: at most three children, each with its start"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the kernel's limits are POSIX")
+def test_a_row_that_bombs_is_refused_alone():
+    text = "{% if 'boom' in messages[0].content %}" + BOMBS["loops"] + "{% endif %}{{ messages[0].content }}"
+    box = Sandbox({"default": text}, cpu=0.3)
+    answers = box.render([Job([{"role": "user", "content": c}], [(1, False)]) for c in ("a", "boom", "b")])
+    assert [a[0] if not isinstance(a, Fault) else a.kind for a in answers] == ["a", "time", "b"]
+
+
+def test_the_wall_clock_ends_it_where_nothing_else_does():
+    with pytest.raises(TemplateError, match="took more"):
+        Sandbox({"default": BOMBS["loops"]}, cpu=600, wall=0.7).render([Job(TURNS, [(2, False)])])
+
+
+ESCAPES = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ ''['__class__'] }}",
+    "{{ ''|attr('__class__') }}",
+    "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    "{{ joiner.__init__.__globals__ }}",
+    "{{ namespace.__init__.__globals__ }}",
+    "{{ lipsum.__globals__['os'].system('id') }}",
+    "{{ self.__init__.__globals__ }}",
+    "{{ self._TemplateReference__context }}",
+    "{{ raise_exception.__globals__ }}",
+    "{{ raise_exception.__code__ }}",
+    "{{ raise_exception.__closure__ }}",
+    "{{ strftime_now.__self__.__class__ }}",
+    "{{ messages.append({}) }}",
+    "{{ messages.clear() }}",
+    "{{ messages[0].update({'role': 'x'}) }}",
+    "{{ messages[0].pop('role') }}",
+    "{{ messages[0].__setitem__('a', 1) }}",
+    "{{ '{0.__class__}'.format(messages) }}",
+    "{{ '{0.__class__.__mro__}'.format_map({'0': 1}) }}",
+    "{{ ('{0.__cl' + 'ass__}') | format(1) | attr('x') }}",
+    "{{ ''|map(attribute='__class__')|list }}",
+    "{{ [messages]|map(attribute='__class__')|list }}",
+    "{{ [messages]|map('attr', '__class__')|list }}",
+    "{{ messages|selectattr('__class__')|list }}",
+    "{{ [1]|sum(attribute='__class__', start='') }}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}",
+    "{% extends '/etc/passwd' %}",
+    "{{ open('/etc/passwd').read() }}",
+    "{{ __import__('os') }}",
+    "{{ import_module('os') }}",
+    "{{ get_flashed_messages.__globals__ }}",
+    "{{ config.items() }}",
+    "{{ (messages|tojson).__class__ }}",
+    "{{ dict.__base__ }}",
+    "{{ dict.mro() }}",
+    "{{ range.__class__ }}",
+    "{% set x = messages.__class__ %}{{ x.__bases__ }}",
+    "{% macro f() %}{% endmacro %}{{ f.__call__.__func__.__globals__ }}",
+    "{% macro f() %}{{ caller.__globals__ }}{% endmacro %}{% call f() %}{% endcall %}",
+    "{{ (f for f in messages) }}",
+    "{{ loop.__class__ }}",
+    "{% for m in messages %}{{ loop.__init__.__globals__ }}{% endfor %}",
+    "{{ self.blocks.__class__ }}",
+    "{{ messages.__reduce__() }}",
+    "{{ messages.copy.__self__.__class__ }}",
+    "{{ ''.join.__self__.__class__ }}",
+    "{{ 1 .__class__ }}",
+    "{{ true.__class__ }}",
+    "{{ none.__class__ }}",
+    "{{ undefined_thing.__class__ }}",
+    "{{ messages|attr('__len__')() }}",
+    "{{ messages|map('__class__')|list }}",
+    "{{ '%s' | attr('__mod__') }}",
+    "{{ environment.globals }}",
+    "{{ tojson.__globals__ }}",
+    "{{ messages|tojson(cls='x') }}",
+    "{{ messages|tojson(default=raise_exception) }}",
+    "{{ strftime_now.__call__.__class__ }}",
+]
+LEAKS = ("class '", "<function", "<built-in", "<module", "root:", "uid=", "globals", "subclasses", "object at 0x", "Environment")
+
+
+def test_no_escape_gets_out():
+    assert len(ESCAPES) >= 60
+    box = Sandbox({str(k): text for k, text in enumerate(ESCAPES) if "{% import" not in text and "(f for" not in text}, cpu=1.0)
+    names = list(box._first["templates"])
+    for name, answer in zip(names, box.render([Job(TURNS, [(2, False)], (), name) for name in names]), strict=True):
+        if not isinstance(answer, Fault):
+            assert not any(leak in answer[0] for leak in LEAKS), (ESCAPES[int(name)], answer[0])
+    assert isinstance(rendered("{% import 'os' as os %}"), Fault)
+    with pytest.raises(TemplateError):
+        rendered("{{ (f for f in messages) }}")
+
+
+def test_the_child_sees_no_secrets_of_ours(monkeypatch):
+    monkeypatch.setenv("TUNESMITH_TEST_SECRET", "x")
+    box = Sandbox({"default": "{{ 1 }}"})
+    box.render([Job(TURNS, [(2, False)])])
+    path = f"/proc/{box._child.pid}/environ"
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            assert b"TUNESMITH_TEST_SECRET" not in file.read()
+    box.close()
+    assert box.render([Job(TURNS, [(2, False)])])[0][0] == "1", "a closed sandbox starts again"
