@@ -12,7 +12,7 @@ import json
 import re
 import struct
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -269,12 +269,12 @@ class Tokenizer:
         self._adapt()
         return [self.backend.token_to_id(t) for t in tokens]
 
-    def save(self, folder: str | Path, template: str | None = None) -> list[Path]:
+    def save(self, folder: str | Path, template: str | Mapping[str, str] | None = None) -> list[Path]:
         """Write the standard files (tokenizer.json, tokenizer_config.json, chat_template.jinja ...): this class and transformers'
         AutoTokenizer read the same ids from them. `template` replaces the chat template, such as a run's `plain`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        templates = {"default": template} if template is not None else self.templates
+        templates = self.templates if template is None else {"default": template} if isinstance(template, str) else dict(template)
         config = {
             k: v for k, v in self.config.items() if k not in ("auto_map", "additional_special_tokens", "extra_special_tokens")
         }

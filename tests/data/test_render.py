@@ -463,7 +463,7 @@ def test_the_date_is_fixed(tokenizer, tmp_path):
 def test_a_run_reads_its_own_template_again(tokenizer, tmp_path):
     data = Data.model_validate({"train": "x", "template": "plain", "max_length": 77})
     first = Renderer(tokenizer, "plain", max_length=77)
-    tokenizer.save(tmp_path / "saved", first.template)
+    first.save(tmp_path / "saved")
     again = build_renderer(tmp_path / "saved", data, date=first.date, saved=True)
     row = ask("a", "b", "c", "d")
     assert again.examples(row).examples[0].ids.tolist() == first.examples(row).examples[0].ids.tolist()

@@ -221,7 +221,7 @@ class Renderer:
 
     @property
     def template(self) -> str:
-        """The jinja text in use: save it with the tokenizer, `tokenizer.save(folder, renderer.template)`."""
+        """The jinja text in use without tools."""
         return self.templates["default"]
 
     @property
@@ -239,6 +239,11 @@ class Renderer:
         dated = any("strftime_now" in text for text in self.templates.values())
         facts = [VERSION, self.tokenizer.fingerprint, self.templates, self.train_on, self.add_eos, self.max_length, self.overlength]
         return hashlib.sha256(json.dumps([*facts, self.date if dated else ""], sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer with the template in use: `build_renderer(folder, ..., saved=True)` renders the same, and so does every
+        other program that reads the folder."""
+        self.tokenizer.save(folder, self.templates)
 
     def describe(self) -> str:
         """One line: which template, what is learned, what stops an answer."""
