@@ -394,11 +394,11 @@ def test_rows_of_any_kind_of_number(run):
 def test_what_changed_is_told_key_by_key(run):
     run.record(data="d" * 64, base="b" * 64)
     assert run.changed_since(run.config, "d" * 64, "b" * 64) == []
-    changed = make_config(run.path, method="full", seed=1, train={"learning_rate": 0.01}, lora={"rank": 8, "targets": ["q_proj"]})
+    changed = make_config(run.path, method="qlora", seed=1, train={"learning_rate": 0.01}, lora={"rank": 8, "targets": ["q_proj"]})
     assert run.changed_since(changed, "e" * 64, "c" * 64) == [
         "lora.rank: 16 -> 8",
         'lora.targets: "all-linear" -> ["q_proj"]',
-        'method: "lora" -> "full"',
+        'method: "lora" -> "qlora"',
         "seed: 0 -> 1",
         'train.learning_rate: "auto" -> 0.01',
         "the training data: the files changed (fingerprint dddddddddddd -> eeeeeeeeeeee)",

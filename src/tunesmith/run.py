@@ -30,8 +30,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
+from tunesmith.config import yaml12
+from tunesmith.config.load import resolved
 from tunesmith.config.schema import RunConfig
-from tunesmith.errors import RunError
+from tunesmith.errors import ConfigError, RunError
 from tunesmith.files import LEFTOVER, append, fsync_folder, make_folder, settle, sha256, write_atomic
 from tunesmith.redact import redact, redact_command, redact_tree
 
@@ -90,8 +92,8 @@ class Run:
                 )
             run._write_json("manifest.json", _manifest(config, command))
             run.set_status("preparing")
-            text = yaml.safe_dump(redact_tree(_plain(config)), sort_keys=False, allow_unicode=True)
-            write_atomic(run.path / "run.yaml", "# The run file as resolved: every key, defaults included.\n" + text)
+            text = yaml12.write(redact_tree(resolved(config)))
+            write_atomic(run.path / "run.yaml", "# The run file as resolved: every key that has an effect, defaults included.\n" + text)
         return run
 
     @classmethod
@@ -107,8 +109,8 @@ class Run:
     def config(self) -> RunConfig:
         """run.yaml as it was resolved (secrets are `[redacted]` in it)."""
         try:
-            return RunConfig.model_validate(yaml.safe_load((self.path / "run.yaml").read_text("utf-8")))
-        except (OSError, ValueError, yaml.YAMLError, ValidationError) as e:
+            return RunConfig.model_validate(yaml12.read((self.path / "run.yaml").read_text("utf-8")).tree)
+        except (OSError, ValueError, ConfigError, ValidationError) as e:
             raise RunError(f"{self.path / 'run.yaml'}: damaged: {e}", "put the original run file back in its place") from e
 
     @property
@@ -206,7 +208,8 @@ class Run:
 
     def changed_since(self, config: RunConfig, data: str | None = None, base: str | None = None) -> list[str]:
         """What differs from the run as started, one line a key; empty when it may be resumed. None leaves a fingerprint out."""
-        before, after = _flat(_plain(self.config)), _flat(redact_tree(_plain(config)))
+        resumed = RunConfig.model_validate(resolved(config))  # absolute paths, as run.yaml holds them
+        before, after = _flat(_plain(self.config)), _flat(redact_tree(_plain(resumed)))
         lines = [
             f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
             for key in sorted(before.keys() | after.keys())
