@@ -241,8 +241,8 @@ class Renderer:
         return hashlib.sha256(json.dumps([*facts, self.date if dated else ""], sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer with the template in use: `build_renderer(folder, ..., saved=True)` renders the same, and so does every
-        other program that reads the folder."""
+        """Write the tokenizer with the template in use: `build_renderer(folder, ..., saved=True)` renders the same, and so does
+        every other program that reads the folder."""
         self.tokenizer.save(folder, self.templates)
 
     def describe(self) -> str:
