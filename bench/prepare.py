@@ -42,13 +42,6 @@ def cpu() -> float:
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def make_ours(folder: str, template: str):
-    from tunesmith.data.render import Renderer
-    from tunesmith.tokenizer import Tokenizer
-
-    return Renderer(Tokenizer.load(folder), template, max_length=LENGTH)
-
-
 def ours(rows: Path, tokenizer: str, workers: int, scratch: Path):
     """(CPU seconds, wall seconds, prepared)."""
     import functools
@@ -58,14 +51,15 @@ def ours(rows: Path, tokenizer: str, workers: int, scratch: Path):
     from tunesmith.config.schema import Data
     from tunesmith.data.pack import collate, plan_epoch
     from tunesmith.data.prepare import prepare
+    from tunesmith.data.render import build_renderer
 
     template = scratch / "plain.jinja"
     template.write_text(PLAIN)
-    make = functools.partial(make_ours, tokenizer, str(template))
+    data = Data(train=str(rows), held_out=0, template=str(template), max_length=LENGTH, workers=workers)
+    make = functools.partial(build_renderer, tokenizer, data)
     renderer = make()
     renderer.examples_many([])
     before, wall = cpu(), time.monotonic()
-    data = Data(train=str(rows), held_out=0, max_length=LENGTH, workers=workers)
     prepared = prepare(data, make, seed=0, renderer=renderer, cache_dir=scratch / "cache")
     plan = plan_epoch(np.arange(len(prepared.train)), prepared.train.lengths, BATCH, LENGTH)
     for step in plan:

@@ -58,26 +58,28 @@ def collate(examples: Sequence[Example]) -> Batch:
     Token t is predicted from t - 1, so a document's last trained token and all behind it teach nothing as inputs: they are left
     out, which changes neither loss nor gradient.
     """
-    tokens, positions, rows, labels, bounds = [], [], [], [], [0]
-    for e in examples:
-        targets = np.flatnonzero(e.learn)
-        assert len(targets), f"{e.origin}: an example without a trained token reached a batch"
-        assert targets[0] > 0, f"{e.origin}: nothing predicts the first token"
-        keep = int(targets[-1])
-        tokens.append(e.ids[:keep])
-        positions.append(np.arange(keep))
-        rows.append(targets - 1 + bounds[-1])
-        labels.append(e.ids[targets])
-        bounds.append(bounds[-1] + keep)
+    if not examples:
+        none = np.zeros(0, np.int64)
+        return Batch(none, none, np.zeros(1, np.int32), none, none)
+    ids_T, learn_T = np.concatenate([e.ids for e in examples]), np.concatenate([e.learn for e in examples])
+    lengths_N = np.fromiter((len(e.ids) for e in examples), np.int64, len(examples))
+    ends_N = np.cumsum(lengths_N)
+    starts_N = ends_N - lengths_N
+    targets_L = np.flatnonzero(learn_T)
+    beyond_N = np.searchsorted(targets_L, ends_N)  # of each document's targets, the one behind its last
+    for e, first, beyond in zip(examples, np.searchsorted(targets_L, starts_N).tolist(), beyond_N.tolist(), strict=True):
+        assert first < beyond, f"{e.origin}: an example without a trained token reached a batch"
+        assert not e.learn[0], f"{e.origin}: nothing predicts the first token"
+    keep_N = targets_L[beyond_N - 1] - starts_N  # tokens before the last target
+    place_T = np.arange(len(ids_T)) - np.repeat(starts_N, lengths_N)
+    kept_T = place_T < np.repeat(keep_N, lengths_N)
+    bounds = np.concatenate([[0], np.cumsum(keep_N)])
+    shift_N = starts_N - bounds[:-1]  # by how much a document moves forward, since the ends of those before it are left out
     return Batch(
-        tokens=_flat(tokens),
-        positions=_flat(positions),
-        cu_seqlens=np.array(bounds, np.int32),
-        rows=_flat(rows),
-        labels=_flat(labels),
+        tokens=ids_T[kept_T].astype(np.int64),
+        positions=place_T[kept_T],
+        cu_seqlens=bounds.astype(np.int32),
+        rows=targets_L - 1 - np.repeat(shift_N, np.diff(beyond_N, prepend=0)),
+        labels=ids_T[targets_L].astype(np.int64),
         origins=tuple(e.origin for e in examples),
     )
-
-
-def _flat(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
