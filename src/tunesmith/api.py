@@ -64,7 +64,9 @@ def explain(key: str = "") -> str:
     return explain(key)
 
 
-def check(config: Config, *overrides: str, show: int | None = None, model: str | None = None, console: Console | None = None) -> CheckReport:
+def check(
+    config: Config, *overrides: str, show: int | None = None, model: str | None = None, console: Console | None = None
+) -> CheckReport:
     """What is in the data, what will be trained, what was refused and why. Nothing is trained.
 
     `config` may be the data itself (a file or folder); `model` then names whose tokenizer and template to use. `show` picks the row to
@@ -84,7 +86,9 @@ def check(config: Config, *overrides: str, show: int | None = None, model: str |
     base = resolve_model(settings.model)
     make = functools.partial(build_renderer, base.path, settings.data, settings.lora.new_tokens, datetime.date.today().isoformat())
     renderer = make()
-    prepared = prepare(settings.data, make, renderer=renderer, seed=settings.seed, progress=_console(console), model=base.path, strict=False)
+    prepared = prepare(
+        settings.data, make, renderer=renderer, seed=settings.seed, progress=_console(console), model=base.path, strict=False
+    )
     return check_report(prepared, renderer, show=show)
 
 
@@ -118,7 +122,9 @@ def train(config: Config, *overrides: str, resume: bool = False, console: Consol
     if resume and (Path(settings.output) / "run.yaml").exists():
         run = Run.open(settings.output)
         if run.status().state == "finished":
-            raise RunError(f"{settings.output}: this run has finished", "name another `output` for a new run, or look at its report.html")
+            raise RunError(
+                f"{settings.output}: this run has finished", "name another `output` for a new run, or look at its report.html"
+            )
     else:
         run = Run.create(settings.output, settings, command=sys.argv)
         resume = False
@@ -146,7 +152,9 @@ def generate(
     from tunesmith.chat import Talker
 
     talker = Talker.open(model, adapter=adapter)
-    return talker.answer(prompts, system=system, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, raw=raw)
+    return talker.answer(
+        prompts, system=system, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, raw=raw
+    )
 
 
 def chat(
@@ -162,7 +170,14 @@ def chat(
     """Talk to a run folder, a checkpoint, or a checkpoint and an adapter, until /exit. The answer comes as it is made."""
     from tunesmith.chat import Talker, converse
 
-    converse(Talker.open(model, adapter=adapter), system=system, max_tokens=max_tokens, temperature=temperature, top_p=top_p, console=_console(console))
+    converse(
+        Talker.open(model, adapter=adapter),
+        system=system,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        console=_console(console),
+    )
 
 
 def merge(run: str | Path, out: str | Path, *, onto: str = "auto") -> Path:

@@ -18,7 +18,9 @@ def merge_run(path: Path, out: Path, *, onto: str) -> Path:
     run = Run.open(path)
     config = run.config
     if config.method == "full":
-        raise RunError(f"{path}: method full has no adapter to merge", f"its weights are a Hugging Face folder already: {run.model}")
+        raise RunError(
+            f"{path}: method full has no adapter to merge", f"its weights are a Hugging Face folder already: {run.model}"
+        )
     if onto not in ("auto", "nf4", "dense"):
         raise RunError(f"--onto {onto}: is not known", "write auto, nf4 or dense")
     if out.exists() and any(out.iterdir()):

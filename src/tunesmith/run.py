@@ -93,7 +93,9 @@ class Run:
             run._write_json("manifest.json", _manifest(config, command))
             run.set_status("preparing")
             text = yaml12.write(redact_tree(resolved(config)))
-            write_atomic(run.path / "run.yaml", "# The run file as resolved: every key that has an effect, defaults included.\n" + text)
+            write_atomic(
+                run.path / "run.yaml", "# The run file as resolved: every key that has an effect, defaults included.\n" + text
+            )
         return run
 
     @classmethod

@@ -24,16 +24,23 @@ def place(memory: Memory = Memory()) -> Place:
     """auto takes an NVIDIA GPU where there is one, else the CPU; bf16 where the device computes in it, fp16 on older cards, fp32 on a CPU."""
     wanted = memory.device if memory.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ModelError("memory.device is cuda, but torch sees no NVIDIA GPU", "set memory.device: cpu, or install torch's CUDA build and its driver")
+        raise ModelError(
+            "memory.device is cuda, but torch sees no NVIDIA GPU",
+            "set memory.device: cpu, or install torch's CUDA build and its driver",
+        )
     if wanted == "mps" and not torch.backends.mps.is_available():
         raise ModelError("memory.device is mps, but torch sees no Apple GPU", "set memory.device: cpu")
     device, note = torch.device(wanted), ""
+    if wanted == "cuda":  # growing segments instead of fixed blocks: 4.7 GiB of 22.5 lay unused in an H200's cache without it
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if wanted == "mps":
         note = "Apple GPUs run the reference operations; nobody has tested them here"
     if memory.dtype != "auto":
         dtype = DTYPES[memory.dtype]
         if wanted == "cuda" and dtype is torch.bfloat16 and torch.cuda.get_device_capability()[0] < 8:
-            raise ModelError(f"{torch.cuda.get_device_name()} does not compute in bf16", "set memory.dtype: fp16 (with loss scaling) or fp32")
+            raise ModelError(
+                f"{torch.cuda.get_device_name()} does not compute in bf16", "set memory.dtype: fp16 (with loss scaling) or fp32"
+            )
         return Place(device, dtype, note)
     if wanted == "cuda":
         if torch.cuda.get_device_capability()[0] >= 8:  # Ampere and later; before it bf16 is emulated
