@@ -1,0 +1,106 @@
+"""The main job on an NVIDIA GPU: the same code as on a CPU, held to the same promises."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
+
+import pytest
+import torch
+
+from tunesmith import adapters, api, models
+from tunesmith.config.schema import Lora
+from tunesmith.hub import resolve_model
+from tunesmith.models.linear import NF4Linear
+from tunesmith.ops import nf4
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
+DEMO = files("tunesmith") / "assets" / "demo"
+
+
+def config(output, **more):
+    return {
+        "model": "embedded",
+        "data": {"train": str(DEMO / "train.jsonl"), "held_out": str(DEMO / "held_out.jsonl"), "max_length": 512},
+        "method": "qlora",
+        "output": str(output),
+        "train": {"max_steps": 24, "batch_size": 16, "learning_rate": 2e-3, "deterministic": True},
+        "eval": {"samples": 0, "every_steps": 8},
+        "checkpoint": {"every_steps": 4},
+        **more,
+    }
+
+
+def losses(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], float(r["loss"]).hex()) for r in rows if r["kind"] == "step"]
+
+
+def test_nf4_is_the_same_bits_as_on_the_cpu():
+    torch.manual_seed(0)
+    for shape in ((64, 64), (33, 129), (257, 64)):
+        w = torch.randn(shape)
+        cpu, gpu = nf4.quantise(w), nf4.quantise(w.cuda())
+        assert torch.equal(cpu.codes, gpu.codes.cpu()) and torch.equal(cpu.absmax, gpu.absmax.cpu())
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert torch.equal(nf4.dequantise(cpu, dtype), nf4.dequantise(gpu, dtype).cpu())
+
+
+def test_lora_over_nf4_in_bf16_follows_its_definition():
+    torch.manual_seed(0)
+    holder = torch.nn.Module()
+    holder.q_proj = NF4Linear(256, 512, dtype=torch.bfloat16, device="cuda")
+    holder.q_proj.set_weight("weight", torch.randn(512, 256, device="cuda", dtype=torch.bfloat16) * 0.05)
+    adapters.attach(holder, Lora(rank=8, targets=("q_proj",)), seed=0)
+    twin = holder.q_proj
+    with torch.no_grad():
+        twin.lora_B.normal_(std=0.05)
+    x = torch.randn(100, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(100, 512, device="cuda", dtype=torch.bfloat16)
+    fast = torch.autograd.grad(twin(x), (x, twin.lora_A, twin.lora_B), dy)
+    # The definition in float64 over the same decoded weight; bf16 keeps 8 bits, a GEMM's result is within 1e-2 of it in norm.
+    w = twin.base.dequantize(torch.bfloat16).double()
+    x64 = x.detach().double().requires_grad_()
+    a, b = twin.lora_A.detach().double().requires_grad_(), twin.lora_B.detach().double().requires_grad_()
+    slow = torch.autograd.grad(x64 @ w.t() + twin.scale * (x64 @ a.t()) @ b.t(), (x64, a, b), dy.double())
+    for p, q in zip(fast, slow, strict=True):
+        assert ((p.double() - q).norm() / q.norm()).item() < 1e-2
+
+
+def test_held_out_loss_agrees_with_the_cpu():
+    run = {}
+    for device in ("cpu", "cuda"):
+        model = models.load(resolve_model("embedded").path, dtype=torch.float32, device=device)
+        ids = torch.arange(5, 400, device=device)
+        run[device] = model(ids).float().cpu()
+    assert ((run["cpu"] - run["cuda"]).norm() / run["cpu"].norm()).item() < 1e-3  # float32 sums in another order
+
+
+def test_killed_and_resumed_is_bit_identical(tmp_path):
+    whole = api.train(config(tmp_path / "whole")).path
+    code = f"from tunesmith import api; api.train({config(tmp_path / 'killed')!r}, resume=True)"
+    for after in (6, 13):
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+        while child.poll() is None:
+            metrics = tmp_path / "killed" / "metrics.jsonl"
+            if metrics.exists() and len(losses(tmp_path / "killed")) >= after:
+                os.kill(child.pid, signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        child.wait()
+    api.train(config(tmp_path / "killed"), resume=True)
+    assert losses(tmp_path / "killed") == losses(whole)
+    assert (tmp_path / "killed" / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        whole / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_memory_stays_under_its_plan(tmp_path):
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    run = api.train(config(tmp_path / "run"))
+    plan = json.loads((run.path / "plan.json").read_text())
+    assert torch.cuda.max_memory_allocated() <= plan["needs"] * 2**30
