@@ -28,7 +28,7 @@ try:
 except ImportError:
     readline = None
 
-HELP = "/reset forgets the conversation   /system TEXT sets the system message   /exit leaves   Ctrl-C ends an answer"
+HELP = "/reset forgets the conversation, /system TEXT sets the system message, /exit leaves, Ctrl-C ends an answer"
 ADAPTER = "adapter_config.json"
 
 Turn = Mapping[str, Any]  # {"role": ..., "content": ...}
@@ -46,7 +46,7 @@ class Talker:
 
     @classmethod
     def open(cls, source: str | Path, *, adapter: str | Path | None = None, memory: Memory | None = None) -> Talker:
-        """Load `source`: a run folder (its base, store, template and weights as trained), a checkpoint folder, a hub id or `embedded`.
+        """Load `source`: a run folder (base, store, template, weights as trained), a checkpoint folder, a hub id or `embedded`.
 
         `adapter` is a PEFT folder over a checkpoint; a tokenizer beside it wins over the checkpoint's. Raises RunError for a run
         that has no result, ModelError and AdapterError as the loaders do.
@@ -54,9 +54,7 @@ class Talker:
         folder = Path(source)
         if (folder / "run.yaml").is_file():
             if adapter is not None:
-                raise RunError(
-                    f"{folder}: a run has its own adapter", "leave out --adapter, or name the base model instead of the run"
-                )
+                raise RunError(f"{folder}: a run has its own adapter", "leave out --adapter, or name the base model, not the run")
             return cls._of_run(Run.open(folder), memory)
         if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
             base = adapters.storage.read_config(folder).get("base_model_name_or_path") or "its base model"
@@ -94,8 +92,8 @@ class Talker:
         return context(self.model)
 
     def raw(self, text: str) -> list[int]:
-        """Ids of a text to be continued as it stands. Special tokens written in it are recognised: this is the person's own text, not
-        a row of data. BOS comes first where the tokenizer puts one, once."""
+        """Ids of a text to be continued as it stands. Special tokens written in it are recognised: this is the person's own text,
+        not a row of data. BOS comes first where the tokenizer puts one, once."""
         tokenizer = self.renderer.tokenizer
         ids, prefix = tokenizer.encode(text, special=True), list(tokenizer.prefix_ids)
         return ids if prefix and ids[: len(prefix)] == prefix else [*prefix, *ids]
@@ -163,9 +161,9 @@ def converse(talker: Talker, *, system: str | None, max_tokens: int, temperature
     history: list[Turn] = [{"role": "system", "content": system}] if system else []
 
     def note(text: str) -> None:
-        console.print(Text(text, "dim"), soft_wrap=True)
+        console.print(Text(text, "dim"))
 
-    note(f"Talking to {talker.name}.  {HELP}")
+    note(f"Talking to {talker.name}\n{HELP}")
     for line in getattr(talker.model, "notes", ()):
         note(f"note: {line}")
     turn, leaving = 0, False
@@ -177,6 +175,8 @@ def converse(talker: Talker, *, system: str | None, max_tokens: int, temperature
             return
         except KeyboardInterrupt:
             console.print()
+            if readline is not None and readline.get_line_buffer():
+                continue  # it took back what was typed
             if leaving:
                 return
             leaving = True
@@ -197,7 +197,7 @@ def converse(talker: Talker, *, system: str | None, max_tokens: int, temperature
                 history = [*([{"role": "system", "content": rest.strip()}] if rest.strip() else []), *others]
                 note("the system message is set" if rest.strip() else "there is no system message now")
             else:
-                note(f"{HELP}   (put a space before a / that belongs to your text)")
+                note(f"{HELP}; put a space before a / that belongs to your text")
             continue
         turn += 1
         try:

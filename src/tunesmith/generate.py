@@ -1,7 +1,8 @@
 """From prompt ids to answer ids: batched, cached, streamed.
 
-A batch is one flat stream here too: prompts of different lengths are prefilled side by side without padding, then each live sequence
-gets one token a step; a finished one leaves the batch. Draws are seeded per prompt, so an answer does not depend on its neighbours.
+A batch is one flat stream here too: prompts of different lengths are prefilled side by side without padding, then each live
+sequence gets one token a step; a finished one leaves the batch. Draws are seeded per prompt, so an answer does not depend on its
+neighbours.
 
 Shape letters: N sequences, V vocabulary, K tokens that can be drawn.
 """
@@ -129,7 +130,7 @@ _NAN = "the model's answers are nan: its weights are damaged, or its numbers too
 
 
 def distribution(logits_NV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """(p_NK, ids_NK), likeliest first, on the CPU: what the next token is drawn from. Tokens as likely as the last of top_k stay in."""
+    """(p_NK, ids_NK), likeliest first, on the CPU: what the next token is drawn from. Equals of the last of top_k stay in."""
     scores = logits_NV.to("cpu", torch.promote_types(logits_NV.dtype, torch.float32)) / sampling.temperature
     width = scores.shape[-1]
     if 0 < sampling.top_k < width:
