@@ -208,6 +208,20 @@ def test_nf4_is_the_quantised_base_and_saves_dense(name, folders, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["gpt2", "olmo2"])
+def test_a_checkpoint_that_bitsandbytes_quantised_loads_as_it_is(name, folders, tmp_path):
+    """gpt2's Conv1D lies there turned round."""
+    double = dict(bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
+    how = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **double)
+    theirs = oracle(folders / name, dtype=torch.float32, quantization_config=how)
+    theirs.save_pretrained(tmp_path)
+    tokens = tokens_of(12)
+    wanted = theirs(tokens[None], use_cache=False).logits[0]
+    assert (wanted - oracle(folders / name, dtype=torch.float32)(tokens[None]).logits[0]).abs().max() > 1e-3
+    for store in ("nf4", "dense"):
+        assert_close(fallback.load(tmp_path, store=store)(tokens), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("store", ["dense", "nf4"])
 @pytest.mark.parametrize("name", ["gpt2", "cohere"])
 def test_a_merged_adapter_is_a_folder_transformers_loads(name, store, folders, tmp_path):
