@@ -1,4 +1,5 @@
-"""Shared fixtures. `shared_data` is the folder of real tokenizers, templates and datasets that may lie beside the checkout; tests that need it skip without it."""
+"""Shared fixtures. `shared_data` is the folder of real tokenizers, templates and datasets that may lie beside the checkout;
+tests that need it skip without it."""
 
 from pathlib import Path
 

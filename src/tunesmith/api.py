@@ -6,7 +6,8 @@
     run = tunesmith.train("run.yaml", "train.epochs=1")
     tunesmith.generate(run.path, ["What is the capital of France?"])
 
-`config` is a run file, a dict of its keys, or a RunConfig; overrides are `key.path=value`. torch is imported only by verbs that compute.
+`config` is a run file, a dict of its keys, or a RunConfig; overrides are `key.path=value`. torch is imported only by verbs that
+compute.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ def init(data: str | Path, *, model: str = "embedded", output: str = "runs/first
 
 
 def explain(key: str = "") -> str:
-    """What a setting does, what too high and too low look like, its name in Axolotl, TRL and Unsloth. ConfigError names the near key."""
+    """What a setting does, what too high and too low look like, its name in Axolotl, TRL and Unsloth.
+
+    ConfigError names the near key.
+    """
     from tunesmith.config.explain import explain
 
     return explain(key)
@@ -69,16 +73,16 @@ def check(
 ) -> CheckReport:
     """What is in the data, what will be trained, what was refused and why. Nothing is trained.
 
-    `config` may be the data itself (a file or folder); `model` then names whose tokenizer and template to use. `show` picks the row to
-    show as coloured tokens. Returns a report with `.print(console)` and `.exit_code`.
+    `config` may be the data itself (a file or folder); `model` then names whose tokenizer and template to use. `show` picks the row
+    to show as coloured tokens. Returns a report with `.print(console)` and `.exit_code`.
     """
     import datetime
     import functools
 
     from tunesmith.data.prepare import prepare
+    from tunesmith.data.render import build_renderer
     from tunesmith.data.report import check_report
     from tunesmith.hub import resolve_model
-    from tunesmith.data.render import build_renderer
 
     if isinstance(config, (str, Path)) and Path(config).suffix not in (".yaml", ".yml"):
         config = {"model": model or "embedded", "data": str(config), "method": "lora", "output": "runs/check"}
@@ -93,9 +97,9 @@ def check(
 
 
 def plan(config: Config, *overrides: str, gpu: str | None = None) -> Plan:
-    """Will it fit, how long will it take, what to lower: memory per component from config.json alone, without torch, in under a second.
+    """Will it fit, how long will it take, what to lower: memory per component from config.json alone, without torch.
 
-    `gpu` is a card's name, `24GB` or `cpu`; this machine's device without it. Row lengths come from `check`'s cache when there is one.
+    `gpu` is a card's name, `24GB` or `cpu`; this machine's device without it. Row lengths come from `check`'s cache if there is one.
     """
     from tunesmith.data.prepare import cached_lengths
     from tunesmith.devices import local_device, parse_device
@@ -112,8 +116,9 @@ def plan(config: Config, *overrides: str, gpu: str | None = None) -> Plan:
 def train(config: Config, *overrides: str, resume: bool = False, console: Console | None = None) -> Run:
     """Tune as the run file says; the result is a run folder: adapter (or model), metrics, checkpoints, report.html.
 
-    `resume` goes on from the newest whole checkpoint, bit for bit on a CPU and in the GPU's deterministic mode. Raises DataError, ModelError,
-    DoesNotFit before anything is trained; TrainingFailed rather than end a run that did not learn; Interrupted once all is saved.
+    `resume` goes on from the newest whole checkpoint, bit for bit on a CPU and in the GPU's deterministic mode. Raises DataError,
+    ModelError, DoesNotFit before anything is trained; TrainingFailed rather than end a run that did not learn; Interrupted once all
+    is saved.
     """
     settings = _load(config, overrides)  # before torch is imported: a slip of the pen is answered at once
     from tunesmith.run import Run
@@ -182,7 +187,8 @@ def chat(
 
 def merge(run: str | Path, out: str | Path, *, onto: str = "auto") -> Path:
     """Write a standard Hugging Face folder with the adapter folded in. A QLoRA run is merged onto the dequantised 4-bit base it was
-    trained over (`auto`, `nf4`), or onto the original weights (`dense`), which answers a little differently than what was trained."""
+    trained over (`auto`, `nf4`), or onto the original weights (`dense`), which answers a little differently than what was trained.
+    """
     from tunesmith.merging import merge_run
 
     return merge_run(Path(run), Path(out), onto=onto)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.testing import assert_close
+
 from tunesmith.ops.linear_ce import linear_cross_entropy, reference
 
 

@@ -1,8 +1,8 @@
 """Cross-entropy of a vocabulary projection, a few rows of logits at a time.
 
-`reference` is the definition. `linear_cross_entropy` never holds more than `chunk` rows of logits: the gradient is made in the forward,
-where the logits are, so the backward is one multiplication. For Mistral's 32,000 words and 8,192 labelled rows that is 64 MiB of
-logits at a time instead of 1 GiB in float32 and as much again for their gradient.
+`reference` is the definition. `linear_cross_entropy` never holds more than `chunk` rows of logits: the gradient is made in the
+forward, where the logits are, so the backward is one multiplication. For Mistral's 32,000 words and 8,192 labelled rows that is
+64 MiB of logits at a time instead of 1 GiB in float32 and as much again for their gradient.
 
 Shape letters: L labelled rows, D model width, V vocabulary.
 """
@@ -27,7 +27,7 @@ def reference(x_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, softcap: float 
 def linear_cross_entropy(
     x_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, *, softcap: float | None = None, chunk: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """(sum over rows, differentiable scalar; each row's loss in nats, detached [L]). Gradients reach `x_LD` and, if trained, `weight_VD`."""
+    """(sum over rows, a scalar with gradients for `x_LD` and a trained `weight_VD`; each row's loss in nats, detached [L])."""
     chunk = chunk or max(1, LOGIT_BYTES // (4 * weight_VD.shape[0]))
     return _LinearCrossEntropy.apply(x_LD, weight_VD, labels_L, softcap, chunk)
 
