@@ -11,7 +11,9 @@ from tunesmith.spec import (
     Spec,
     checkpoint_quantization,
     parameters,
+    plan_spec,
     read_config,
+    read_spec,
     spec_of,
     support,
     tensor_shapes,
@@ -188,3 +190,16 @@ def test_counts_by_group_add_up_to_the_tensors():
         config = {**LLAMA, "model_type": name, "head_dim": 16, "attention_bias": True}
         spec = spec_of(config)
         assert parameters(spec).total == sum(math.prod(s) for s in tensor_shapes(spec).values()), name
+
+
+def test_a_fallback_checkpoint_is_planned_by_its_sizes(tmp_path, shared_data):
+    config = json.loads((shared_data / "tokenizers" / "gpt2" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = plan_spec(tmp_path)
+    assert (spec.dim, spec.layers, spec.heads, spec.context, spec.vocab) == (768, 12, 12, 1024, 50257)
+    assert 124_439_808 < parameters(spec).total < 1.35 * 124_439_808  # gpt2's own count; a plan must not be too small
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "vocab_size": 100}))
+    with pytest.raises(ModelError, match="says nothing of its size"):
+        plan_spec(tmp_path)
+    (tmp_path / "config.json").write_text((shared_data / "configs" / "mistral_7b.json").read_text())
+    assert plan_spec(tmp_path) == read_spec(tmp_path)

@@ -99,18 +99,18 @@ def check(
 def plan(config: Config, *overrides: str, gpu: str | None = None) -> Plan:
     """Will it fit, how long will it take, what to lower: memory per component from config.json alone, without torch.
 
-    `gpu` is a card's name, `24GB` or `cpu`; this machine's device without it. Row lengths come from `check`'s cache if there is one.
+    `gpu` is a card's name, `24GB` or `cpu`; this machine's device without it. Row lengths come from `check`'s cache if any.
     """
     from tunesmith.data.prepare import cached_lengths
     from tunesmith.devices import local_device, parse_device
     from tunesmith.hub import resolve_model
     from tunesmith.plan import make_plan
-    from tunesmith.spec import read_spec
+    from tunesmith.spec import plan_spec
 
     settings = _load(config, overrides)
     base = resolve_model(settings.model)
     device = parse_device(gpu) if gpu else local_device(settings.memory.device)
-    return make_plan(settings, read_spec(base.path), lengths=cached_lengths(settings.data, base.path, settings.seed), device=device)
+    return make_plan(settings, plan_spec(base.path), lengths=cached_lengths(settings.data, base.path, settings.seed), device=device)
 
 
 def train(config: Config, *overrides: str, resume: bool = False, console: Console | None = None) -> Run:

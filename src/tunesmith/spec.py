@@ -135,6 +135,39 @@ def spec_of(config: Config) -> Spec:
     return FAMILIES[config["model_type"]](config)
 
 
+# What a fallback family may call its sizes, in transformers' configs.
+SYNONYMS = {
+    "dim": ("hidden_size", "n_embd", "d_model"),
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "heads": ("num_attention_heads", "n_head", "n_heads"),
+    "hidden": ("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim"),
+    "context": ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"),
+}
+
+
+def plan_spec(folder: str | Path) -> Spec:
+    """The Spec for a plan: a native checkpoint's own, or for a fallback one the sizes its config.json gives.
+
+    Those are read as a gated MLP of their width, which counts a plain MLP half as large again: such a plan is rather too large.
+    Raises ModelError where the checkpoint is refused or names no sizes.
+    """
+    config = read_config(folder)
+    if support(config).state != "fallback":
+        return spec_of(config)
+    found = {name: next((config[k] for k in keys if _number(config.get(k))), None) for name, keys in SYNONYMS.items()}
+    if missing := [name for name in ("dim", "layers") if found[name] is None] + ["vocab"] * (not _number(config.get("vocab_size"))):
+        keys = ", ".join(k for name in missing for k in SYNONYMS.get(name, ("vocab_size",)))
+        raise ModelError(f"{folder}/config.json: says nothing of its size (none of {keys})", "use a checkpoint of a language model")
+    dim = found["dim"]
+    heads = found["heads"] or max(1, dim // 64)
+    kv_heads = config.get("num_key_value_heads") or (1 if config.get("multi_query") else heads)
+    return Spec(
+        vocab=config["vocab_size"], dim=dim, hidden=found["hidden"] or 4 * dim, layers=found["layers"], heads=heads,
+        kv_heads=kv_heads, head_dim=config.get("head_dim") or dim // heads, context=found["context"] or 2048, norm_eps=1e-5,
+        tied=bool(config.get("tie_word_embeddings", True)),
+    )  # fmt: skip
+
+
 def support(config: Config) -> Support:
     """native, fallback or refused, with the reason. All faults of a native family's config are listed at once."""
     kind = config.get("model_type")
