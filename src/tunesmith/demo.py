@@ -1,9 +1,8 @@
-"""`make demo`: tune the embedded model on the embedded data and show what changed. Needs no network and no GPU; uses a GPU where there is one."""
+"""`make demo`: tune the embedded model on the embedded data and show what changed. No network, no GPU needed; a GPU is used."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from importlib.resources import files
 from itertools import count
@@ -11,7 +10,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from tunesmith import api
 from tunesmith.errors import TunesmithError
@@ -37,29 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     except TunesmithError as e:
         console.print(f"error: {e}", style="red", markup=False)
         return e.exit_code
-    show(console, run.path)
+    for name, text in (("run", str(run.path)), ("report", str(run.report)), ("talk", f"tunesmith chat {run.path}")):
+        console.print(f"[bold]{name:<8}[/]{escape(text)}", soft_wrap=True, highlight=False)
     return 0
-
-
-def show(console: Console, run: Path) -> None:
-    """Name the run folder, the loss before and after, and one prompt answered before and after."""
-    found = json.loads((run / "comparison.json").read_text("utf-8"))
-    loss = found["loss"]
-    low, high = loss["interval"]
-    console.print()
-    console.print(f"[bold]held-out loss[/]  {loss['before']:.3f} before, {loss['after']:.3f} after   "
-                  f"(difference {loss['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}, {loss['rows']} rows never trained on)")  # fmt: skip
-    if found["rows"]:
-        row = found["rows"][0]
-        table = Table(show_header=False, box=None, padding=(0, 1))
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column()
-        for name, text in (("prompt", row["prompt"]), ("before", row["before"]["answer"]), ("after", row["after"]["answer"])):
-            table.add_row(name, escape(text))
-        console.print(table)
-    console.print(f"[bold]run folder[/]     {escape(str(run))}")
-    console.print(f"[bold]report[/]         {escape(str(run / 'report.html'))}")
-    console.print(f"[bold]talk to it[/]     tunesmith chat {escape(str(run))}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""One run from its file to its report: what `tunesmith.train` does, in order. The loop itself is train/loop.py."""
+"""One run from its file to its report: what `tunesmith.train` does, in order. The loop itself is train/loop.py.
+
+Everything before the first step is looked at before anything is written over: a resume that is refused leaves the run as it was.
+"""
 
 from __future__ import annotations
 
@@ -6,90 +9,121 @@ import datetime
 import functools
 import json
 import math
-import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
-from safetensors.torch import load_file
+from rich.table import Table
 from torch import nn
 
 from tunesmith import adapters, models
 from tunesmith.config.schema import RunConfig
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.render import Renderer, build_renderer
+from tunesmith.data.report import print_one_row
 from tunesmith.devices import local_device
-from tunesmith.errors import AdapterError, Interrupted, RunError, TunesmithError
+from tunesmith.errors import AdapterError, DoesNotFit, Interrupted, RunError, TrainingFailed, TunesmithError
 from tunesmith.evaluate import heldout, report
+from tunesmith.evaluate.heldout import Losses
 from tunesmith.evaluate.statistics import paired_bootstrap
-from tunesmith.files import write_atomic
-from tunesmith.generate import generate
+from tunesmith.files import remove_folder, verify, write_atomic
+from tunesmith.generate import context
 from tunesmith.hub import ResolvedModel, resolve_model
 from tunesmith.models.place import Place, make_deterministic, place
 from tunesmith.plan import Plan, make_plan
 from tunesmith.run import Run, base_fingerprint
-from tunesmith.spec import read_config, read_spec
+from tunesmith.spec import plan_spec
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.train import checkpoint, loop
-from tunesmith.train.checkpoint import write_safetensors
-from tunesmith.train.log import Log, Progress
-from tunesmith.train.loop import Hooks, State
+from tunesmith.train.checkpoint import Found
+from tunesmith.train.log import TRACKERS, Log, Progress
+from tunesmith.train.loop import Hooks, State, Stopped
 from tunesmith.train.optim import LossScale, Optimizer, learning_rate
 from tunesmith.train.signals import graceful
 
-EVALUATIONS = 10  # in a run, when eval.every_steps is auto
+EVALUATIONS, APART = 10, 3  # when eval.every_steps is auto: at most so many in a run, at least so many steps apart
+FORWARD = 1 / 3  # of a step's time per token: what reading a held-out token costs
 COMPARED = 24  # held-out prompts answered before and after for the report
-BEST = "best.safetensors"
+LOSSES_BEFORE, BEFORE, AFTER = "losses_before.json", "before.json", "after.json"
 
 
 def tune(config: RunConfig, run: Run, *, resume: bool, console: Console) -> Run:
-    """Train as `config` says and leave the result in `run`, whose lock the caller holds. A failure or a stop is in the run's status."""
+    """Train as `config` says and leave the result in `run`, whose lock the caller holds.
+
+    A failure or a stop is in the run's status and report. A resume that ends before it has begun changes neither.
+    """
+    begun = not resume
     try:
-        return _tune(config, run, resume=resume, console=console)
+        session = _open(config, run, resume=resume, console=console)
+        found = session.newest() if resume else None
+        begun = True
+        session.go(found, again=resume)
     except Interrupted as e:
-        run.set_status("interrupted", message=e.what)
+        _last_word(run, begun, "interrupted", e.what)
         raise
     except KeyboardInterrupt:
-        run.set_status("interrupted", message="stopped at once by a second signal; the last checkpoint stands")
+        when = "by a second signal; the last checkpoint stands" if run.status().state == "running" else "before the first step"
+        _last_word(run, begun, "interrupted", f"stopped {when}")
         raise
     except TunesmithError as e:
-        run.set_status("failed", message=str(e))
-        report.write(run.path)
+        # A full disk or device says nothing against what was learned: the last checkpoint stands and can be gone on from.
+        paused = isinstance(e, DoesNotFit) and run.status().state == "running"
+        _last_word(run, begun, "interrupted" if paused else "failed", str(e))
         raise
+    summary(console, run.path)
+    return run
 
 
-def _tune(config: RunConfig, run: Run, *, resume: bool, console: Console) -> Run:
+def _last_word(run: Run, begun: bool, state: Literal["interrupted", "failed"], message: str) -> None:
+    if begun:
+        with suppress(DoesNotFit):  # on a full disk the status stays `running`, which without a writer reads as `stopped`
+            run.set_status(state, message=message)
+            report.write(run.path)
+
+
+def _open(config: RunConfig, run: Run, *, resume: bool, console: Console) -> _Session:
+    """Data, base, plan and model, checked in the order of what they cost. A resume is refused before anything is written."""
+    if resume:
+        run.refuse_if_changed(config)
+    for name in config.log.trackers:
+        TRACKERS[name]  # an unknown one is told now
     if config.train.deterministic:
         make_deterministic()
-    base = resolve_model(config.model)
     date = run.manifest.get("date") or datetime.date.today().isoformat()
+    where = place(config.memory)
+    base = resolve_model(config.model)
     make_renderer = functools.partial(build_renderer, base.path, config.data, config.lora.new_tokens, date)
     renderer = make_renderer()
-    console.print(f"[bold]model[/]  {escape(base.name)}   [dim]{escape(renderer.describe())}[/]")
-    prepared = prepare(config.data, make_renderer, renderer=renderer, seed=config.seed, progress=console, model=base.path)
-    _data_folder(run, prepared)
-    base_print = base_fingerprint(base.path)
-    if resume:
-        run.refuse_if_changed(config, prepared.fingerprint, base_print)
-    run.record(data=prepared.fingerprint, base=base_print, base_name=base.name, base_revision=base.revision, date=date,
-               template=renderer.describe())  # fmt: skip
-    where = place(config.memory)
+    _line(console, "model", f"{base.name}, {config.method} on {where.describe()}")
+    _line(console, "", renderer.describe(), style="dim")
     if where.note:
-        console.print(f"[yellow]{escape(where.note)}[/]")
+        _line(console, "", where.note, style="yellow")
+    prepared = prepare(config.data, make_renderer, renderer=renderer, seed=config.seed, progress=console, model=base.path)
+    prints = {"data": prepared.fingerprint, "base": base_fingerprint(base.path)}
+    if resume:
+        run.refuse_if_changed(config, **prints)
+    run.record(**prints, date=date, base_name=base.name, base_revision=base.revision, template=renderer.describe(),
+               device=where.describe())  # fmt: skip
+    _keep_account(run, prepared)
+    _describe(prepared, renderer, console, show=not resume)
     plan = plan_for(config, base.path, prepared.train.lengths)
-    console.print(f"[bold]plan[/]   {escape(plan.verdict)}")
-    write_atomic(run.path / "plan.json", json.dumps(plan.as_dict(), indent=1))
+    _line(console, "plan", plan.verdict)
+    if not resume or not (run.path / "plan.json").exists():
+        write_atomic(run.path / "plan.json", json.dumps(plan.as_dict(), indent=1))
     plan.require()
-    model = build_model(config, base, where, plan, renderer.tokenizer)
-    return _Session(config, run, base, prepared, renderer, where, plan, model, console).go(resume)
+    return _Session(
+        config, run, base, prepared, renderer, where, plan, build_model(config, base, where, plan, renderer.tokenizer), console
+    )
 
 
 def plan_for(config: RunConfig, base: Path, lengths) -> Plan:
     """The memory plan of this run on this machine's device."""
-    return make_plan(config, read_spec(base), lengths=lengths, device=local_device(config.memory.device))
+    return make_plan(config, plan_spec(base), lengths=lengths, device=local_device(config.memory.device))
 
 
 def build_model(config: RunConfig, base: ResolvedModel, where: Place, plan: Plan, tokenizer: Tokenizer) -> nn.Module:
@@ -104,176 +138,315 @@ def build_model(config: RunConfig, base: ResolvedModel, where: Place, plan: Plan
     return model
 
 
+def every(total: int, step_tokens: float, held_out_tokens: int) -> int:
+    """Steps between evaluations when the run file says auto: ten evaluations in a run, fewer in a short one, and reading the
+    held-out rows takes no longer than the steps between."""
+    cost = FORWARD * held_out_tokens / max(1.0, step_tokens)
+    return min(total, max(APART, math.ceil(total / EVALUATIONS), math.ceil(cost)))
+
+
 class _Session:
     """What the loop's hooks share while one run trains."""
 
-    def __init__(self, config: RunConfig, run: Run, base: ResolvedModel, prepared: Prepared, renderer: Renderer, where: Place, plan: Plan,
-                 model: nn.Module, console: Console):  # fmt: skip
+    def __init__(self, config: RunConfig, run: Run, base: ResolvedModel, prepared: Prepared, renderer: Renderer, where: Place,
+                 plan: Plan, model: nn.Module, console: Console):  # fmt: skip
         self.config, self.run, self.base, self.prepared, self.renderer = config, run, base, prepared, renderer
         self.where, self.plan, self.model, self.console = where, plan, model, console
         self.per_epoch = math.ceil(prepared.epoch_size / config.train.batch_size)
         self.total = config.train.max_steps or max(1, math.ceil(self.per_epoch * config.train.epochs))
-        self.eval_every = config.eval.every_steps if config.eval.every_steps != "auto" else max(1, math.ceil(self.total / EVALUATIONS))
-        self.save_every = config.checkpoint.every_steps if config.checkpoint.every_steps != "auto" else self.eval_every
+        self.held_out, ev = prepared.held_out, config.eval
+        step_tokens = prepared.train.lengths.mean() * config.train.batch_size
+        auto = every(self.total, step_tokens, int(self.held_out.lengths.sum()))
+        self.eval_every = auto if ev.every_steps == "auto" else ev.every_steps
+        self.save_every = self.eval_every if config.checkpoint.every_steps == "auto" else config.checkpoint.every_steps
+        self.keeps_best = ev.keep_best and len(self.held_out) > 0
         parameters = adapters.trainable(model) if config.method != "full" else dict(model.named_parameters())
         if not parameters:
             raise AdapterError("nothing is trained: no adapter, no token, no module", "set lora.targets")
         self.optimizer = Optimizer(parameters, config.train, fast=adapters.fast(model) if config.method != "full" else ())
-        self.held_out = prepared.held_out
-        longest = config.data.max_length
-        self.questions = heldout.questions(prepared.conversations(), renderer, COMPARED, longest=longest) if len(self.held_out) else []
-        self._order: tuple[int, list] = (-1, [])
-        self.last: heldout.Losses | None = None  # of the weights as they are
+        longest = min(config.data.max_length, (context(model) or math.inf) - 1)  # an answer needs room for a token
+        rows = prepared.account.held_out_rows if ev.samples else 0
+        self.questions = heldout.questions(prepared.conversations(), renderer, COMPARED, rows=rows, longest=longest) if rows else []
+        self._order: tuple[int, list[int]] = (-1, [])
+        self.read: dict[int, Losses] = {}  # held-out losses by step: of the best and of the newest
 
-    def go(self, resume: bool) -> Run:
+    def newest(self) -> Found | None:
+        """The checkpoint to go on from; None: nothing was saved, so from the start. RunError when some were and none is whole."""
+        found, problems = checkpoint.newest_valid(self.run.checkpoints)
+        for problem in problems:
+            _line(self.console, "", f"damaged checkpoint passed over: {problem}", style="yellow")
+        if found is None and problems:
+            raise RunError(f"{self.run.path}: no checkpoint is whole\n" + "\n".join(problems), "start again with another `output`")
+        return found
+
+    def go(self, found: Found | None, *, again: bool) -> None:
+        """Train to the end and write the result. `again`: the run was begun before; it goes on from `found`, or from the start."""
         config, run = self.config, self.run
-        state = State(micro_batch_tokens=self.plan.micro_batch_tokens, loss_scale=LossScale.of(self.where.dtype))
-        if resume:
-            state = self._resume(state)
         checkpoint.preflight(run.checkpoints, self.optimizer.state(), config.checkpoint.keep)
-        run.set_status("running", step=state.step, steps=self.total)
-        started = time.monotonic()
+        start = found.step if found else 0
+        if again:
+            moved = run.rewind(start if found else -1)
+            run.append("metrics", {"kind": "event", "step": start, "what": "resumed", "rows_superseded": moved})
+            _line(self.console, "resume", f"from step {start} of {self.total}")
+        run.set_status("running", step=start, steps=self.total)
+        if self.where.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         with (
-            graceful() as stop,
-            Log(run, config.log.trackers, steps=self.total, start=state.step) as self.log,
-            Progress(self.total, start=state.step) as self.progress,
+            graceful() as self.stop,
+            Log(run, config.log.trackers, steps=self.total, start=start) as self.log,
+            Progress(self.total, start=start, file=self.console.file) as self.progress,
         ):
-            hooks = Hooks(self.evaluate, self.keep_best, self.save, self.record, self.event, lambda: stop.requested)
-            if not (run.path / "before.json").exists():
-                self._answers("before.json")
+            try:
+                self._before(found)
+            except Stopped:
+                raise Interrupted(
+                    f"stopped by {self.stop.requested} before a step was taken", "begin again with --resume"
+                ) from None
+            state = self._restore(found) if found else State(
+                micro_batch_tokens=self.plan.micro_batch_tokens, loss_scale=LossScale.of(self.where.dtype)
+            )  # fmt: skip
             state = loop.fit(
-                self.model, self.optimizer, self.examples_of, hooks,
+                self.model, self.optimizer, self.examples_of,
+                Hooks(self.evaluate, self.keep_best, self.save, self.record, self.event, lambda: self.stop.requested),
                 train=config.train, peak=learning_rate(config.train, config.method), total=self.total,
                 eval_every=self.eval_every, save_every=self.save_every, early_stop=config.eval.early_stop,
                 seed=config.seed, device=self.where.device, state=state,
             )  # fmt: skip
-            self._finish(state, time.monotonic() - started)
-        return run
+            try:
+                self._finish(state)
+            except Stopped:
+                what = f"stopped by {self.stop.requested} after the last step; everything is saved"
+                raise Interrupted(what, "write the result with --resume") from None
 
     # ---- what the loop calls ---------------------------------------------------------------------------------------------------
 
     def examples_of(self, step: int) -> list:
-        """The examples of optimiser step `step`: epochs one after another, each shuffled anew; the last step of an epoch may hold fewer."""
+        """The examples of optimiser step `step`: epoch after epoch, each shuffled anew; an epoch's last step may hold fewer."""
         epoch, at = divmod(step, self.per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, self.prepared.epoch(self.config.seed, epoch).tolist())
         size = self.config.train.batch_size
         return [self.prepared.train[i] for i in self._order[1][at * size : (at + 1) * size]]
 
-    def evaluate(self, step: int) -> float | None:
-        """Held-out loss, recorded; and a few sample answers."""
+    def evaluate(self, state: State) -> float | None:
+        """Held-out loss and a few sample answers, recorded. Nothing is recorded of an evaluation that was stopped."""
         if not len(self.held_out):
             return None
-        found = self.last = self._losses()
-        self.log.eval(step, loss=found.mean, tokens=int(found.trained.sum()))
+        found = self._losses(state.micro_batch_tokens)
         asked = self.questions[: self.config.eval.samples]
-        for q, answer in zip(asked, self._answer(asked, self.config.eval.sample_tokens), strict=True):
-            self.log.sample(step, index=q.index, prompt=q.shown, gold=q.gold, answer=answer)
-        self.progress.say(f"step {step}: held-out loss {found.mean:.4f}")
-        if step == 0:
-            self._write("losses_before.json", {"total": found.total.tolist(), "trained": found.trained.tolist()})
+        self._record_evaluation(state.step, found, asked, self._answers(asked))
+        self.read = {step: kept for step, kept in self.read.items() if step == state.best_step} | {state.step: found}
+        if not math.isfinite(found.mean):
+            rows = [str(self.held_out.origin(int(i))) for i in np.flatnonzero(~np.isfinite(found.total))[:8]]
+            self.event("the held-out loss is not finite", step=state.step, rows=", ".join(rows))
         return found.mean
 
     def keep_best(self, state: State) -> None:
-        if self.config.eval.keep_best:
-            tensors = {n: m.detach() for n, m in self.optimizer.masters.items()}
-            write_safetensors(self.run.path / f"{BEST}.new", tensors, {"step": str(state.step)})
-            (self.run.path / f"{BEST}.new").replace(self.run.path / BEST)
+        """Weights alone, with checksums. At the last step the model itself holds them."""
+        if self.keeps_best and state.step < self.total:
+            self._refuse_nan()
+            checkpoint.save(self.run.path / "best", state.step, self._masters(), {})
 
     def save(self, state: State) -> None:
+        self._refuse_nan()
         self.log.sync()
         generators, numbers = checkpoint.rng_state()
-        checkpoint.save(self.run.checkpoints, state.step, {**self.optimizer.state(), **generators}, {**asdict(state), "rng": numbers})
+        kept = {**asdict(state), "rng": numbers, "activations": self.plan.activations}
+        checkpoint.save(self.run.checkpoints, state.step, {**self.optimizer.state(), **generators}, kept)
         checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep)
+        self._forget_bests(state)
         self.run.set_status("running", step=state.step, steps=self.total)
 
-    def record(self, step: int, **values) -> None:
+    def record(self, step: int, **values: float) -> None:
         rate = values["tokens"] / max(values["seconds"], 1e-9)
         if step % self.config.log.every_steps == 0 or step == self.total:
             self.log.step(step, **values, tokens_per_second=rate)
         self.progress.update(step, loss=values["loss"], lr=values["learning_rate"], tokens_per_s=rate)
 
-    def event(self, message: str, **values) -> None:
+    def event(self, message: str, **values: Any) -> None:
         self.log.event(message, **values)
-        self.progress.say(f"note: {message}" + "".join(f"  {k}={v}" for k, v in values.items()))
+        self.progress.say(f"note: {message}" + "".join(f"; {k.replace('_', ' ')}: {v}" for k, v in values.items()))
 
-    # ---- around it -------------------------------------------------------------------------------------------------------------
+    # ---- before, after, and the way back ---------------------------------------------------------------------------------------
 
-    def _resume(self, fresh: State) -> State:
-        found, problems = checkpoint.newest_valid(self.run.checkpoints)
-        for problem in problems:
-            self.console.print(f"[yellow]damaged checkpoint passed over:[/] {escape(problem)}")
-        if found is None:
-            if problems:
-                raise RunError(f"{self.run.path}: no checkpoint is whole", "start again with another `output`")
-            self.run.rewind(-1)
-            return fresh
+    def _before(self, found: Found | None) -> None:
+        """Losses and answers of the untuned model: before a step is taken, or a checkpoint put into it."""
+        there = all((self.run.path / name).exists() for name in (LOSSES_BEFORE, BEFORE))
+        if not len(self.held_out) or (found and there):
+            return
+        self.progress.say("reading the held-out rows with the untuned model")
+        losses, answers = self._losses(self.plan.micro_batch_tokens), self._answers(self.questions)
+        self._write(LOSSES_BEFORE, {"total": losses.total.tolist(), "trained": losses.trained.tolist()})
+        self._write(BEFORE, answers)
+        if not found:
+            self._record_evaluation(0, losses, self.questions[: self.config.eval.samples], answers)
+
+    def _restore(self, found: Found) -> State:
         tensors, saved = checkpoint.load(found, self.where.device)
         self.optimizer.load(tensors)
         for line in checkpoint.restore_rng(tensors, saved.pop("rng")):
-            self.console.print(f"[yellow]{escape(line)}[/]")
+            self.event(line, step=found.step)
+        self.model.checkpoint_layers = saved.pop("activations") == "checkpoint"
         saved.pop("format")
         state = State(**{**saved, "loss_scale": LossScale(**saved["loss_scale"])})
-        moved = self.run.rewind(state.step)
-        self.run.append("metrics", {"kind": "event", "step": state.step, "what": "resumed", "rows_superseded": moved})
-        self.console.print(f"going on from step {state.step} of {self.total}")
+        if self.keeps_best and state.best_step >= 0 and (faults := verify(self._best(state))):
+            if state.best_step == state.step:
+                self.keep_best(state)
+            else:
+                self.event("the best weights so far are lost, a new best is looked for", step=state.step, damage="; ".join(faults))
+                state.best_loss, state.best_step, state.since_best = math.inf, -1, 0
         return state
 
-    def _losses(self) -> heldout.Losses:
-        return heldout.losses(self.model, self.held_out, micro_batch_tokens=self.plan.micro_batch_tokens, device=self.where.device)
-
-    def _answer(self, questions, tokens: int) -> list[str]:
-        ids = generate(self.model, [q.ids for q in questions], stop_ids=sorted(self.renderer.stop_ids), max_tokens=tokens)
-        return [self.renderer.tokenizer.decode(a, skip_special=True).strip() for a in ids]
-
-    def _answers(self, name: str) -> None:
-        answers = self._answer(self.questions, self.config.eval.sample_tokens) if self.config.eval.samples else []
-        self._write(name, answers)
-
-    def _finish(self, state: State, seconds: float) -> None:
-        """Take the best weights, write adapter or model, compare before with after, draw the report."""
-        if self.config.eval.keep_best and (self.run.path / BEST).exists() and state.best_step != state.step:
-            best = load_file(self.run.path / BEST, device=str(self.where.device))
+    def _finish(self, state: State) -> None:
+        """Take the best weights, compare them with the untuned ones, write adapter or model, draw the report."""
+        step = state.step
+        if self.keeps_best and 0 <= state.best_step < step:
+            best, _ = checkpoint.load(self._best(state), self.where.device)
             self.optimizer.put(best)
-            self.event(f"kept the weights of step {state.best_step}, whose held-out loss was lowest", step=state.step)
-            self.last = None
-        self.progress.say("writing the result")
+            step = state.best_step
+            self.event(f"ending with the weights of step {step}, whose held-out loss was the lowest", step=state.step)
+        self._refuse_nan()
+        losses = self._compare(step, state.micro_batch_tokens) if len(self.held_out) else {}
+        run = self.run
         if self.config.method == "full":
-            models.save_checkpoint(self.model, self.run.model, dtype=self.where.dtype)
-            self.renderer.tokenizer.save(self.run.model)
+            models.save_checkpoint(self.model, run.model, dtype=self.where.dtype)
+            self.renderer.tokenizer.save(run.model)
         else:
-            adapters.save(self.model, self.run.adapter, base_name=self.base.name, revision=self.base.revision)
-        self.renderer.tokenizer.save(self.run.tokenizer)
-        before_after = self._compare()
+            adapters.save(self.model, run.adapter, base_name=self.base.name, revision=self.base.revision)
+        self.renderer.tokenizer.save(run.tokenizer)
         peak = torch.cuda.max_memory_allocated() if self.where.device.type == "cuda" else None
-        self.run.record(finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), seconds=seconds, peak_bytes=peak,
-                        steps=state.step, best_step=state.best_step, tokens=state.tokens)  # fmt: skip
-        self.run.write_card(base=self.base.name, rows=self.prepared.account.counts(), losses=before_after, steps=state.step)
-        self.run.set_status("finished", step=state.step, steps=state.step, message="")
-        report.write(self.run.path)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        run.record(finished=now, seconds=state.seconds, peak_bytes=peak, steps=state.step, weights_of_step=step,
+                   best_step=state.best_step, tokens=state.tokens, micro_batch_tokens=state.micro_batch_tokens, out_of_memory=state.step_downs)  # fmt: skip
+        run.write_card(base=self.base.name, rows=self.prepared.account.counts(), losses=losses, steps=step)
+        run.set_status("finished", step=state.step, steps=state.step, message="")
+        report.write(run.path)
 
-    def _compare(self) -> dict[str, tuple[float, float]]:
-        if not len(self.held_out):
-            return {}
-        before = json.loads((self.run.path / "losses_before.json").read_text())
-        first = heldout.Losses(np.array(before["total"]), np.array(before["trained"]))
-        self._answers("after.json")
-        texts = [json.loads((self.run.path / n).read_text()) for n in ("before.json", "after.json")]
-        self.last = self.last or self._losses()
-        difference, low, high = paired_bootstrap(first.total, self.last.total, weights=first.trained, seed=self.config.seed)
+    def _compare(self, step: int, micro_batch_tokens: int) -> dict[str, tuple[float, float]]:
+        """comparison.json: the same rows before and after, the loss of each, and how sure the difference is."""
+        first = Losses(**{k: np.array(v) for k, v in json.loads((self.run.path / LOSSES_BEFORE).read_text("utf-8")).items()})
+        last = self.read.get(step) or self._losses(micro_batch_tokens)
+        before, after = json.loads((self.run.path / BEFORE).read_text("utf-8")), self._answers(self.questions)
+        self._write(AFTER, after)
+        difference, low, high = paired_bootstrap(first.each, last.each, weights=first.trained, seed=self.config.seed)
+        loss = {
+            "before": first.mean, "after": last.mean, "difference": difference, "interval": [low, high], "rows": len(first.total),
+            "each": {"before": first.each.tolist(), "after": last.each.tolist()},
+        }  # fmt: skip
         rows = [
             {"index": q.index, "prompt": q.shown, "gold": q.gold, "before": {"answer": b}, "after": {"answer": a}}
-            for q, b, a in zip(self.questions, *texts, strict=False)
+            for q, b, a in zip(self.questions, before, after, strict=False)  # none where answers were not asked for at the start
         ]
-        loss = {"before": first.mean, "after": self.last.mean, "difference": difference, "interval": [low, high], "rows": len(first.total)}
         self._write("comparison.json", {"rows": rows, "loss": loss, "metrics": {}})
-        return {"held-out loss (nats per trained token)": (first.mean, self.last.mean)}
+        return {"held-out loss (nats per trained token)": (first.mean, last.mean)}
 
-    def _write(self, name: str, value) -> None:
-        write_atomic(self.run.path / name, json.dumps(value, ensure_ascii=False))
+    # ---- small things ----------------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self.stop.requested:
+            raise Stopped
+
+    def _losses(self, micro_batch_tokens: int) -> Losses:
+        device = self.where.device
+        return heldout.losses(self.model, self.held_out, micro_batch_tokens=micro_batch_tokens, device=device, check=self._check)
+
+    def _answers(self, asked: list[heldout.Asked]) -> list[str]:
+        return heldout.answers(self.model, asked, self.renderer, tokens=self.config.eval.sample_tokens, check=self._check)
+
+    def _record_evaluation(self, step: int, losses: Losses, asked: list[heldout.Asked], answers: list[str]) -> None:
+        self.log.eval(step, loss=losses.mean, tokens=int(losses.trained.sum()))
+        for q, answer in zip(asked, answers, strict=False):
+            self.log.sample(step, index=q.index, prompt=q.shown, gold=q.gold, answer=answer)
+        said = f"   {_short(asked[0].shown, 40)} -> {_short(answers[0], 60)}" if asked else ""
+        self.progress.say(f"held-out loss {losses.mean:.4f} {f'after step {step}' if step else 'before'}{said}")
+
+    def _masters(self) -> dict[str, torch.Tensor]:
+        return {name: master.detach() for name, master in self.optimizer.masters.items()}
+
+    def _refuse_nan(self) -> None:
+        """Nothing that is not finite reaches the disk."""
+        if bad := [name for name, master in self._masters().items() if not bool(torch.isfinite(master).all())]:
+            raise TrainingFailed(
+                f"trained weights are nan or inf: {', '.join(bad[:4])}; they are not saved",
+                "lower train.learning_rate; the last checkpoint holds weights from before",
+            )
+
+    def _best(self, state: State) -> Path:
+        return self.run.path / "best" / f"step-{state.best_step:08d}"
+
+    def _forget_bests(self, state: State) -> None:
+        """Remove best weights that neither this run nor a checkpoint it may fall back to asks for."""
+        states = [json.loads(p.read_text("utf-8")) for p in self.run.checkpoints.glob(f"step-*/{checkpoint.STATE}")]
+        wanted = {f"step-{step:08d}" for step in (state.best_step, *(s.get("best_step") for s in states)) if step and step >= 0}
+        for path in (self.run.path / "best").glob("step-*"):
+            if path.name not in wanted:
+                remove_folder(path)
+
+    def _write(self, name: str, value: Any) -> None:
+        write_atomic(self.run.path / name, json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
 
 
-def _data_folder(run: Run, prepared: Prepared) -> None:
+def summary(console: Console, run: Path) -> None:
+    """What came of it: held-out loss before and after with its interval, and one prompt answered before and after."""
+    path = run / "comparison.json"
+    if not path.is_file():
+        _line(console, "result", "no held-out rows, so nothing shows whether it helped")
+        return
+    found = json.loads(path.read_text("utf-8"))
+    loss = found["loss"]
+    low, high = loss["interval"]
+    sure = "too few rows to say how sure"
+    if low is not None and high is not None:
+        word = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
+        sure = f"{word}: {loss['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+    before, after = ("not finite" if loss[k] is None else f"{loss[k]:.3f}" for k in ("before", "after"))
+    _line(console, "result", f"held-out loss {before} before, {after} after ({sure}; {loss['rows']} rows never trained on)")
+    if found["rows"]:
+        row = found["rows"][0]
+        table = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
+        table.add_column(style="dim", no_wrap=True, min_width=8)
+        table.add_column(overflow="fold")
+        for name, text in (("prompt", row["prompt"]), ("before", row["before"]["answer"]), ("after", row["after"]["answer"])):
+            table.add_row(name, escape(_short(text, 400)) or "[dim](nothing)[/]")
+        console.print(table)
+
+
+def _describe(prepared: Prepared, renderer: Renderer, console: Console, *, show: bool) -> None:
+    """What is learned from, in one line; on a first run also one short row as coloured tokens."""
+    account, lengths, trained = prepared.account, prepared.train.lengths, prepared.train.trained
+    rows = sum(n for name, n in account.counts().items() if name != "refused")
+    _line(console, "data", f"{rows:,} rows used, {account.refused:,} refused; {len(lengths):,} examples to train on, "
+          f"{len(prepared.held_out):,} held out; {trained.sum():,} of {lengths.sum():,} tokens are learned")  # fmt: skip
+    for source in account.sources:
+        for how, n in (*source.fixes.items(), *source.cuts.items()):
+            _line(console, "", f"{n:,} rows: {how}", style="dim")
+    if account.overlap_exact:
+        _line(console, "", f"{account.overlap_exact:,} held-out rows are also training rows", style="yellow")
+    if show:
+        print_one_row(prepared, renderer, console)
+
+
+def _line(console: Console, name: str, text: str, style: str = "") -> None:
+    console.print(
+        f"[bold]{name:<8}[/]" + (f"[{style}]{escape(text)}[/]" if style else escape(text)), soft_wrap=True, highlight=False
+    )
+
+
+def _short(text: str, most: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan and no infinity: null stands for both."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _keep_account(run: Run, prepared: Prepared) -> None:
     """Leave the account, the refused rows and the held-out rows beside the run: it must be readable when the cache is gone."""
     run.data.mkdir(exist_ok=True)
     for name in ("account.json", "refused.jsonl", "held_out.jsonl"):

@@ -114,6 +114,17 @@ def check_report(prepared: Prepared, renderer: Renderer, show: int | None = None
     )
 
 
+def print_one_row(prepared: Prepared, renderer: Renderer, console: Console) -> None:
+    """The shortest example with at least eight trained tokens, as coloured tokens: shown before a first run."""
+    train = prepared.train
+    if not len(train):
+        return
+    short = train.lengths + np.where(train.trained < 8, train.lengths.max(), 0)
+    at = int(short.argmin())
+    _tokens(Shown(f"what is learned, shown on {train.origin(at)}", _runs(train[at], renderer)), console)
+    console.print(_text(_legend(console) + "; more rows: tunesmith check\n", "dim"))
+
+
 def look(path: str) -> starter.Look:
     """What the first rows of a source show, for `tunesmith init`."""
     return starter.look(path, sources.rows, formats.detect)
@@ -275,13 +286,14 @@ def _tokens(shown: Shown, console: Console) -> None:
     console.print(told, soft_wrap=True)
 
 
+def _legend(console: Console) -> str:
+    coloured = console.is_terminal and not console.no_color
+    return "green tokens are trained, dim ones are read only" if coloured else f"tokens between {OPEN} and {CLOSE} are trained"
+
+
 def _verdict(report: CheckReport, console: Console) -> None:
     if any(shown.runs for shown in report.shown):
-        coloured = console.is_terminal and not console.no_color
-        legend = (
-            "green tokens are trained, dim ones are read only" if coloured else f"tokens between {OPEN} and {CLOSE} are trained"
-        )
-        console.print(_text(f"\n({legend})"))
+        console.print(_text(f"\n({_legend(console)})"))
     if report.fault is not None:
         console.print(_text(f"error: {report.fault.what}", "bold red"))
         console.print(_text(f"fix: {report.fault.fix}"))

@@ -19,9 +19,17 @@ class Place:
     dtype: torch.dtype
     note: str = ""  # what a person should know about the choice
 
+    def describe(self) -> str:
+        """`NVIDIA H200 in bf16`"""
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else {"cpu": "CPU", "mps": "Apple GPU"}[self.device.type]
+        return f"{name} in {next(word for word, dtype in DTYPES.items() if dtype is self.dtype)}"
 
-def place(memory: Memory = Memory()) -> Place:
-    """auto takes an NVIDIA GPU where there is one, else the CPU; bf16 where the device computes in it, fp16 on older cards, fp32 on a CPU."""
+
+def place(memory: Memory) -> Place:
+    """auto takes an NVIDIA GPU where there is one, else the CPU; bf16 where the card computes in it, else fp16; fp32 on a CPU.
+
+    Raises ModelError for a device that is not here, and by its name for a card that does not compute in bf16.
+    """
     wanted = memory.device if memory.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ModelError(
@@ -34,7 +42,7 @@ def place(memory: Memory = Memory()) -> Place:
     if wanted == "cuda":  # growing segments instead of fixed blocks: 4.7 GiB of 22.5 lay unused in an H200's cache without it
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if wanted == "mps":
-        note = "Apple GPUs run the reference operations; nobody has tested them here"
+        note = "memory.device: mps runs the reference operations on an Apple GPU; nobody has tested it"
     if memory.dtype != "auto":
         dtype = DTYPES[memory.dtype]
         if wanted == "cuda" and dtype is torch.bfloat16 and torch.cuda.get_device_capability()[0] < 8:
@@ -53,4 +61,4 @@ def make_deterministic() -> None:
     """Ask torch for bit-identical kernels; raises where an operation has none. cuBLAS reads its setting before its first use."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True

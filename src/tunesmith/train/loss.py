@@ -6,7 +6,7 @@ changes nothing but the order of a sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -55,14 +55,25 @@ def per_document(rows_L: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarr
     return np.bincount(document, rows_L, n), np.bincount(document, minlength=n)
 
 
-def neftune(alpha: float, seed: int) -> Noise | None:
-    """NEFTune (Jain et al. 2023): uniform noise of alpha / sqrt(tokens x width) on the embeddings of one micro-batch; None for alpha 0."""
+def draw(*numbers: int) -> int:
+    """A seed that follows from these numbers alone; neighbouring numbers give unrelated seeds."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def neftune(alpha: float, batch: Batch, seeds: Sequence[int]) -> Noise | None:
+    """NEFTune (Jain et al. 2023, arXiv 2310.05914): uniform noise within alpha / sqrt(tokens x width) on the embeddings of each
+    document; None for alpha 0. One seed a document, so that its noise does not depend on what it is packed with.
+    """
     if not alpha:
         return None
+    lengths = np.diff(batch.cu_seqlens).tolist()
 
     def add(x_TD: Tensor) -> Tensor:
-        generator = torch.Generator(device=x_TD.device).manual_seed(seed)
-        noise = torch.rand(x_TD.shape, generator=generator, device=x_TD.device, dtype=torch.float32) * 2 - 1
-        return x_TD + (noise * (alpha / x_TD.numel() ** 0.5)).to(x_TD.dtype)
+        generator, width = torch.Generator(x_TD.device), x_TD.shape[-1]
+        parts = []
+        for seed, tokens in zip(seeds, lengths, strict=True):
+            uniform = torch.rand(tokens, width, generator=generator.manual_seed(seed), device=x_TD.device)
+            parts.append((uniform * 2 - 1) * (alpha / (tokens * width) ** 0.5))
+        return x_TD + torch.cat(parts).to(x_TD.dtype)
 
     return add

@@ -1,6 +1,6 @@
 """AdamW over float32 masters, the learning-rate schedule, clipping and fp16's loss scale: all that turns a gradient into a step.
 
-Everything here is a pure function of its state, and the state is plain tensors and numbers, so a checkpoint holds it without pickle.
+Everything here is a function of its state, and the state is plain tensors and numbers, so a checkpoint holds it without pickle.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ DECAY_SHARE = 0.2  # wsd: the last fifth falls to zero (Hägele et al. 2024 find
 def schedule(kind: str, step: int, total: int, warmup_ratio: float) -> float:
     """The share of the peak learning rate used by step `step` (0 .. total - 1).
 
-    Warm-up rises in equal parts and never wastes a step on zero; the decay is transformers' (cosine and linear reach zero at `total`).
+    The decay is transformers' (cosine, linear and wsd reach zero at `total`). So is the length of the warm-up, but no step is
+    spent on a rate of zero: it rises by 1 / (warmup + 1) each step where theirs rises from 0 by 1 / warmup.
     """
     warmup = math.ceil(total * warmup_ratio)
     if step < warmup:
@@ -38,16 +39,16 @@ def schedule(kind: str, step: int, total: int, warmup_ratio: float) -> float:
 
 
 def learning_rate(train: Train, method: str) -> float:
-    """The peak rate: as given, or the method's usual one. LoRA learns about ten times faster than full fine-tuning (Schulman et al. 2025)."""
+    """The peak rate: as given, or the method's usual one. LoRA wants about ten times that of full (Schulman et al. 2025)."""
     return train.learning_rate if train.learning_rate != "auto" else {"full": 2e-5}.get(method, 2e-4)
 
 
 class Optimizer:
     """torch's AdamW over float32 masters.
 
-    A parameter in lower precision has a float32 master and a float32 gradient: the parameter is the master, rounded. bf16 keeps eight
-    bits, so an update under 0.4 % of a weight would round to nothing. Gradients of such parameters move to the master as they come, so
-    several micro-batches add up in float32 and only one layer's 16-bit gradient lives at a time.
+    A parameter in lower precision has a float32 master and a float32 gradient: the parameter is the master, rounded. bf16 keeps
+    eight bits, so an update under 0.4 % of a weight would round to nothing. Gradients of such parameters move to the master as they
+    come, so several micro-batches add up in float32 and only one layer's 16-bit gradient lives at a time.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], train: Train, fast: Iterable[str] = ()):
@@ -68,11 +69,11 @@ class Optimizer:
             decay = train.weight_decay if master.ndim >= 2 else 0.0
             groups.setdefault((ratio, decay), []).append(master)
         self.ratios = [ratio for ratio, _ in groups]
-        fused = all(m.is_floating_point() and m.device.type in ("cpu", "cuda") for m in self.masters.values())
+        self.fused = all(m.device.type in ("cpu", "cuda") for m in self.masters.values())
         self.adamw = torch.optim.AdamW(
             [{"params": ps, "lr": 0.0, "weight_decay": decay} for (ratio, decay), ps in groups.items()],
             betas=train.betas,
-            fused=fused,
+            fused=self.fused,
         )
 
     def set_rate(self, rate: float) -> None:
@@ -108,8 +109,9 @@ class Optimizer:
         self.clear()
 
     def clear(self) -> None:
-        for m in self.masters.values():
-            m.grad = None
+        """Drop every gradient, also one that an interrupted backward left on a 16-bit parameter."""
+        for tensor in (*self.masters.values(), *self.parameters.values()):
+            tensor.grad = None
 
     def never_moved(self) -> list[str]:
         """Names whose every gradient so far was exactly zero or absent."""
@@ -138,7 +140,10 @@ class Optimizer:
         for name, master in self.masters.items():
             moments = {key: state[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in state}
             if moments:
-                self.adamw.state[master] = {key: value.to(master.device, copy=True) for key, value in moments.items()}
+                counter = master.device if self.fused else "cpu"  # where torch keeps `step`
+                self.adamw.state[master] = {
+                    key: value.to(counter if key == "step" else master.device, copy=True) for key, value in moments.items()
+                }
 
 
 def _move_gradient(master: Tensor):
