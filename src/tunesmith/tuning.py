@@ -31,7 +31,7 @@ from tunesmith.errors import AdapterError, DoesNotFit, Interrupted, RunError, Tr
 from tunesmith.evaluate import heldout, report
 from tunesmith.evaluate.heldout import Losses
 from tunesmith.evaluate.statistics import paired_bootstrap
-from tunesmith.files import remove_folder, verify, write_atomic
+from tunesmith.files import remove_folder, sha256, verify, write_atomic
 from tunesmith.generate import context
 from tunesmith.hub import ResolvedModel, resolve_model
 from tunesmith.models.place import Place, make_deterministic, place
@@ -108,7 +108,7 @@ def _open(config: RunConfig, run: Run, *, resume: bool, console: Console) -> _Se
     if resume:
         run.refuse_if_changed(config, **prints)
     run.record(**prints, date=date, base_name=base.name, base_revision=base.revision, template=renderer.describe(),
-               device=where.describe())  # fmt: skip
+               template_sha256=sha256(renderer.template), device=where.describe())  # fmt: skip
     _keep_account(run, prepared)
     _describe(prepared, renderer, console, show=not resume)
     plan = plan_for(config, base.path, prepared.train.lengths)
@@ -310,16 +310,19 @@ class _Session:
         run = self.run
         if self.config.method == "full":
             models.save_checkpoint(self.model, run.model, dtype=self.where.dtype)
-            self.renderer.tokenizer.save(run.model)
+            self.renderer.save(run.model)
         else:
             adapters.save(self.model, run.adapter, base_name=self.base.name, revision=self.base.revision)
-        self.renderer.tokenizer.save(run.tokenizer)
+        self.renderer.save(run.tokenizer)
         peak = torch.cuda.max_memory_allocated() if self.where.device.type == "cuda" else None
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         run.record(finished=now, seconds=state.seconds, peak_bytes=peak, steps=state.step, weights_of_step=step,
-                   best_step=state.best_step, tokens=state.tokens, micro_batch_tokens=state.micro_batch_tokens, out_of_memory=state.step_downs)  # fmt: skip
+                   best_step=state.best_step, tokens=state.tokens, micro_batch_tokens=state.micro_batch_tokens,
+                   out_of_memory=state.step_downs)  # fmt: skip
         run.write_card(base=self.base.name, rows=self.prepared.account.counts(), losses=losses, steps=step)
         run.set_status("finished", step=state.step, steps=state.step, message="")
+        if (run.path / "best").exists():  # the result is written: no resume will ask for it
+            remove_folder(run.path / "best")
         report.write(run.path)
 
     def _compare(self, step: int, micro_batch_tokens: int) -> dict[str, tuple[float, float]]:
