@@ -8,6 +8,16 @@ from types import SimpleNamespace
 import pytest
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Tests marked `gpu` run where there is one."""
+    if marked := [item for item in items if item.get_closest_marker("gpu")]:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     folder = Path(__file__).resolve().parents[1].parent / "shared" / "data"

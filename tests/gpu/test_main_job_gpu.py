@@ -17,7 +17,7 @@ from tunesmith.hub import resolve_model
 from tunesmith.models.linear import NF4Linear
 from tunesmith.ops import nf4
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
+pytestmark = pytest.mark.gpu
 DEMO = files("tunesmith") / "assets" / "demo"
 
 
