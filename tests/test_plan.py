@@ -342,7 +342,7 @@ def test_require_raises_with_what_to_lower():
 
 def test_the_verdict_is_one_line():
     p = plan(gpu="24GB", lengths=np.full(1000, 500))
-    assert p.verdict == f"fits: {p.needs:.1f} of 24 GB, about {p.minutes:.0f} min"
+    assert p.verdict == f"fits: {f'{p.needs:.1f}'.removesuffix('.0')} of 24 GB, about {p.minutes:.0f} min"
 
 
 def test_what_is_printed_names_every_component_and_method():

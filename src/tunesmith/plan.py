@@ -33,8 +33,8 @@ POLICIES: tuple[Policy, ...] = ("keep", "checkpoint")
 WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 # ---- what is not counted from the code: estimates, until a device has been measured ----------------------------------------------
-CONTEXT = {"cuda": 600 << 20, "mps": 400 << 20, "cpu": 450 << 20}  # CUDA context and cuBLAS workspace | torch's own pages
-FRAGMENTS = {"cuda": 0.05, "mps": 0.10, "cpu": 0.10}  # of activations and transients: blocks the allocator holds and cannot reuse
+CONTEXT = {"cuda": 750 << 20, "mps": 400 << 20, "cpu": 450 << 20}  # CUDA context (an H200: 0.73 to 0.78 GiB) | torch's own pages
+FRAGMENTS = {"cuda": 0.03, "mps": 0.10, "cpu": 0.10}  # of activations and transients: blocks the allocator holds and cannot reuse
 HOST = {"cuda": 3 * GIB, "mps": 0, "cpu": 0}  # main memory of a process that drives a GPU; on a CPU all is counted as device
 EFFICIENCY = {"cuda": 0.35, "mps": 0.30, "cpu": 0.50}  # share of the device's rate in GEMMs, attention and all else together
 LAYER_SECONDS = {

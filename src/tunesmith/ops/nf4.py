@@ -83,9 +83,9 @@ def dynamic_map(device: torch.device) -> Tensor:
 @cache
 def _grid_codes(device: torch.device) -> Tensor:
     """uint8 [65536]: the map index of each point of the grid."""
-    codes = dynamic_map(device)
-    points = -1 + torch.arange(GRID, dtype=torch.float32, device=device) * 2 / (GRID - 1)
-    return torch.bucketize(points, 0.5 * (codes[:-1] + codes[1:])).to(torch.uint8)
+    codes = dynamic_map(torch.device("cpu"))
+    points = -1 + torch.arange(GRID, dtype=torch.float32) * 2 / (GRID - 1)
+    return torch.bucketize(points, 0.5 * (codes[:-1] + codes[1:])).to(device, torch.uint8)
 
 
 @cache
@@ -113,7 +113,7 @@ def reference_quantise(weight: Tensor) -> NF4:
 
 def _quantise_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """fp32 [N] -> codes uint8 [N], nested absmax fp32 [M], the map, the offset"""
-    offset = absmax.mean()
+    offset = absmax.cpu().mean().to(absmax.device)  # a sum's order differs by device: one device's order, so that the bits do not
     centred = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     nested = centred.abs().amax(-1)
     scaled = (centred * (1 / nested)[:, None]).clamp(-1, 1)
