@@ -61,6 +61,7 @@ def tune(config: RunConfig, run: Run, *, resume: bool, console: Console) -> Run:
     try:
         session = _open(config, run, resume=resume, console=console)
         found = session.newest() if resume else None
+        session.make_room()
         begun = True
         session.go(found, again=resume)
     except Interrupted as e:
@@ -179,10 +180,15 @@ class _Session:
             raise RunError(f"{self.run.path}: no checkpoint is whole\n" + "\n".join(problems), "start again with another `output`")
         return found
 
+    def make_room(self) -> None:
+        """DoesNotFit when the disk cannot hold the checkpoints, in which AdamW's two moments are as large as the weights."""
+        masters = self._masters()
+        moments = {f"{key}/{name}": m for key in ("exp_avg", "exp_avg_sq") for name, m in masters.items()}
+        checkpoint.preflight(self.run.checkpoints, {**masters, **moments}, self.config.checkpoint.keep)
+
     def go(self, found: Found | None, *, again: bool) -> None:
         """Train to the end and write the result. `again`: the run was begun before; it goes on from `found`, or from the start."""
         config, run = self.config, self.run
-        checkpoint.preflight(run.checkpoints, self.optimizer.state(), config.checkpoint.keep)
         start = found.step if found else 0
         if again:
             moved = run.rewind(start if found else -1)
@@ -232,6 +238,7 @@ class _Session:
         """Held-out loss and a few sample answers, recorded. Nothing is recorded of an evaluation that was stopped."""
         if not len(self.held_out):
             return None
+        self._refuse_nan()
         found = self._losses(state.micro_batch_tokens)
         asked = self.questions[: self.config.eval.samples]
         self._record_evaluation(state.step, found, asked, self._answers(asked))

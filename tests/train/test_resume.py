@@ -352,7 +352,7 @@ def test_lost_best_weights_are_told_and_looked_for_again(stopped):
 
 
 def test_an_early_stop_is_remembered(tiny, tmp_path, monkeypatch):
-    """Stopped between the last checkpoint of an early stop and the result: the resume writes the result and takes no further step."""
+    """Stopped between the last checkpoint of an early stop and the result: the resume writes the result and takes no step."""
     losses, plain = iter([5.0, 4.0, 4.5, 4.6]), tuning.heldout.losses
 
     def worse(*args, **how):
