@@ -103,10 +103,13 @@ class Fallback(nn.Module):
     def checkpoint_layers(self, on: bool) -> None:
         if on and not self.hf.supports_gradient_checkpointing:
             self.notes.append("transformers cannot recompute the activations of this model: they are kept")
-        elif on:
-            self.hf.gradient_checkpointing_enable({"use_reentrant": False})
-        elif self._checkpoint_layers:
-            self.hf.gradient_checkpointing_disable()
+        elif on or self._checkpoint_layers:
+            # transformers renamed it in 5.2x; the older name is what 5.17 has
+            kind = "activation" if hasattr(self.hf, "activation_checkpointing_enable") else "gradient"
+            if on:
+                getattr(self.hf, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+            else:
+                getattr(self.hf, f"{kind}_checkpointing_disable")()
         self._checkpoint_layers = on and self.hf.supports_gradient_checkpointing
 
     def train(self, mode: bool = True) -> Fallback:
@@ -291,7 +294,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torc
     config, notes = _config(raw)
     stored, faults = weights.find_tensors(folder)
     if faults:
-        raise ModelError(weights._listed(folder, faults), "download the checkpoint again")
+        raise ModelError(weights.listed(folder, faults), "download the checkpoint again")
     hf = _skeleton(config, dtype)
     changes = _conversions(hf)
     if not all(isinstance(c, _renaming()) for c in changes):
@@ -455,14 +458,14 @@ def _match(
                 del source[name]
     if faults or extra:
         raise ModelError(
-            weights._listed(folder, faults + sorted(extra)),
+            weights.listed(folder, faults + sorted(extra)),
             "download the checkpoint again, or use the config.json of these weights",
         )
     return source
 
 
 def _check_equal(folder: Path, tied: Sequence[Stored], names: Sequence[str]) -> None:
-    with weights._Files() as files:
+    with weights.Files() as files:
         first, *others = (s.read(files(s.file)) for s in tied)
         if not all(first.dtype == o.dtype and torch.equal(first, o) for o in others):
             fix = "set tie_word_embeddings to false in its config.json if they are meant to be different"
@@ -512,7 +515,7 @@ def _fill(hf: nn.Module, source: Mapping[str, str], stored: Mapping[str, Stored]
     wide = tuple(hf._keep_in_fp32_modules_strict or ()) + (tuple(hf._keep_in_fp32_modules or ()) if dtype == torch.float16 else ())
     total, done = sum(stored[n].end - stored[n].start for n in source.values()), 0
     in_file_order = sorted(source, key=lambda name: (stored[source[name]].file, stored[source[name]].start))
-    with weights._Files() as files:
+    with weights.Files() as files:
         for name in in_file_order:
             at, (path, _, leaf) = stored[source[name]], name.rpartition(".")
             module = hf.get_submodule(path)
@@ -586,14 +589,14 @@ def _set_buffers(hf: nn.Module) -> None:
 
 def _by_transformers(folder: Path, cls: type, config: Any, stored: Mapping[str, Stored], dtype: torch.dtype) -> nn.Module:
     """A model whose files hold other tensors than its modules: read by us, put together by transformers, which opens no file."""
-    with weights._Files() as files:
+    with weights.Files() as files:
         tensors = {name: s.read(files(s.file)) for name, s in stored.items()}
     hf, info = cls.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True)
     faults = [f"{n}: missing" for n in sorted(info["missing_keys"])]
     faults += [f"{n}: not part of this model" for n in sorted(info["unexpected_keys"])]
     faults += [f"{n}: wrong shape" for n in sorted(map(str, info["mismatched_keys"]))]
     if faults:
-        raise ModelError(weights._listed(folder, faults), "download the checkpoint again, or use the config.json of these weights")
+        raise ModelError(weights.listed(folder, faults), "download the checkpoint again, or use the config.json of these weights")
     return hf
 
 

@@ -196,7 +196,7 @@ def check(spec: Spec, stored: Mapping[str, Stored], *, quantised: bool = False) 
     return source, faults
 
 
-def _listed(folder: Path, faults: list[str]) -> str:
+def listed(folder: Path, faults: list[str]) -> str:
     shown = faults[:SHOWN] + ([f"... and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else [])
     return "\n  ".join([f"{folder}: {len(faults)} fault{'s' if len(faults) > 1 else ''} in its weights", *shown])
 
@@ -218,13 +218,13 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torc
     if not faults:
         source, faults = check(spec, stored, quantised=quantised)
     if faults:
-        raise ModelError(_listed(folder, faults), "download the checkpoint again, or use the config.json of these weights")
+        raise ModelError(listed(folder, faults), "download the checkpoint again, or use the config.json of these weights")
     model = Decoder(spec, linear=partial(_place, linear, dtype=dtype), config=config, dtype=dtype, device="meta")
     total, done = sum(stored[name].size for name in set(source.values())), 0
     device, scratch = torch.device(device), torch.empty(0, dtype=torch.uint8)  # one buffer for all that is cast or moved: freeing
     largest = max(stored[name].size for name in source.values())  # many of different sizes leaves holes in the heap
     modules = dict(model.named_modules())
-    with _Files() as files:
+    with Files() as files:
         in_file_order = sorted((stored[there].file, stored[there].start, name) for name, there in source.items())
         for *_, name in in_file_order:
             at = stored[source[name]]
@@ -266,7 +266,7 @@ def _take_quantised(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.
     module.set_weight("weight", store.dequantize(dtype))
 
 
-def _check_tied(folder: Path, stored: Mapping[str, Stored], files: _Files) -> None:
+def _check_tied(folder: Path, stored: Mapping[str, Stored], files: Files) -> None:
     """A tied checkpoint that holds both names must hold one matrix, else one of the two would be dropped in silence."""
     a, b = stored["model.embed_tokens.weight"], stored["lm_head.weight"]
     if (a.shape, a.dtype) != (b.shape, b.dtype) or not torch.equal(a.read(files(a.file)), b.read(files(b.file))):
@@ -274,10 +274,10 @@ def _check_tied(folder: Path, stored: Mapping[str, Stored], files: _Files) -> No
         raise ModelError(f"{folder}: config.json ties the head to the embedding, but the files hold two different matrices", fix)
 
 
-class _Files:
+class Files:
     """Open files, one handle each."""
 
-    def __enter__(self) -> _Files:
+    def __enter__(self) -> Files:
         self.stack, self.open = contextlib.ExitStack(), {}
         return self
 
