@@ -1,5 +1,6 @@
 """Twenty steps of our loop against a plain transformers + PEFT loop: padded batches, their model, their schedule, torch's AdamW."""
 
+import io
 import math
 from types import SimpleNamespace
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
+from rich.console import Console
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     get_constant_schedule,
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -19,6 +22,7 @@ from transformers import (
 )
 from transformers.integrations.neftune import neftune_post_forward_hook
 
+import tunesmith
 from tunesmith import adapters, models
 from tunesmith.config import schema
 from tunesmith.data.pack import collate
@@ -176,3 +180,44 @@ def test_a_fresh_adapter_starts_as_pefts(tiny):
         assert p.shape == wanted[name].shape and (p.std() == 0) == (wanted[name].std() == 0)
         if "lora_A" in name:
             assert p.abs().max() <= 1 / p.shape[1] ** 0.5 and p.std().item() == pytest.approx(wanted[name].std().item(), rel=0.3)
+
+
+# ---- merging a run -------------------------------------------------------------------------------------------------------------
+
+RUNS = {
+    "lora": ("lora", {}, "auto"),
+    "rslora on some": ("lora", {"variant": "rslora", "targets": ["q_proj", "down_proj"]}, "auto"),
+    "dora": ("lora", {"variant": "dora"}, "auto"),
+    "qlora": ("qlora", {}, "nf4"),
+    "qlora on the original": ("qlora", {}, "dense"),
+    "a whole head": ("lora", {"modules_to_save": ["lm_head"]}, "auto"),
+    "new tokens": ("lora", {"new_tokens": ["<note>", "<end note>"]}, "auto"),
+    "new tokens, tied": ("lora", {"new_tokens": ["<note>"]}, "auto"),
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_merged_run_is_what_was_trained(tiny, tmp_path, case):
+    """transformers loads the folder; its logits are those of base + adapter to 1e-4 in float32."""
+    method, lora, onto = RUNS[case]
+    base = tiny.checkpoint(tmp_path / "base", tie_word_embeddings=True) if "tied" in case else tiny.model
+    config = tiny.config(tmp_path / "run", model=str(base), method=method, lora=lora)
+    config["eval"] = {"samples": 0, "every_steps": 100}
+    run = tunesmith.train(config, console=Console(file=io.StringIO()))
+    out = tunesmith.merge(run.path, tmp_path / "out", onto=onto)
+    live = models.load(base, store="dense" if onto == "dense" or method == "lora" else "nf4")
+    adapters.load(live, run.adapter)
+    merged = hf_model(out).eval()
+    words = AutoTokenizer.from_pretrained(out)
+    ids = torch.arange(3, 130)
+    if new := lora.get("new_tokens"):
+        ids = torch.cat([ids, torch.tensor(words.convert_tokens_to_ids(new))])
+        assert merged.config.vocab_size > 260 and ids.max() >= 260
+    with torch.no_grad():
+        wanted, found = live.eval()(ids), merged(ids[None]).logits[0]
+        plain = models.load(base).eval()(ids[:100])
+    assert (wanted - found).abs().max() < 1e-4 < (plain - wanted[:100, :260]).abs().max()
+    assert words.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<|user|>hi<|end|>"
+    if method == "qlora" and onto == "nf4":
+        again = tunesmith.merge(run.path, tmp_path / "auto")
+        assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes(), "auto is what was trained"

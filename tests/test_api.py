@@ -1,0 +1,108 @@
+"""Every verb as a plain function, one after another on one tiny model, as a notebook would call them."""
+
+import io
+import json
+import sys
+
+import pytest
+from rich.console import Console
+
+import tunesmith
+from tunesmith.errors import ConfigError, DataError, RunError
+from tunesmith.run import Run
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=120)
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    return tunesmith.train(tiny.config(tmp_path_factory.mktemp("api") / "run"), console=quiet())
+
+
+def test_from_rows_to_a_model_one_can_talk_to(tiny, tmp_path):
+    """init, check, plan, train, generate, report, merge: what README promises in that order."""
+    text = tunesmith.init(tiny.train, model=str(tiny.model), output=str(tmp_path / "run"))
+    (tmp_path / "run.yaml").write_text(text)
+    overrides = ("data.held_out=0.2", "train.max_steps=3", "eval.samples=1", "eval.sample_tokens=4", "memory.device=cpu")
+    checked, console = tunesmith.check(tmp_path / "run.yaml", *overrides), quiet()
+    checked.print(console)
+    assert checked.exit_code == 0 and "24" in console.file.getvalue()
+    assert tunesmith.plan(tmp_path / "run.yaml", *overrides).fits
+    assert tunesmith.plan(tmp_path / "run.yaml", *overrides, gpu="4090").device.kind == "cuda"
+    run = tunesmith.train(tmp_path / "run.yaml", *overrides, console=quiet())
+    assert isinstance(run, Run) and run.status().state == "finished" and run.config.train.max_steps == 3
+    answers = tunesmith.generate(run.path, ["add 1 and 2", "add 3 and 4"], max_tokens=5)
+    assert len(answers) == 2 and all(isinstance(a, str) for a in answers)
+    assert "".join(tunesmith.stream(run.path, "add 1 and 2", max_tokens=5)) == answers[0]
+    run.report.unlink()
+    assert tunesmith.report(run.path) == run.report and run.report.is_file()
+    merged = tunesmith.merge(run.path, tmp_path / "merged")
+    assert tunesmith.generate(merged, ["add 1 and 2"], max_tokens=5) == answers[:1]
+
+
+def test_a_run_answers_as_it_did_when_it_was_compared(run):
+    found = json.loads((run.path / "comparison.json").read_text())["rows"][:3]
+    answers = tunesmith.generate(run.path, [r["prompt"] for r in found], max_tokens=6)
+    assert [a.strip() for a in answers] == [r["after"]["answer"] for r in found]
+
+
+def test_the_command_is_kept(run):
+    assert run.manifest["command"] == list(sys.argv)
+
+
+def test_a_slip_of_the_pen_is_answered_before_anything_is_made(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'rank'"):
+        tunesmith.train(tiny.config(tmp_path / "run", lora={"rankk": 3}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resume_of_what_never_began_begins(tiny, tmp_path):
+    run = tunesmith.train(tiny.config(tmp_path / "run"), "train.max_steps=1", resume=True, console=quiet())
+    assert run.status().state == "finished"
+
+
+def test_another_folder_is_not_trained_into(tiny, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(RunError, match="not a run folder"):
+        tunesmith.train(tiny.config(tmp_path), console=quiet())
+    assert (tmp_path / "mine.txt").read_text() == "mine" and not (tmp_path / "run.yaml").exists()
+
+
+def test_data_that_cannot_be_read_leaves_a_failed_run_that_says_why(tiny, tmp_path):
+    with pytest.raises(DataError):
+        tunesmith.train(tiny.config(tmp_path / "run", data={"train": str(tmp_path / "none.jsonl")}), console=quiet())
+    status = Run.open(tmp_path / "run").status()
+    assert status.state == "failed" and "none.jsonl" in status.message
+
+
+@pytest.mark.parametrize("path", ["nothing", "."])
+def test_verbs_over_a_run_name_what_is_no_run(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    for call in (lambda: tunesmith.report(path), lambda: tunesmith.merge(path, tmp_path / "out")):
+        with pytest.raises(RunError):
+            call()
+
+
+def test_the_demo_names_run_losses_and_one_prompt(tiny, tmp_path, capsys, monkeypatch):
+    """The demo on the tiny model and a few of its own rows."""
+    from tunesmith import demo
+
+    monkeypatch.chdir(tmp_path)
+    code = demo.main(
+        [
+            f"model={tiny.model}",
+            "train.max_steps=2",
+            "train.batch_size=2",
+            "eval.sample_tokens=4",
+            "data.max_length=2000",
+            "eval.every_steps=100",
+            f"data.held_out={tiny.held}",
+        ]
+    )
+    said = capsys.readouterr().out
+    assert code == 0 and "runs/demo-1" in said and "tunesmith chat" in said
+    assert "held-out loss" in said and "95 % interval" in said
+    assert all(any(line.startswith(word) for line in said.splitlines()) for word in ("result", "prompt", "before", "after"))
+    assert demo.main(["model=nowhere/at/all"]) == 2
