@@ -153,6 +153,13 @@ def test_on_a_terminal_the_trained_tokens_are_coloured_and_text_is_no_markup(tin
     assert re.search(r"\x1b\[1;32m\[/nope\] \[bold\]x\[/\]", said) and "green tokens are trained" in said
 
 
+def test_no_answer_controls_the_terminal():
+    console = quiet(force_terminal=True)
+    tuning._line(console, "x", "a\x1b[2Jb\u202ec")
+    assert "\x1b[2J" not in console.file.getvalue() and "\u202e" not in console.file.getvalue()
+    assert tuning._short("a\x1b]0;t\x07 \r\n b", 40) == "a�]0;t� b" and tuning._short("x" * 50, 10) == "x" * 9 + "…"
+
+
 def test_without_held_out_rows_it_says_so(tiny, tmp_path):
     console, config = quiet(), tiny.config(tmp_path / "run", data={"held_out": 0})
     del config["eval"]

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from tunesmith import adapters, models
@@ -367,8 +367,9 @@ class _Session:
         self.log.eval(step, loss=losses.mean, tokens=int(losses.trained.sum()))
         for q, answer in zip(asked, answers, strict=False):
             self.log.sample(step, index=q.index, prompt=q.shown, gold=q.gold, answer=answer)
-        said = f"   {_short(asked[0].shown, 40)} -> {_short(answers[0], 60)}" if asked else ""
-        self.progress.say(f"held-out loss {losses.mean:.4f} {f'after step {step}' if step else 'before'}{said}")
+        self.progress.say(f"held-out loss {losses.mean:.4f} {f'after step {step}' if step else 'before'}")
+        if asked:
+            self.progress.say(f"        {_short(asked[0].shown, 24)} -> {_short(answers[0], 44) or '(nothing)'}")
 
     def _masters(self) -> dict[str, torch.Tensor]:
         return {name: master.detach() for name, master in self.optimizer.masters.items()}
@@ -417,7 +418,7 @@ def summary(console: Console, run: Path) -> None:
         table.add_column(style="dim", no_wrap=True, min_width=8)
         table.add_column(overflow="fold")
         for name, text in (("prompt", row["prompt"]), ("before", row["before"]["answer"]), ("after", row["after"]["answer"])):
-            table.add_row(name, escape(_short(text, 400)) or "[dim](nothing)[/]")
+            table.add_row(name, Text(_short(text, 400) or "(nothing)"))
         console.print(table)
 
 
@@ -437,14 +438,25 @@ def _describe(prepared: Prepared, renderer: Renderer, console: Console, *, show:
 
 
 def _line(console: Console, name: str, text: str, style: str = "") -> None:
-    console.print(
-        f"[bold]{name:<8}[/]" + (f"[{style}]{escape(text)}[/]" if style else escape(text)), soft_wrap=True, highlight=False
-    )
+    """A named line; on a terminal it wraps beside its name, in a file it stays one line."""
+    if not console.is_terminal:
+        console.print(f"{name:<8}{_plain(text)}", soft_wrap=True, highlight=False, markup=False)
+        return
+    grid = Table.grid()
+    grid.add_column(style="bold", width=8)
+    grid.add_column(overflow="fold")
+    grid.add_row(name, Text(_plain(text), style))
+    console.print(grid)
 
 
 def _short(text: str, most: int) -> str:
-    line = " ".join(text.split())
+    line = _plain(" ".join(text.split()))
     return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def _plain(text: str) -> str:
+    """A model's or a person's text must not control the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
 
 
 def _finite(value: Any) -> Any:
