@@ -15,7 +15,7 @@ import tunesmith
 from tunesmith import adapters, models, tuning
 from tunesmith.config.load import load
 from tunesmith.data.render import build_renderer
-from tunesmith.errors import ConfigError, ModelError, RunError, TrainingFailed
+from tunesmith.errors import AdapterError, ConfigError, DataError, DoesNotFit, ModelError, RunError, TrainingFailed
 from tunesmith.evaluate import heldout
 from tunesmith.run import Run
 from tunesmith.train import log
@@ -326,3 +326,51 @@ def test_a_base_that_cannot_be_loaded_leaves_a_failed_run(tiny, tmp_path):
     with pytest.raises(ModelError):
         tunesmith.train(tiny.config(tmp_path / "run", model=str(tmp_path)), console=quiet())
     assert Run.open(tmp_path / "run").status().state == "failed" and (tmp_path / "run/report.html").exists()
+
+
+# ---- what a reviewer broke ------------------------------------------------------------------------------------------------------
+
+
+def short(tiny, output, **changes):
+    """Two steps, no sample answers."""
+    config = tiny.config(output, **changes)
+    return {**config, "train": {"batch_size": 4, "max_steps": 2, "learning_rate": 0.01}, "eval": {"samples": 0}}
+
+
+def test_held_out_rows_that_are_trained_on_too_are_no_proof(tiny, tmp_path, capsys):
+    again = tmp_path / "again.jsonl"
+    again.write_bytes(tiny.train.read_bytes())
+    run = tunesmith.train(short(tiny, tmp_path / "run", data={"held_out": str(again)}))
+    found = json.loads((run.path / "comparison.json").read_text())["loss"]
+    assert found["overlap"] == found["rows"] == 24
+    assert "24 of the 24 held-out rows are trained on too" in " ".join(capsys.readouterr().out.split())
+    page = (run.path / "report.html").read_text()
+    assert "trained on too" in page and "never trained on" not in page and ">Better<" not in page
+
+
+def test_weights_that_draw_no_row_are_refused(tiny, tmp_path):
+    with pytest.raises(DataError, match="no row is drawn"):
+        tunesmith.train(short(tiny, tmp_path / "run", data={"train": [{"path": str(tiny.train), "weight": 0.001}]}))
+
+
+def test_a_run_that_failed_before_its_first_step_is_begun_again(tiny, tmp_path):
+    with pytest.raises(DoesNotFit):
+        tunesmith.train(short(tiny, tmp_path / "run", memory={"budget_gb": 0.01}))
+    assert tunesmith.train(short(tiny, tmp_path / "run")).status().state == "finished"
+    with pytest.raises(RunError, match="holds a run already"):
+        tunesmith.train(short(tiny, tmp_path / "run"))
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(tiny, tmp_path):
+    lora = {"rank_pattern": {"zzz": 3}, "alpha_pattern": {"/q_proj/": 2.0}}
+    with pytest.raises(AdapterError, match=r"rank_pattern: 'zzz' matches none.*\n.*alpha_pattern: '/q_proj/'"):
+        tunesmith.train(short(tiny, tmp_path / "run", lora=lora))
+
+
+def test_continuing_an_adapter_with_tokens_needs_their_names(tiny, tmp_path):
+    first = tunesmith.train(short(tiny, tmp_path / "first", lora={"new_tokens": ["<cool>"]}))
+    config = short(tiny, tmp_path / "second") | {"lora": {"continue_from": str(first.adapter)}}
+    with pytest.raises(AdapterError, match=r"lora\.new_tokens names none"):
+        tunesmith.train(config)
+    config["lora"]["new_tokens"], config["output"] = ["<cool>"], str(tmp_path / "third")
+    assert tunesmith.train(config).status().state == "finished"

@@ -75,18 +75,21 @@ class Run:
 
     @classmethod
     def create(cls, path: Path | str, config: RunConfig, *, command: Sequence[str]) -> Run:
-        """A new run folder with run.yaml and manifest.json. RunError when `path` holds a run already, or anything else."""
+        """A new run folder with run.yaml and manifest.json. RunError when `path` holds a run already, or anything else.
+
+        One that failed before its first step (it did not fit, its data were refused) holds nothing to keep: it is begun again."""
         run = cls(Path(path).absolute())
         if run.path.exists() and not run.path.is_dir():
             raise RunError(f"{path}: is a file", "name a folder as `output`")
         make_folder(run.path)
         with run.lock():
             there = {p.name for p in run.path.iterdir() if not LEFTOVER.fullmatch(p.name)}
-            if "run.yaml" in there:
+            begun = bool(run._lines("metrics")) or any(run.checkpoints.glob("step-*"))
+            if "run.yaml" in there and (begun or run.status().state != "failed"):
                 raise RunError(
                     f"{path}: holds a run already ({run.status().state})", "go on with it: --resume; or name another `output`"
                 )
-            if strange := sorted(there - HALF_MADE):
+            if "run.yaml" not in there and (strange := sorted(there - HALF_MADE)):
                 raise RunError(
                     f"{path}: is not empty and not a run folder (it holds {', '.join(strange[:3])})", "name another `output`"
                 )

@@ -27,7 +27,7 @@ from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.render import Renderer, build_renderer
 from tunesmith.data.report import print_one_row
 from tunesmith.devices import local_device
-from tunesmith.errors import AdapterError, DoesNotFit, Interrupted, RunError, TrainingFailed, TunesmithError
+from tunesmith.errors import AdapterError, DataError, DoesNotFit, Interrupted, RunError, TrainingFailed, TunesmithError
 from tunesmith.evaluate import heldout, report
 from tunesmith.evaluate.heldout import Losses
 from tunesmith.evaluate.statistics import paired_bootstrap
@@ -68,7 +68,8 @@ def tune(config: RunConfig, run: Run, *, resume: bool, console: Console) -> Run:
         _last_word(run, begun, "interrupted", e.what)
         raise
     except KeyboardInterrupt:
-        when = "by a second signal; the last checkpoint stands" if run.status().state == "running" else "before the first step"
+        saved = any(run.checkpoints.glob("step-*"))
+        when = "by a second signal; the last checkpoint stands" if saved else "before a checkpoint was written: begin again"
         _last_word(run, begun, "interrupted", f"stopped {when}")
         raise
     except TunesmithError as e:
@@ -153,6 +154,10 @@ class _Session:
                  plan: Plan, model: nn.Module, console: Console):  # fmt: skip
         self.config, self.run, self.base, self.prepared, self.renderer = config, run, base, prepared, renderer
         self.where, self.plan, self.model, self.console = where, plan, model, console
+        if not prepared.epoch_size:
+            raise DataError(
+                "no row is drawn in an epoch: the weights in data.train are too small", "raise the weights; 1 takes every row once"
+            )
         self.per_epoch = math.ceil(prepared.epoch_size / config.train.batch_size)
         self.total = config.train.max_steps or max(1, math.ceil(self.per_epoch * config.train.epochs))
         self.held_out, ev = prepared.held_out, config.eval
@@ -281,7 +286,8 @@ class _Session:
         there = all((self.run.path / name).exists() for name in (LOSSES_BEFORE, BEFORE))
         if not len(self.held_out) or (found and there):
             return
-        self.progress.say("reading the held-out rows with the untuned model")
+        which = "untuned model" if self.config.lora.continue_from == "none" else "model as it was before this run"
+        self.progress.say(f"reading the held-out rows with the {which}")
         losses, answers = self._losses(self.plan.micro_batch_tokens), self._answers(self.questions)
         self._write(LOSSES_BEFORE, {"total": losses.total.tolist(), "trained": losses.trained.tolist()})
         self._write(BEFORE, answers)
@@ -341,6 +347,7 @@ class _Session:
         difference, low, high = paired_bootstrap(first.each, last.each, weights=first.trained, seed=self.config.seed)
         loss = {
             "before": first.mean, "after": last.mean, "difference": difference, "interval": [low, high], "rows": len(first.total),
+            "overlap": self.prepared.account.overlap_exact + self.prepared.account.overlap_near,
             "each": {"before": first.each.tolist(), "after": last.each.tolist()},
         }  # fmt: skip
         rows = [
@@ -411,7 +418,9 @@ def summary(console: Console, run: Path) -> None:
         word = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
         sure = f"{word}: {loss['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
     before, after = ("not finite" if loss[k] is None else f"{loss[k]:.3f}" for k in ("before", "after"))
-    _line(console, "result", f"held-out loss {before} before, {after} after ({sure}; {loss['rows']} rows never trained on)")
+    seen = loss.get("overlap", 0)
+    rows = f"{seen} of the {loss['rows']} held-out rows are trained on too" if seen else f"{loss['rows']} rows never trained on"
+    _line(console, "result", f"held-out loss {before} before, {after} after ({sure}; {rows})")
     if found["rows"]:
         row = found["rows"][0]
         table = Table(show_header=False, box=None, padding=(0, 1, 0, 0))

@@ -172,3 +172,8 @@ def test_look_names_formats_and_faults(tmp_path):
     seen = look(str(path))
     assert dict(seen.formats) == {"question_answer": 1} and len(seen.refused) == 1
     assert "no such file" in look(str(tmp_path / "no.jsonl")).why_not
+
+
+def test_rows_of_a_few_tokens_have_a_histogram(tmp_path):
+    report = checked(tmp_path, [row(f"{i}", f"{2 * i}") for i in range(12)], held_out=0)
+    assert "up to 16" in printed(report)

@@ -282,3 +282,13 @@ def test_fuzz_a_row_is_a_conversation_or_has_a_reason(value):
         assert c.kind != "chat" or any(m.role == "assistant" and m.learn is not False for m in c.messages)
     except FormatError as e:
         assert e.reason
+
+
+def test_train_false_is_a_weight_of_nothing():
+    """Axolotl's per-message field: an assistant turn with `train: false` is not learned."""
+    turns = [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False},
+        {"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "train": True},
+    ]  # fmt: skip
+    found = conversation(Row({"messages": turns}, Origin("f", 1)))
+    assert [m.learn for m in found.messages] == [None, False, None, True]

@@ -91,7 +91,7 @@ def test_every_absmax_code_decodes():
 
 
 def test_ties():
-    """Values at the fp32 midpoint of two codes, and one step to either side; absmax 1 and absmax 3 (whose reciprocal is rounded)."""
+    """Values at the fp32 midpoint of two codes, and one step to either side; absmax 1, and 3 (whose reciprocal is rounded)."""
     codes = torch.tensor(nf4.CODES)
     mid = (codes[1:] + codes[:-1]) / 2
     near = torch.cat([mid, torch.nextafter(mid, mid + 1), torch.nextafter(mid, mid - 1), torch.ones(3), -torch.ones(16)])

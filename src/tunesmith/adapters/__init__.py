@@ -35,6 +35,7 @@ from tunesmith.adapters.swap import (
     swap_in,
     transposed,
     twins,
+    unmatched,
     vocabulary,
 )
 from tunesmith.config import schema
@@ -99,6 +100,7 @@ def attach(model: nn.Module, lora: schema.Lora, *, seed: int, new_tokens: Pieces
             tokens=_token_rows(model, new_tokens, saved),
             transposed=transposed(model, targets),
         )
+        unmatched(targets, rank_pattern=lora.rank_pattern, alpha_pattern=lora.alpha_pattern)
     if settings.tokens:
         grow_vocabulary(model, max(i for ids in settings.tokens.values() for i in ids) + 1)
     starts = {name: _starts(at(model, name).weight, ids, new_tokens) for name, ids in settings.tokens.items()}
@@ -170,10 +172,16 @@ def _continued(model: nn.Module, earlier: Settings, lora: schema.Lora, new_token
     """An earlier adapter's settings with what this run adds: its dropout, further modules to save, new tokens."""
     saved = tuple(dict.fromkeys([*earlier.modules_to_save, *resolve_saved(model, lora.modules_to_save)]))
     tokens = earlier.tokens
+    if tokens and not new_tokens:
+        raise AdapterError(
+            f"lora.continue_from: that adapter trains {len(next(iter(tokens.values())))} tokens, lora.new_tokens names none",
+            "name the same tokens in lora.new_tokens: without them the text would be split as if they did not exist",
+        )
     if new_tokens:
         tokens = _token_rows(model, new_tokens, saved)
         if earlier.tokens and earlier.tokens != tokens:
             raise AdapterError(
-                "lora.new_tokens: the adapter in lora.continue_from trains other tokens already", "name the same tokens, or none"
+                "lora.new_tokens: the adapter in lora.continue_from trains other tokens already",
+                "name the same tokens, in the same order",
             )
     return replace(earlier, dropout=lora.dropout, modules_to_save=saved, tokens=tokens)

@@ -43,6 +43,21 @@ class Settings:
         return of_pattern(self.alpha_pattern, name, self.alpha)
 
 
+def unmatched(targets: Sequence[str], **patterns: Mapping[str, object]) -> None:
+    """AdapterError for each key of a pattern that no target matches: it would do nothing, in silence."""
+    faults = [
+        f"lora.{which}: {key!r} matches none of the adapted modules"
+        for which, table in patterns.items()
+        for key in table
+        if not any(of_pattern({key: True}, name, False) for name in targets)
+    ]
+    if faults:
+        last = sorted({name.rpartition(".")[2] for name in targets})
+        raise AdapterError(
+            "\n".join(faults), f"a key is the end of a name, or a pattern without slashes; the modules are {', '.join(last)}"
+        )
+
+
 def root(model: nn.Module) -> nn.Module:
     """The module from which the checkpoint's names count: a wrapper around a transformers model answers it as `checkpoint_root`."""
     return getattr(model, "checkpoint_root", model)

@@ -261,7 +261,8 @@ class Lora(Section):
         trl="LoraConfig.trainable_token_indices",
         unsloth="add_new_tokens",
     )
-    """Tokens added to the vocabulary; only their embedding rows are trained (PEFT's trainable_token_indices)."""
+    """Tokens added to the vocabulary; only their embedding rows are trained (PEFT's trainable_token_indices). They are
+    recognised in answers and in the template, never in what a user types."""
     modules_to_save: tuple[Text, ...] = key(
         (),
         wrong="`lm_head` or `embed_tokens` of a 7B model adds gigabytes to memory and to the adapter; new_tokens is the cheap way.",

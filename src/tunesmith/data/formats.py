@@ -243,6 +243,9 @@ def _weight(message: Mapping[str, Any], role: str, where: str) -> bool | None:
     weight = message.get("weight")
     if weight is None:
         weight = message.get("loss_weight")
+    for key in ("train", "training"):  # Axolotl's name for it
+        if weight is None and isinstance(message.get(key), bool):
+            weight = int(message[key] and role == ASSISTANT)
     if weight is None:
         return None
     if isinstance(weight, bool) or weight not in (0, 1):

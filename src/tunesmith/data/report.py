@@ -231,7 +231,7 @@ def _lengths(report: CheckReport, console: Console) -> None:
     middle, late, most = (int(np.quantile(lengths, q)) for q in (0.5, 0.95, 1.0))
     console.print(_text(f"\nlengths in tokens: half up to {middle:,}, 95 % up to {late:,}, the longest {most:,}", "bold"))
     every = np.concatenate([lengths, np.array(report.account.overlong, np.int64)])
-    edges = [0, *(2**k for k in range(4, 40) if 2**k < every.max() * 2)]
+    edges = [0, *(2**k for k in range(4, 40) if 2**k < max(2 * every.max(), 17))]  # at least one bin
     counts = [int(((every > a) & (every <= b)).sum()) for a, b in pairwise(edges)]
     first, end = next(i for i, n in enumerate(counts) if n), len(counts)
     for high, n in zip(edges[first + 1 : end + 1], counts[first:], strict=True):

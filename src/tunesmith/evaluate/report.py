@@ -238,6 +238,11 @@ def _verdict(found: _Found) -> _Verdict:
         words = f"95 % interval of the difference {signed(lo)} to {signed(hi)}"
         rows = f"{count:,.0f} held-out rows" if (count := _finite(found.loss.get("rows"))) else "held-out rows"
         small = f"In {lead}. Before and after saw the same {rows}, which were never trained on."
+        if seen := _count(found.loss.get("overlap")):
+            say = (
+                f"{move[0].upper()}{move[1:]}, but {seen:,} of the {rows} are trained on too, so this shows nothing about new rows."
+            )
+            return _Verdict("No verdict", "open", say, f"In {lead}. Take those rows out of one of the two files.")
         if hi < 0:
             return _Verdict("Better", "good", f"{move[0].upper()}{move[1:]}; {words}.", small, difference, (lo, hi))
         if lo > 0:
@@ -338,7 +343,8 @@ def _facts(found: _Found) -> Markup:
         refused = sum(_count(s.get("refused")) for s in sources)
         facts.append(("rows learned from", f"{used:,}", f"{refused:,} refused" if refused else "none refused"))
     if held := _finite(found.account.get("held_out_rows")) or _finite(found.loss.get("rows")):
-        facts.append(("rows held out", f"{held:,.0f}", "never trained on"))
+        seen = _count(found.loss.get("overlap"))
+        facts.append(("rows held out", f"{held:,.0f}", f"{seen:,} of them trained on too" if seen else "never trained on"))
     if found.step:
         facts.append(("optimiser steps", f"{found.step:,}", f"of {found.steps:,} planned" if found.steps > found.step else ""))
     if seconds := _seconds(found):
