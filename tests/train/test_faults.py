@@ -344,8 +344,34 @@ def test_too_small_a_disk_is_told_before_the_first_step(tiny, tmp_path, monkeypa
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_what_a_signal_leaves_is_no_success(tiny, tmp_path, monkeypatch):
-    """A bug of ours in the middle of a run: no last word is said, and a reader is told that it stopped."""
+def test_a_held_out_loss_that_is_not_finite_is_told_and_is_never_the_best(tiny, tmp_path, monkeypatch):
+    plain, calls = tuning.heldout.losses, []
+
+    def losses(*args, **how):
+        found = plain(*args, **how)
+        calls.append(1)
+        if len(calls) == 4:  # before, 4, 8, then the last step
+            found.total[[1, 3]] = math.nan
+        return found
+
+    monkeypatch.setattr(tuning.heldout, "losses", losses)
+    run = tunesmith.train(tiny.config(tmp_path / "run"), console=quiet())
+    told = [r for r in run.metrics() if r["kind"] == "event" and "held-out loss is not finite" in r["what"]]
+    assert len(told) == 1 and told[0]["step"] == 12 and told[0]["rows"].count("held_out.jsonl:") == 2
+    assert run.manifest["weights_of_step"] == 8
+
+
+@pytest.mark.parametrize("where", ["_before", "__init__", "save"])
+def test_a_second_signal_stops_at_once(tiny, tmp_path, monkeypatch, where):
+    monkeypatch.setattr(tuning._Session, where, lambda self, *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        tunesmith.train(tiny.config(tmp_path / "run"), console=quiet())
+    status = Run.open(tmp_path / "run").status()
+    assert status.state == "interrupted" and status.message.startswith("stopped ") and "checkpoint" in status.message
+
+
+def test_what_a_bug_leaves_is_no_success(tiny, tmp_path, monkeypatch):
+    """No last word is said, and a reader is told that the run stopped."""
     monkeypatch.setattr(tuning._Session, "save", lambda self, state: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tunesmith.train(tiny.config(tmp_path / "run"), console=quiet())
