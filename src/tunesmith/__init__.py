@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tunesmith.api import chat, check, explain, generate, init, merge, plan, report, stream, train
 
-# Before torch brings OpenMP in: its threads wait asleep, not spinning. On two cores that others use too, a step of the demo took 3.3 s
-# with spinning threads, 0.6 s with sleeping ones; on idle cores the two are alike.
+# Before torch brings OpenMP in: its threads wait asleep, not spinning. On two cores that others use too, a step of the demo took
+# 3.3 s with spinning threads and 0.6 s with sleeping ones.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __all__ = ["chat", "check", "explain", "generate", "init", "merge", "plan", "report", "stream", "train"]
