@@ -45,7 +45,7 @@ ARMS = {  # arm -> settings of TRL's SFTConfig; None: not TRL
     "trl bf16": {},
     "ten lines": None,
 }
-MEMORY_BATCHES = 6  # how many micro-batches the memory of an arm is watched over
+MEMORY_BATCHES = 2  # how many micro-batches the memory of an arm is watched over: the second is among the largest
 
 Row = tuple[list[int], list[int]]  # input_ids, labels
 

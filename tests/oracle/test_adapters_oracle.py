@@ -101,7 +101,7 @@ def test_we_load_pefts_with_equal_gradients(family, variant, tmp_path):
 
 PATTERNS = [
     {"rank_pattern": {"q_proj": 2, "layers.1.self_attn.k_proj": 3}, "alpha_pattern": {"o_proj": 5, r"layers\.0\..*": 7}},
-    {"rank_pattern": {"proj": 3, ".*down_proj": 2}, "alpha_pattern": {"^model.layers.1.mlp.up_proj": 4, "(q|v)_proj": 9}},
+    {"rank_pattern": {".*down_proj": 2}, "alpha_pattern": {"^model.layers.1.mlp.up_proj": 4, "(q|v)_proj": 9}},
     {"rank_pattern": {"self_attn.q_proj": 1, "q_proj": 5, "model.layers.0.mlp.gate_proj": 6}},
 ]
 
