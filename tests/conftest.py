@@ -2,10 +2,17 @@
 tests that need it skip without it."""
 
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+
+# Started behind `&` or nohup, a shell hands down signals that are ignored; tests that send them would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -72,8 +72,11 @@ class CheckReport:
         """0 when this data can be trained on, else the error's."""
         return self.fault.exit_code if self.fault else 0
 
-    def print(self, console: Console) -> None:
+    def print(self, console: Console | None = None) -> None:
         """Everything, to a terminal or a file; without colour, trained tokens stand between ▸ and ◂."""
+        from rich.console import Console
+
+        console = console or Console()
         _classes(self, console)
         _lengths(self, console)
         _duplicates(self, console)
