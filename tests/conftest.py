@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-
 # Started behind `&` or nohup, a shell hands down signals that are ignored; tests that send them would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
