@@ -24,6 +24,19 @@ def reference(x_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, softcap: float 
     return F.cross_entropy(logits, labels_L, reduction="none")
 
 
+def softmax_ce_(logits_LV: Tensor, labels_L: Tensor, gradient: bool = True) -> Tensor:
+    """In place: the logits become softmax - onehot (fp32 inside, rounded once), unless `gradient` is False: then they are left or
+    spoilt. Returns -log p(label) of each row in nats, fp32 [L].
+    """
+    wide = logits_LV.float()
+    rows_L = F.cross_entropy(wide, labels_L, reduction="none")
+    if gradient:
+        d_logits = wide.softmax(-1)
+        d_logits[torch.arange(len(labels_L), device=labels_L.device), labels_L] -= 1
+        logits_LV.copy_(d_logits)
+    return rows_L
+
+
 def linear_cross_entropy(
     x_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, *, softcap: float | None = None, chunk: int = 0
 ) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ class NF4:
     absmax: Tensor  # uint8 [N], or fp32 [N] when not nested
     nested_absmax: Tensor | None  # fp32 [M]
     nested_map: Tensor | None  # fp32 [256]
-    offset: Tensor | None  # fp32 []
+    offset: Tensor | None  # fp32 [], or [M] where tensors with offsets of their own lie side by side
     shape: tuple[int, ...]
     block: int = BLOCK
     nested_block: int = NESTED_BLOCK
@@ -156,7 +156,10 @@ def absmax_of(q: NF4) -> Tensor:
     if q.nested_absmax is None or q.nested_map is None:
         return q.absmax.float()
     nested = q.nested_absmax.repeat_interleave(q.nested_block)[: len(q.absmax)]
-    return q.nested_map[q.absmax.int()] * nested + q.offset
+    offset = q.offset
+    if offset.numel() > 1:
+        offset = offset.repeat_interleave(q.nested_block)[: len(q.absmax)]
+    return q.nested_map[q.absmax.int()] * nested + offset  # two roundings, as bitsandbytes: no fused multiply-add
 
 
 def reference_dequantise(q: NF4, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -168,16 +171,20 @@ def reference_dequantise(q: NF4, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def dequantise(q: NF4, dtype: torch.dtype = torch.float32) -> Tensor:
     """`reference_dequantise` in chunks: two codes a gather. Beyond the result it takes 10 bytes a weight of one chunk."""
-    n, device = q.numel, q.codes.device
-    out = torch.empty(n, dtype=dtype, device=device)
-    scale, pairs = absmax_of(q), _pairs(device)
-    for start, end in _chunks(n, q.block, device):
-        values = pairs.index_select(0, q.codes[start // 2 : -(-end // 2)].int()).view(torch.float32)[: end - start]
-        whole = len(values) - len(values) % q.block
-        values[:whole].view(-1, q.block).mul_(scale[start // q.block : (start + whole) // q.block, None])
-        values[whole:].mul_(scale[-1])
-        out[start:end] = values
+    out = torch.empty(q.numel, dtype=dtype, device=q.codes.device)
+    scale = absmax_of(q)
+    for start, end in _chunks(q.numel, q.block, out.device):
+        out[start:end] = _decode_range(q, scale, start, end)
     return out.view(q.shape)
+
+
+def _decode_range(q: NF4, scale_N: Tensor, start: int, end: int) -> Tensor:
+    """Weights [start, end) of the flat order, fp32; `start` at a block's first weight."""
+    values = _pairs(q.codes.device).index_select(0, q.codes[start // 2 : -(-end // 2)].int()).view(torch.float32)[: end - start]
+    whole = len(values) - len(values) % q.block
+    values[:whole].view(-1, q.block).mul_(scale_N[start // q.block : (start + whole) // q.block, None])
+    values[whole:].mul_(scale_N[min(end // q.block, len(scale_N) - 1)])
+    return values
 
 
 def _chunks(n: int, block: int, device: torch.device) -> Iterator[tuple[int, int]]:
@@ -185,3 +192,50 @@ def _chunks(n: int, block: int, device: torch.device) -> Iterator[tuple[int, int
     step = CHUNK.get(device.type, CHUNK["cuda"]) // block * block
     for start in range(0, n, step):
         yield start, min(start + step, n)
+
+
+# ---- the decode of a training step: into a buffer that lies ready, in 16 bits or in e4m3 -------------------------------------
+
+
+def decode(q: NF4, out: Tensor) -> Tensor:
+    """Writes the dense weight into `out` (any float dtype, any row stride), bit for bit as `dequantise`. Returns `out`."""
+    return out.copy_(dequantise(q, out.dtype).view(out.shape))
+
+
+def decode_fp8(q: NF4, scale_N: Tensor, out: Tensor) -> Tensor:
+    """Writes e4m3 of w / scale, one fp32 scale an output row: `reference_decode_fp8`."""
+    return out.copy_(reference_decode_fp8(q, scale_N))
+
+
+def decode_fp8_transposed(q: NF4, scale_K: Tensor, out: Tensor) -> Tensor:
+    """Writes the transpose of e4m3 of w / scale, one fp32 scale an input column: `reference_decode_fp8_transposed`."""
+    return out.copy_(reference_decode_fp8_transposed(q, scale_K))
+
+
+def reference_decode_fp8(q: NF4, scale_N: Tensor) -> Tensor:
+    """e4m3 [N, K]: the fp32 weight times the fp32 reciprocal of its row's scale, rounded to nearest even by torch's cast.
+
+    Times the reciprocal, not divided: an IEEE division a weight would cost more than reading it. The two differ in the last bit of
+    fp32, which the 4 bits that are kept see about once in a million weights.
+    """
+    return (dequantise(q) * (1 / scale_N)[:, None]).to(torch.float8_e4m3fn)
+
+
+def reference_decode_fp8_transposed(q: NF4, scale_K: Tensor) -> Tensor:
+    """e4m3 [K, N]: as `reference_decode_fp8`, with one scale an input column, transposed."""
+    return (dequantise(q) * (1 / scale_K)).t().contiguous().to(torch.float8_e4m3fn)
+
+
+def absmax_rows_columns(q: NF4) -> tuple[Tensor, Tensor]:
+    """The largest |w| of each output row and of each input column, fp32 [N] and [K]. Once a weight, at load; rows in chunks."""
+    rows, columns = q.shape
+    row_max = torch.empty(rows, device=q.codes.device)
+    column_max = torch.zeros(columns, device=q.codes.device)
+    scale = absmax_of(q)
+    step = max(1, CHUNK.get(row_max.device.type, CHUNK["cuda"]) // columns // q.block) * q.block  # whole blocks, whatever K is
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        size = _decode_range(q, scale, start * columns, end * columns).abs_().view(-1, columns)
+        torch.amax(size, 1, out=row_max[start:end])
+        torch.maximum(column_max, size.amax(0), out=column_max)
+    return row_max, column_max

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tunesmith.ops import fp8
+
 
 def reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """`offset` 0: Llama's rounding; 1: Gemma's. x [..., D], weight [D]."""
@@ -51,3 +53,34 @@ class _RMSNorm(torch.autograd.Function):
             along = torch.linalg.vecdot(g, wide).unsqueeze(-1).mul_(rstd.pow(3)).div_(x.shape[-1])
             dx = g.mul_(rstd).sub_(wide * along).to(x.dtype)
         return dx, dw, None, None
+
+
+# ---- what a hand-written half-block calls: no autograd, no gradient of a frozen weight, Llama's rounding (offset 0) ----------
+# Shape letters: T tokens, D width. Rows may be strided, the last dimension is contiguous.
+
+
+def forward(x_TD: Tensor, weight_D: Tensor, eps: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(h_TD as `reference`, rstd_T fp32). Writes into `out` when given."""
+    wide = x_TD.float()
+    rstd_T = torch.rsqrt(wide.square().mean(-1) + eps)
+    h_TD = weight_D * (wide * rstd_T[:, None]).to(x_TD.dtype)
+    return (h_TD if out is None else out.copy_(h_TD)), rstd_T
+
+
+def backward(dh_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, residual_TD: Tensor | None = None,
+             out: Tensor | None = None) -> Tensor:  # fmt: skip
+    """The gradient that reaches x, in x's dtype: through the norm, plus `residual_TD` that flows past it; fp32 inside,
+    rounded once. `out` may be `dh_TD` or `residual_TD` itself.
+    """
+    wide, rstd = x_TD.float(), rstd_T[:, None]
+    g = dh_TD.float() * weight_D.float()
+    dx_TD = rstd * (g - wide * rstd * ((g * wide).mean(-1, keepdim=True) * rstd))
+    if residual_TD is not None:
+        dx_TD += residual_TD
+    return dx_TD.to(x_TD.dtype) if out is None else out.copy_(dx_TD)
+
+
+def forward_fp8(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(h_TD, rstd_T, h8_TD e4m3, scale [T, 1] fp32): `forward`, and its result quantised as `fp8.quantise_rows` does."""
+    h_TD, rstd_T = forward(x_TD, weight_D, eps)
+    return h_TD, rstd_T, *fp8.reference_quantise_rows(h_TD)

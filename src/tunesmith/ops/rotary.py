@@ -65,6 +65,16 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
+def rotate_(x_ThH: Tensor, cos_TR: Tensor, sin_TR: Tensor, inverse: bool = False) -> Tensor:
+    """`reference` in place, on any token stride; `inverse` turns back. No autograd."""
+    return rotate_into(x_ThH, cos_TR, sin_TR, x_ThH, inverse)
+
+
+def rotate_into(x_ThH: Tensor, cos_TR: Tensor, sin_TR: Tensor, out: Tensor, inverse: bool = False) -> Tensor:
+    """`reference` from one strided place into another, which may be the same. No autograd."""
+    return out.copy_(_rotate(x_ThH, cos_TR, -sin_TR if inverse else sin_TR))
+
+
 def tables(rope: Rope, head_dim: int, context: int, positions_T: Tensor, lengths: Sequence[int], documents_T: Tensor,
            dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(cos_TR, sin_TR) in `dtype`. `lengths`: the documents' whole lengths, cached tokens included."""
