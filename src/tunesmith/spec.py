@@ -244,6 +244,17 @@ def linear_shapes(spec: Spec) -> dict[str, tuple[int, int]]:
     }
 
 
+def half_blocks_refusal(spec: Spec) -> str:
+    """Why a decoder of this Spec cannot run as half-blocks (ops/half_blocks.py); empty when it can."""
+    reasons = {
+        "norms around each branch": spec.sandwich,
+        "norms of 1 + weight": spec.unit_offset,
+        f"the activation {spec.activation}": spec.activation != "silu",
+        "capped attention scores": spec.attention_softcap is not None,
+    }
+    return ", ".join(what for what, there in reasons.items() if there)
+
+
 def has_bias(spec: Spec, linear: str) -> bool:
     """Whether the linear of this name (`self_attn.q_proj`) has a bias."""
     part, _, name = linear.rpartition(".")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.models.cache import KVCache
+from tunesmith.models.fast import FastLayers
 from tunesmith.models.linear import Linear
 from tunesmith.ops.attention import Layout, attention
 from tunesmith.ops.rms_norm import rms_norm
@@ -138,6 +139,7 @@ class Decoder(nn.Module):
 
     `linear(in_features, out_features, bias)` makes the linears of the layers (default: dense); the head is always dense.
     `checkpoint_layers`: keep only each layer's input and compute the layer again in the backward; gradients stay the same.
+    `fast`: the layers as half-blocks, set by whoever trains; they run where they can and there is no cache.
     """
 
     def __init__(self, spec: Spec, *, linear: LinearFactory | None = None, config: Mapping[str, Any] | None = None,
@@ -147,6 +149,7 @@ class Decoder(nn.Module):
         linear = linear or (lambda i, o, bias: Linear(i, o, bias, **place))
         self.spec, self.config = spec, dict(config or {})
         self.checkpoint_layers = False
+        self.fast: FastLayers | None = None
         self.model = Trunk(spec, linear, **place)
         self.lm_head = Linear(spec.dim, spec.vocab, False, **place)
         self.tie()
@@ -195,6 +198,9 @@ class Decoder(nn.Module):
         if noise is not None:
             x = noise(x)
         full, local = self._tables(positions, lengths, layout.documents_T, x.dtype)
+        if cache is None and self.fast is not None and self.fast.renew(self):
+            slides = [self.spec.slides(i) for i in range(self.spec.layers)]
+            return self.model.norm(self.fast.run(x, layout, [local if s else full for s in slides], rows))
         last = len(self.model.layers) - 1
         for i, block in enumerate(self.model.layers):
             args = x, local if self.spec.slides(i) else full, attend, rows if i == last else None

@@ -61,7 +61,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def forward(x_TD: Tensor, weight_D: Tensor, eps: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(h_TD as `reference`, rstd_T fp32). Writes into `out` when given."""
-    wide = x_TD.float()
+    wide = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
     rstd_T = torch.rsqrt(wide.square().mean(-1) + eps)
     h_TD = weight_D * (wide * rstd_T[:, None]).to(x_TD.dtype)
     return (h_TD if out is None else out.copy_(h_TD)), rstd_T
@@ -72,8 +72,8 @@ def backward(dh_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, resi
     """The gradient that reaches x, in x's dtype: through the norm, plus `residual_TD` that flows past it; fp32 inside,
     rounded once. `out` may be `dh_TD` or `residual_TD` itself.
     """
-    wide, rstd = x_TD.float(), rstd_T[:, None]
-    g = dh_TD.float() * weight_D.float()
+    wide, rstd = x_TD.to(rstd_T.dtype), rstd_T[:, None]
+    g = dh_TD.to(wide.dtype) * weight_D.to(wide.dtype)
     dx_TD = rstd * (g - wide * rstd * ((g * wide).mean(-1, keepdim=True) * rstd))
     if residual_TD is not None:
         dx_TD += residual_TD

@@ -1,0 +1,94 @@
+"""The decoder's layers as half-blocks (ops/half_blocks.py), where its family and its adapters allow it.
+
+`refusal` says why not: Gemma's norms and activation, attention caps, adapters that are more than a low-rank product, trained bases.
+Such a model takes the composed path of models/decoder.py, which is also the definition that the half-blocks are tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from tunesmith.models import groups
+from tunesmith.models.groups import Group, Scratch
+from tunesmith.models.stash import Pool, Stash
+from tunesmith.ops.attention import Layout
+from tunesmith.ops.half_blocks import Halves, Pass, Policy, layer
+from tunesmith.spec import half_blocks_refusal
+
+
+def linears(block: nn.Module) -> list[list[nn.Module]]:
+    """The block's linears by group: qkv, o, gate_up, down."""
+    at, mlp = block.self_attn, block.mlp
+    qkv = [at.qkv_proj] if hasattr(at, "qkv_proj") else [at.q_proj, at.k_proj, at.v_proj]
+    gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+    return [qkv, [at.o_proj], gate_up, [mlp.down_proj]]
+
+
+def refusal(model: nn.Module) -> str:
+    """Why this decoder cannot run as half-blocks now; empty when it can."""
+    if reason := half_blocks_refusal(model.spec):
+        return reason
+    for i, block in enumerate(model.model.layers):
+        for module in (m for group in linears(block) for m in group):
+            if reason := groups.refusal(module):
+                return f"layer {i}: {reason}"
+        if any(p.requires_grad for name, p in block.named_parameters() if "norm" in name):
+            return f"layer {i}: its norms are trained"
+    return ""
+
+
+class FastLayers:
+    """All layers of a decoder as half-blocks, and the policy of each. Made again when an adapter comes, goes or is switched off."""
+
+    def __init__(self, model: nn.Module, policies: Sequence[Policy]):
+        self.policies, self.scratch, self.pool, self.signature = tuple(policies), Scratch(), Pool(), None
+        self.halves: list[Halves] = []
+        self.renew(model)
+
+    def renew(self, model: nn.Module) -> bool:
+        """Follow the adapters as they are now. False, and nothing of it runs, while `refusal` has a reason."""
+        modules = [m for block in model.model.layers for group in linears(block) for m in group]
+        signature = tuple((id(m), bool(getattr(m, "enabled", True)), bool(getattr(m, "dropout", 0)) and m.training) for m in modules)
+        if signature != self.signature:
+            self.signature = signature
+            self.halves = [] if refusal(model) else [self._halves(model.spec, i, b) for i, b in enumerate(model.model.layers)]
+        return bool(self.halves)
+
+    def _halves(self, spec, index: int, block: nn.Module) -> Halves:
+        at, dtype = block.self_attn, block.input_layernorm.weight.dtype
+        qkv, o, gate_up, down = (Group(modules, self.scratch, dtype) for modules in linears(block))
+        norms = [at.q_norm.weight, at.k_norm.weight] if spec.qk_norm else [None, None]
+        return Halves(
+            qkv, o, gate_up, down, block.input_layernorm.weight, block.post_attention_layernorm.weight, spec.norm_eps,
+            spec.heads, spec.kv_heads, spec.head_dim, at.scale, at.window, *norms,
+        )  # fmt: skip
+
+    def run(self, x_TD: Tensor, layout: Layout, tables: Sequence[tuple[Tensor, Tensor]], rows: Tensor | None) -> Tensor:
+        """`tables`: cosines and sines for each layer. `rows`: only these rows come out of the last layer."""
+        stash, last = Stash(self.pool), len(self.halves) - 1
+        for i, (halves, (cos, sin), policy) in enumerate(zip(self.halves, tables, self.policies, strict=True)):
+            x_TD = layer(x_TD, halves, Pass(layout, cos, sin, stash), policy, rows if i == last else None)
+        return x_TD
+
+    def cache(self, budget: int) -> int:
+        """Keep decoded NF4 weights, group by group, while they fit `budget` bytes; returns what they take."""
+        taken = 0
+        for group in (g for halves in self.halves for g in halves.groups if g.kept is None):
+            if taken + group.matrix_bytes > budget:
+                break
+            group.cache()
+            taken += group.matrix_bytes
+        return taken
+
+    def evict(self) -> bool:
+        """Give all cached weights back; True when there were any."""
+        found = [group.evict() for halves in self.halves for group in halves.groups]
+        self.scratch.clear()
+        return any(found)
+
+
+def policies(count: int, level: str = "keep", *, offload: bool = False, tile: int = 1 << 30) -> tuple[Policy, ...]:
+    """The same policy for all layers."""
+    return (Policy(level, offload, tile),) * count

@@ -1,0 +1,223 @@
+"""Frozen linears that share an input, side by side with their adapters, as ops/half_blocks.py takes them.
+
+A group opens as one dense matrix, its parts' outputs one below the other and room for the adapters around it:
+
+    [ W        B  ]   N rows          forward   y  = [x, x (sA)^T]  [W, B]^T         one GEMM over K + R
+    [ scale A     ]   R rows          backward  dx = [dy, dy B]     [W; sA]          one GEMM over N + R
+      K columns  R                    dA = scale (dy B)^T x,  dB = dy^T (x (sA)^T)
+
+so a base and all its low-rank parts are one product, rounded once. B is block-diagonal: a part's columns are zero in the rows of
+the others. An NF4 base is decoded into a scratch buffer that all groups share and lies there only while it is used; a dense base
+lives in such a matrix for good, its linears' weights being views of it, and so does an NF4 base that is cached.
+
+Shape letters: T tokens, K inputs, N outputs of all parts, R their ranks added up and padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.models.linear import Linear, NF4Linear
+from tunesmith.ops import nf4
+
+
+def low_rank(module: nn.Module) -> tuple[Tensor, Tensor, float] | None:
+    """(A, B, scale) of an adapted linear that answers it; None for a plain one or one whose adapter is switched off."""
+    return module.low_rank() if hasattr(module, "low_rank") else None
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    return module.base if hasattr(module, "low_rank") else module
+
+
+def refusal(module: nn.Module) -> str:
+    """Why this linear cannot be part of a group now; empty when it can."""
+    base = base_of(module)
+    if type(base) not in (Linear, NF4Linear):
+        return f"{type(base).__name__} is neither dense nor NF4"
+    if any(p.requires_grad for p in base.parameters()):
+        return "its weight is trained"
+    if base is not module and module.enabled and low_rank(module) is None:
+        return f"{type(module).__name__.lower()} is more than a low-rank product" if not module.dropout else "it drops inputs"
+    return ""
+
+
+class Scratch:
+    """Dense matrices while they are needed: one flat buffer a slot, grown to the largest that was asked for."""
+
+    def __init__(self):
+        self.buffers: dict[tuple, Tensor] = {}
+
+    def take(self, slot: int, rows: int, columns: int, like: torch.dtype, device: torch.device) -> Tensor:
+        key = slot, like, device
+        if key not in self.buffers or self.buffers[key].numel() < rows * columns:
+            self.buffers.pop(key, None)  # first, so that both never stand side by side
+            self.buffers[key] = torch.empty(rows * columns, dtype=like, device=device)
+        return self.buffers[key][: rows * columns].view(rows, columns)
+
+    def clear(self) -> None:
+        self.buffers.clear()
+
+
+class Group:
+    """`modules`: linears or adapted twins with the same input, in the order of their outputs. All of `refusal` are empty."""
+
+    def __init__(self, modules: Sequence[nn.Module], scratch: Scratch, dtype: torch.dtype):
+        self.bases = [base_of(m) for m in modules]
+        adapters = [low_rank(m) for m in modules]
+        self.scratch, self.dtype = scratch, dtype
+        self.device = self.bases[0].weight.device
+        self.inputs, sizes = self.bases[0].in_features, [b.out_features for b in self.bases]
+        ranks = [a[0].shape[0] if a else 0 for a in adapters]
+        self.rows, self.columns = _spans(sizes), _spans(ranks)  # of each part
+        self.outputs, self.rank = sum(sizes), sum(ranks)
+        unit = 64 if self.inputs >= 1024 else 8  # a GEMM reads 64 columns at once anyway; small models should not pay for that
+        self.extra = -(-self.rank // unit) * unit
+        self.scales = [a[2] if a else 1.0 for a in adapters]
+        self.adapters = [a[:2] if a else None for a in adapters]
+        self.parameters = tuple(t for a in self.adapters if a for t in a)
+        biases = [b.bias for b in self.bases]
+        self.bias = None
+        if any(b is not None for b in biases):
+            self.bias = torch.cat([torch.zeros(n, dtype=dtype, device=self.device) if b is None else b.detach().to(dtype)
+                                   for b, n in zip(biases, sizes, strict=True)])  # fmt: skip
+        self.kept: Tensor | None = None  # the matrix, for a dense or cached base
+        if all(isinstance(b, Linear) for b in self.bases):
+            self._adopt()
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes of the dense matrix."""
+        return (self.outputs + self.extra) * (self.inputs + self.extra) * self.dtype.itemsize
+
+    def cache(self) -> None:
+        """Keep the dense matrix of an NF4 base from now on: no decoding any more, for 2 bytes a weight."""
+        if self.kept is None:
+            self.kept = self._decoded(torch.empty(self._shape, dtype=self.dtype, device=self.device))
+
+    def evict(self) -> bool:
+        """Give a cached matrix back; True when there was one."""
+        cached = self.kept is not None and not all(isinstance(b, Linear) for b in self.bases)
+        if cached:
+            self.kept = None
+        return cached
+
+    def open(self, slot: int = 0) -> Opened:
+        """The dense matrix with the adapters as they are now; valid until the same slot is opened again."""
+        matrix = self.kept
+        if matrix is None:
+            matrix = self._decoded(self.scratch.take(slot, *self._shape, self.dtype, self.device))
+        if self.extra:
+            _place(matrix, self)
+        return Opened(self, matrix)
+
+    def gradients(self, x_TK: Tensor, dy_TNR: Tensor, low_TR: Tensor, into: list[Tensor] | None) -> list[Tensor]:
+        """Gradients of A and B of each part, float32, in the order of `parameters`; added to `into` where it is given."""
+        n, found = self.outputs, []
+        da_RK = wide_mm(dy_TNR[:, n : n + self.rank].t(), x_TK)
+        for adapter, scale, rows, columns in zip(self.adapters, self.scales, self.rows, self.columns, strict=True):
+            if adapter is None:
+                continue
+            da = da_RK[columns]
+            if scale != 1.0:
+                da.mul_(scale)
+            found += [da, wide_mm(dy_TNR[:, rows].t(), low_TR[:, columns])]
+        if into is None:
+            return found
+        for whole, part in zip(into, found, strict=True):
+            whole += part
+        return into
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.outputs + self.extra, self.inputs + self.extra
+
+    def _decoded(self, matrix: Tensor) -> Tensor:
+        for base, rows in zip(self.bases, self.rows, strict=True):
+            at = matrix[rows, : self.inputs]
+            if isinstance(base, NF4Linear):
+                nf4.decode(base.quantised(), at)
+            else:
+                at.copy_(base.weight)
+        return matrix
+
+    def _adopt(self) -> None:
+        """Move dense weights into one matrix and leave views of it in their place: nothing is held twice."""
+        matrix = torch.empty(self._shape, dtype=self.dtype, device=self.device)
+        for base, rows in zip(self.bases, self.rows, strict=True):
+            view = matrix[rows, : self.inputs]
+            with torch.no_grad():
+                view.copy_(base.weight)
+            base.weight = nn.Parameter(view, requires_grad=False)
+        self.kept = matrix
+
+
+class Opened:
+    """A group's matrix while it lies dense. See ops/half_blocks.py for what each asks."""
+
+    def __init__(self, group: Group, matrix: Tensor):
+        n, k = group.outputs, group.inputs
+        self.group, self.matrix = group, matrix
+        self.a_RK, self.b_NR, self.w_NK = matrix[n:, :k], matrix[:n, k:], matrix[:n, :k]
+
+    def low(self, x_TK: Tensor, out: Tensor | None = None) -> Tensor:
+        """x (scale A)^T [T, R]"""
+        if not self.group.extra:
+            return x_TK.new_empty(len(x_TK), 0)
+        return torch.mm(x_TK, self.a_RK.t(), out=out)
+
+    def up(self, x_TKR: Tensor, out: Tensor) -> None:
+        """out = x W^T + low B^T + bias, x and low side by side."""
+        weight = self.matrix[: self.group.outputs].t()
+        if self.group.bias is None:
+            torch.mm(x_TKR, weight, out=out)
+        else:
+            torch.addmm(self.group.bias, x_TKR, weight, out=out)
+
+    def add(self, base_TN: Tensor, x_TK: Tensor, low_TR: Tensor, out: Tensor) -> None:
+        """out = base + x W^T + low B^T; a new tensor, base stays."""
+        if self.group.extra:  # the low-rank product brings the residual along: no pass more than copying it would take
+            torch.addmm(base_TN, low_TR, self.b_NR.t(), out=out)
+            out.addmm_(x_TK, self.w_NK.t())
+        else:
+            torch.addmm(base_TN, x_TK, self.w_NK.t(), out=out)
+        if self.group.bias is not None:
+            out.add_(self.group.bias)
+
+    def low_back(self, dy_TN: Tensor, out: Tensor | None = None) -> Tensor:
+        """dy B [T, R]"""
+        return torch.mm(dy_TN, self.b_NR, out=out)
+
+    def back(self, dy_TNR: Tensor, out: Tensor) -> None:
+        """out = dy W + low_back (scale A), both side by side."""
+        torch.mm(dy_TNR, self.matrix[:, : self.group.inputs], out=out)
+
+
+def wide_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in at least float32: what a GEMM has added up is not rounded to 16 bits again."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
+
+
+def _place(matrix: Tensor, group: Group) -> None:
+    """The adapters into their columns and rows, zeros where a part has none."""
+    n, k = group.outputs, group.inputs
+    matrix[:n, k:].zero_()
+    matrix[n:, :k].zero_()
+    for adapter, scale, rows, columns in zip(group.adapters, group.scales, group.rows, group.columns, strict=True):
+        if adapter is not None:
+            a, b = (t.detach() for t in adapter)
+            torch.mul(a, scale, out=matrix[n + columns.start : n + columns.stop, :k])
+            matrix[rows, k + columns.start : k + columns.stop] = b
+
+
+def _spans(sizes: Sequence[int]) -> list[slice]:
+    out, at = [], 0
+    for size in sizes:
+        out.append(slice(at, at + size))
+        at += size
+    return out

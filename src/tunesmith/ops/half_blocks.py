@@ -1,0 +1,355 @@
+"""A decoder layer over a frozen base as two half-blocks with hand-written backwards, and what each keeps for them.
+
+    attention half   mid = x + O(attention(rope(QKV(norm(x)))))
+    MLP half         y = mid + Down(silu(gate) * up),  gate, up = GateUp(norm(mid))
+
+Nothing of a frozen weight is trained, so neither norms' outputs nor projections' outputs are kept: a backward makes norm(x) again
+from x, and silu(gate) * up again from gate and up, in kernels that read those anyway. What is kept is the policy's choice
+(`Policy`), 94,568 bytes a token and layer at Mistral-7B's shapes when nothing is computed twice. One autograd Function, `layer`,
+strings the halves together, so that a checkpointed layer keeps x alone and computes mid once.
+
+`reference` is the definition by autograd, and the half-blocks must equal it, forward and gradients, under every policy.
+
+The linears come as groups that share an input (models/groups.py): `group.open()` gives the dense weights for as long as they are
+needed, with each adapter's A as extra rows and B as extra columns, so that a base and its low-rank part are one GEMM.
+
+Shape letters: T tokens, L chosen rows, D model width, F MLP width, Q query heads, K key/value heads, H head width, R rank of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tunesmith.ops import attention, int8, rms_norm, rotary, swiglu
+
+SAVED = {  # what a level keeps, by name; all else is made again. `low_*` are A x (2 bytes a rank and token), `rstd_*` 4 bytes a row
+    "keep": ("x", "rstd_1", "q", "k", "v", "out", "lse", "low_qkv", "low_o", "mid", "rstd_2", "gate_up", "low_gate_up", "low_down"),
+    "int8": ("x", "rstd_1", "q", "k", "v", "out", "lse", "low_qkv", "low_o", "mid", "rstd_2", "codes", "scales", "low_gate_up",
+             "low_down"),
+    "recompute": ("x", "rstd_1", "q", "k", "v", "out", "lse", "low_qkv", "low_o", "mid", "low_down"),
+    "attention": ("x", "out", "lse", "low_down"),
+    "checkpoint": ("x", "low_down"),
+}  # fmt: skip
+
+
+class Opened(Protocol):
+    """A group's weights while they lie dense. N outputs, K inputs."""
+
+    def low(self, x_TK: Tensor, out: Tensor | None = None) -> Tensor: ...  # scale A x  [T, R]
+    def up(self, x_TKR: Tensor, out: Tensor) -> None: ...  # out = W x + B low + bias, from x and low side by side
+    def add(self, base_TN: Tensor, x_TK: Tensor, low_TR: Tensor, out: Tensor) -> None: ...  # out = base + W x + B low
+    def low_back(self, dy_TN: Tensor, out: Tensor | None = None) -> Tensor: ...  # B^T dy  [T, R]
+    def back(self, dy_TNR: Tensor, out: Tensor) -> None: ...  # out = W^T dy + (scale A)^T low_back, from both side by side
+
+
+class Group(Protocol):
+    outputs: int
+    extra: int  # R: columns beside the inputs and beside the outputs' gradients; 0 without an adapter
+    parameters: Sequence[Tensor]  # A, B of each adapter, in the order in which `gradients` answers
+
+    def open(self, slot: int = 0) -> Opened: ...
+    def gradients(self, x_TK: Tensor, dy_TNR: Tensor, low_TR: Tensor, into: list[Tensor] | None) -> list[Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What one layer keeps (a key of SAVED), whether it waits in main memory, and how many tokens a tile of an MLP half has."""
+
+    level: str = "keep"
+    offload: bool = False
+    tile: int = 1 << 30
+
+
+@dataclass(eq=False)
+class Halves:
+    """The frozen parts of one layer."""
+
+    qkv: Group
+    o: Group
+    gate_up: Group
+    down: Group
+    norm_1: Tensor  # [D]
+    norm_2: Tensor
+    eps: float
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    norm_q: Tensor | None = None  # [H]: Qwen 3
+    norm_k: Tensor | None = None
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+
+@dataclass(eq=False)
+class Pass:
+    """What all layers of one pass share: documents, rope tables, and where what waits for the backward is put."""
+
+    layout: attention.Layout
+    cos: Tensor  # [T, H / 2]
+    sin: Tensor
+    stash: Any  # models/stash.py: put(tensors, offload) -> ticket, take(ticket) -> tensors
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+def reference(x_TD: Tensor, halves: Halves, run: Pass, linear: Any) -> Tensor:
+    """The definition, by autograd. `linear(name, x)` applies the linears of the group `name`, adapters included."""
+    qkv = linear("qkv", rms_norm.reference(x_TD, halves.norm_1, halves.eps))
+    q, k, v = qkv.unflatten(-1, (-1, halves.head_dim)).split([halves.heads, halves.kv_heads, halves.kv_heads], 1)
+    if halves.norm_q is not None:
+        q, k = rms_norm.reference(q, halves.norm_q, halves.eps), rms_norm.reference(k, halves.norm_k, halves.eps)
+    q, k = rotary.reference(q, run.cos, run.sin), rotary.reference(k, run.cos, run.sin)
+    mid = x_TD + linear("o", attention.reference(q, k, v, run.layout, halves.scale, halves.window).flatten(1))
+    gate, up = linear("gate_up", rms_norm.reference(mid, halves.norm_2, halves.eps)).chunk(2, -1)
+    return mid + linear("down", swiglu.reference(gate, up))
+
+
+def layer(x_TD: Tensor, halves: Halves, run: Pass, policy: Policy, rows: Tensor | None = None) -> Tensor:
+    """The layer's output [T, D], or its `rows` alone [L, D]: output projection and MLP then run on those only."""
+    parameters = [p for group in halves.groups for p in group.parameters]
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, *parameters))):
+        return _forward(x_TD, halves, run, rows, None, policy.tile)
+    return _Layer.apply(x_TD, halves, run, policy, rows, *parameters)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, halves, run, policy, rows, *parameters):
+        kept: dict[str, Tensor] = {}
+        y = _forward(x, halves, run, rows, kept, policy.tile, policy.level)
+        ctx.ticket = run.stash.put({name: kept[name] for name in SAVED[policy.level] if name in kept}, policy.offload)
+        ctx.halves, ctx.run, ctx.policy, ctx.rows = halves, run, policy, rows
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        kept, ctx.ticket = ctx.run.stash.take(ctx.ticket), None
+        halves, run = ctx.halves, ctx.run
+        dx, found = _backward(dy, halves, run, ctx.rows, kept, ctx.policy.tile, ctx.needs_input_grad[0])
+        return dx, None, None, None, None, *found
+
+
+# ---- forward -------------------------------------------------------------------------------------------------------------------
+
+
+def _forward(x, halves, run, rows, kept, tile, level="keep") -> Tensor:
+    """`kept` takes what the backward may want; None keeps nothing."""
+    keep = kept if kept is not None else {}
+    keep["x"] = x
+    _attention_in(halves, run, keep, tile)
+    if kept is None or "q" not in SAVED[level]:
+        q, k, v = keep.pop("q"), keep.pop("k"), keep.pop("v")
+    else:
+        q, k, v = keep["q"], keep["k"], keep["v"]
+    keep["out"], keep["lse"] = attention.forward(q, k, v, run.layout, halves.scale, halves.window)
+    del q, k, v
+    _attention_out(halves, rows, keep)
+    if kept is None or "out" not in SAVED[level]:
+        del keep["out"], keep["lse"]
+    return _mlp(halves, keep, tile, level if kept is not None else "checkpoint")
+
+
+def _attention_in(halves: Halves, run: Pass, keep: dict[str, Tensor], tile: int) -> None:
+    """x -> q, k, v, normed and rotated as attention takes them."""
+    x, h, group, width = keep["x"], halves.head_dim, halves.qkv, halves.norm_1.shape[0]
+    q, k, v = (x.new_empty(len(x), n, h) for n in (halves.heads, halves.kv_heads, halves.kv_heads))
+    ends = halves.heads * h, (halves.heads + halves.kv_heads) * h
+    keep["rstd_1"], keep["low_qkv"] = _float(x, len(x)), x.new_empty(len(x), group.extra)
+    weights = group.open()
+    for at in _spans(len(x), tile):
+        normed, qkv = x.new_empty(at.stop - at.start, width + group.extra), x.new_empty(at.stop - at.start, group.outputs)
+        keep["rstd_1"][at] = rms_norm.forward(x[at], halves.norm_1, halves.eps, out=normed[:, :width])[1]
+        if group.extra:
+            keep["low_qkv"][at] = weights.low(normed[:, :width], out=normed[:, width:])
+        weights.up(normed, out=qkv)
+        for norm, out, part in ((halves.norm_q, q, qkv[:, : ends[0]]), (halves.norm_k, k, qkv[:, ends[0] : ends[1]])):
+            heads = part.unflatten(-1, (-1, h))
+            if norm is not None:
+                heads = rms_norm.forward(heads.reshape(-1, h), norm, halves.eps)[0].view(heads.shape)
+            rotary.rotate_into(heads, run.cos[at], run.sin[at], out[at])
+        v[at] = qkv[:, ends[1] :].unflatten(-1, (-1, h))
+    keep["q"], keep["k"], keep["v"] = q, k, v
+
+
+def _attention_out(halves: Halves, rows: Tensor | None, keep: dict[str, Tensor]) -> None:
+    """Attention's output and x -> mid [L, D]."""
+    x, out, weights = keep["x"], keep["out"].flatten(1), halves.o.open()
+    if rows is not None:
+        x, out = x[rows], out[rows]
+    mid = torch.empty_like(x)
+    keep["low_o"] = weights.low(out)
+    weights.add(x, out, keep["low_o"], out=mid)
+    keep["mid"] = mid
+
+
+def _mlp(halves: Halves, keep: dict[str, Tensor], tile: int, level: str) -> Tensor:
+    """mid -> y [L, D]. gate and up are kept whole (`keep`), as int8 (`int8`), or a tile at a time."""
+    mid, width, up, down = keep["mid"], halves.norm_2.shape[0], halves.gate_up, halves.down
+    count, hidden, spans = len(mid), halves.gate_up.outputs // 2, list(_spans(len(mid), tile))
+    y, several = torch.empty_like(mid), len(spans) > 1
+    keep["rstd_2"] = _float(mid, count)
+    keep["low_gate_up"], keep["low_down"] = mid.new_empty(count, up.extra), mid.new_empty(count, down.extra)
+    if level == "keep":  # room for the backward's B^T dy beside it
+        keep["gate_up"] = mid.new_empty(count, up.outputs + up.extra)
+    codes = []
+    opened = (up.open(0), down.open(1)) if several else None
+    for at in spans:
+        n, weights = at.stop - at.start, opened[0] if opened else up.open()
+        gate_up = keep["gate_up"][at, : up.outputs] if level == "keep" else mid.new_empty(n, up.outputs)
+        _gate_up(halves, weights, mid[at], keep, at, gate_up)
+        if level == "int8":
+            codes.append(int8.quantise_groups(gate_up))
+        act = mid.new_empty(n, hidden)
+        swiglu.forward(gate_up, act)
+        del gate_up
+        weights = opened[1] if opened else down.open()
+        keep["low_down"][at] = weights.low(act)
+        weights.add(mid[at], act, keep["low_down"][at], out=y[at])
+    if codes:
+        keep["codes"], keep["scales"] = (torch.cat(parts) if several else parts[0] for parts in zip(*codes, strict=True))
+    return y
+
+
+def _gate_up(halves: Halves, weights: Opened, mid: Tensor, keep: dict[str, Tensor], at: slice, out: Tensor) -> Tensor:
+    """One tile's gate and up into `out`; returns norm(mid) with low beside it."""
+    width, group = mid.shape[1], halves.gate_up
+    normed = mid.new_empty(len(mid), width + group.extra)
+    keep["rstd_2"][at] = rms_norm.forward(mid, halves.norm_2, halves.eps, out=normed[:, :width])[1]
+    if group.extra:
+        keep["low_gate_up"][at] = weights.low(normed[:, :width], out=normed[:, width:])
+    weights.up(normed, out=out)
+    return normed
+
+
+# ---- backward ------------------------------------------------------------------------------------------------------------------
+
+
+def _backward(dy, halves, run, rows, keep, tile, need_x) -> tuple[Tensor | None, list[Tensor]]:
+    """(dx [T, D] or None, gradients of all groups' parameters, in order). What `keep` lacks is made again first."""
+    if "mid" not in keep:
+        if "out" not in keep:
+            _attention_in(halves, run, keep, tile)
+            keep["out"], keep["lse"] = attention.forward(keep["q"], keep["k"], keep["v"], run.layout, halves.scale, halves.window)
+        _attention_out(halves, rows, keep)
+    dmid, of_gate_up, of_down = _mlp_backward(dy, halves, keep, tile)
+    dx, of_qkv, of_o = _attention_backward(dmid, halves, run, rows, keep, tile, need_x)
+    return dx, [*of_qkv, *of_o, *of_gate_up, *of_down]
+
+
+def _mlp_backward(dy: Tensor, halves: Halves, keep: dict[str, Tensor], tile: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """(gradient of mid with room for o's B^T dy beside it [L, D + R], of gate_up's parameters, of down's)."""
+    mid, width, up, down = keep.pop("mid"), halves.norm_2.shape[0], halves.gate_up, halves.down
+    spans, hidden = list(_spans(len(mid), tile)), up.outputs // 2
+    dmid = mid.new_empty(len(mid), width + halves.o.extra)
+    of_up, of_down = None, None
+    opened = (up.open(0), down.open(1)) if len(spans) > 1 else None
+    again = "gate_up" not in keep and "codes" not in keep
+    if "rstd_2" not in keep or again:
+        keep["rstd_2"], keep["low_gate_up"] = _float(mid, len(mid)), mid.new_empty(len(mid), up.extra)
+    whole = keep.pop("gate_up", None)
+    for at in spans:
+        n, weights = at.stop - at.start, opened[1] if opened else down.open()
+        dout, dact = mid.new_empty(n, width + down.extra), mid.new_empty(n, hidden)
+        dout[:, :width] = dy[at]
+        if down.extra:
+            weights.low_back(dout[:, :width], out=dout[:, width:])
+        weights.back(dout, out=dact)
+        gate_up = whole[at] if whole is not None else mid.new_empty(n, up.outputs + up.extra)
+        both, normed = gate_up[:, : up.outputs], None
+        if again:
+            normed = _gate_up(halves, (opened[0] if opened else up.open()), mid[at], keep, at, both)
+        elif whole is None:
+            int8.dequantise_groups(keep["codes"][at], keep["scales"][at], both)
+        swiglu.backward_(dact, both)  # dact is silu(gate) * up now, both is their gradients
+        if down.parameters:
+            of_down = down.gradients(dact, dout, keep["low_down"][at], of_down)
+        del dout, dact
+        weights = opened[0] if opened else up.open()
+        if up.extra:
+            weights.low_back(both, out=gate_up[:, up.outputs :])
+        if up.parameters:
+            if normed is None:
+                normed = mid.new_empty(n, width)
+                rms_norm.forward(mid[at], halves.norm_2, halves.eps, out=normed)
+            of_up = up.gradients(normed[:, :width], gate_up, keep["low_gate_up"][at], of_up)
+        dnormed = mid.new_empty(n, width)
+        weights.back(gate_up, out=dnormed)
+        rms_norm.backward(dnormed, mid[at], halves.norm_2, keep["rstd_2"][at], dy[at], out=dmid[at, :width])
+    return dmid, of_up or [], of_down or []
+
+
+def _attention_backward(dmid_DR, halves, run, rows, keep, tile, need_x) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """(dx or None, gradients of qkv's parameters, of o's)."""
+    x, h, group, width = keep["x"], halves.head_dim, halves.qkv, halves.norm_1.shape[0]
+    out, weights = keep.pop("out"), halves.o.open()
+    flat = out.flatten(1) if rows is None else out.flatten(1)[rows]
+    dmid = dmid_DR[:, :width]
+    if halves.o.extra:
+        weights.low_back(dmid, out=dmid_DR[:, width:])
+    dout = torch.empty_like(flat)
+    weights.back(dmid_DR, out=dout)
+    of_o = halves.o.gradients(flat, dmid_DR, keep["low_o"], None) if halves.o.parameters else []
+    if rows is not None:
+        dout = torch.zeros_like(out).flatten(1).index_copy_(0, rows, dout)
+        dmid = torch.zeros_like(x).index_copy_(0, rows, dmid)
+    if "q" not in keep:
+        _attention_in(halves, run, keep, tile)
+    q, k, v = keep.pop("q"), keep.pop("k"), keep.pop("v")
+    grads = attention.backward(dout.view(q.shape), q, k, v, out, keep.pop("lse"), run.layout, halves.scale, halves.window)
+    del out, dout, flat, q, k, v, dmid_DR
+    if not (need_x or group.parameters):
+        return None, [], of_o
+    dx, of_qkv, weights = torch.empty_like(x) if need_x else None, None, group.open()
+    for at in _spans(len(x), tile):
+        n = at.stop - at.start
+        dqkv, normed = x.new_empty(n, group.outputs + group.extra), None
+        if group.parameters or halves.norm_q is not None:
+            normed = x.new_empty(n, width + group.extra)
+            rms_norm.forward(x[at], halves.norm_1, halves.eps, out=normed[:, :width])
+        _back_to_qkv(grads, halves, run, at, weights, normed, keep, dqkv)
+        if group.extra:
+            weights.low_back(dqkv[:, : group.outputs], out=dqkv[:, group.outputs :])
+        if group.parameters:
+            of_qkv = group.gradients(normed[:, :width], dqkv, keep["low_qkv"][at], of_qkv)
+        if need_x:
+            dnormed = x.new_empty(n, width)
+            weights.back(dqkv, out=dnormed)
+            rms_norm.backward(dnormed, x[at], halves.norm_1, keep["rstd_1"][at], dmid[at], out=dx[at])
+    return dx, of_qkv or [], of_o
+
+
+def _back_to_qkv(grads, halves, run, at, weights, normed, keep, out) -> None:
+    """Gradients of what attention took -> gradients of the projection's output, into the columns of `out`."""
+    h, ends = halves.head_dim, (halves.heads * halves.head_dim, (halves.heads + halves.kv_heads) * halves.head_dim)
+    raw = None
+    if halves.norm_q is not None:  # their norms' backward needs what went in: the projection again, no policy keeps it
+        raw = out.new_empty(len(out), halves.qkv.outputs)
+        if halves.qkv.extra:
+            normed[:, halves.norm_1.shape[0] :] = keep["low_qkv"][at]
+        weights.up(normed, out=raw)
+    for i, (norm, columns) in enumerate(((halves.norm_q, slice(0, ends[0])), (halves.norm_k, slice(*ends)))):
+        place = out[:, columns].unflatten(-1, (-1, h))
+        rotary.rotate_into(grads[i][at], run.cos[at], run.sin[at], place, inverse=True)
+        if norm is not None:
+            before = raw[:, columns].reshape(-1, h)
+            rstd = rms_norm.forward(before, norm, halves.eps)[1]
+            place.copy_(rms_norm.backward(place.reshape(-1, h), before, norm, rstd).view(place.shape))
+    out[:, ends[1] : halves.qkv.outputs] = grads[2][at].flatten(1)
+
+
+def _float(like: Tensor, count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
+def _spans(count: int, tile: int) -> Iterator[slice]:
+    for start in range(0, count, tile):
+        yield slice(start, min(start + tile, count))

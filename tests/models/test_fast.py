@@ -1,0 +1,187 @@
+"""The layers as half-blocks against the composed path: the same outputs and gradients, whatever is kept, moved or made again."""
+
+import pytest
+import torch
+
+from tunesmith import adapters
+from tunesmith.config.schema import Lora
+from tunesmith.models.decoder import Decoder
+from tunesmith.models.fast import FastLayers, policies, refusal
+from tunesmith.models.linear import Linear, NF4Linear
+from tunesmith.ops.attention import Layout
+from tunesmith.ops.half_blocks import SAVED
+from tunesmith.spec import spec_of
+
+SIZES = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=False)  # fmt: skip
+FAMILIES = {
+    "llama": {"model_type": "llama"},
+    "mistral": {"model_type": "mistral", "sliding_window": 5},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 24},
+    "phi3": {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.5] * 4},
+             "partial_rotary_factor": 0.5, "original_max_position_embeddings": 16},
+}  # fmt: skip
+LENGTHS = (7, 1, 19, 5)
+
+
+def decoder(family: str, store: type = Linear, dtype: torch.dtype = torch.float64, **lora) -> Decoder:
+    """Random weights and an adapter whose A and B are both alive."""
+    torch.manual_seed(0)
+    spec = spec_of(SIZES | FAMILIES[family])
+    model = Decoder(spec, linear=lambda i, o, bias: store(i, o, bias, dtype=dtype), dtype=dtype)
+    for name, p in [*model.named_parameters()]:
+        p.data.normal_(std=0.2).add_(1.0 if "norm" in name else 0.0)
+    if store is NF4Linear:
+        for module in model.modules():
+            if isinstance(module, NF4Linear):
+                module.set_weight("weight", torch.randn(module.out_features, module.in_features) * 0.2)
+    adapters.attach(model, Lora(**{"rank": 3, "alpha": 5, **lora}), seed=1)
+    for name, p in adapters.trainable(model).items():
+        if "lora_B" in name:
+            p.data.normal_(std=0.2)
+    return model.train()
+
+
+def step(model: Decoder, rows: bool = False) -> list[torch.Tensor]:
+    """The output and every gradient of one pass over four packed documents."""
+    torch.manual_seed(5)
+    tokens, chosen = torch.randint(0, 97, (sum(LENGTHS),)), torch.tensor([3, 8, 9, 20, 31]) if rows else None
+    x = model.hidden(tokens, Layout.of(LENGTHS), rows=chosen)
+    parameters = list(adapters.trainable(model).values())
+    grads = torch.autograd.grad((x * torch.randn_like(x)).sum(), parameters)
+    return [x.detach(), *grads]
+
+
+def close(a: list[torch.Tensor], b: list[torch.Tensor], tolerance: float) -> None:
+    assert len(a) == len(b)
+    for p, q in zip(a, b, strict=True):
+        assert (p - q).norm() <= tolerance * q.norm() + 1e-30, (p.shape, ((p - q).norm() / q.norm()).item())
+
+
+def fast(model: Decoder, *args, **how) -> Decoder:
+    model.fast = FastLayers(model, policies(len(model.model.layers), *args, **how))
+    assert refusal(model) == "" and model.fast.halves
+    return model
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_blocks_are_the_composed_path(family, rows):
+    slow, quick = step(decoder(family), rows), step(fast(decoder(family)), rows)
+    close(quick, slow, 1e-10)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_over_nf4_in_float32(family):
+    close(step(fast(decoder(family, NF4Linear, torch.float32))), step(decoder(family, NF4Linear, torch.float32)), 2e-5)
+
+
+@pytest.mark.parametrize("level", [name for name in SAVED if name not in ("keep", "int8")])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_making_it_again_moves_no_bit(family, level):
+    """float32, one order of the same operations: what is recomputed is what was kept."""
+    kept = step(fast(decoder(family, NF4Linear, torch.float32)))
+    again = step(fast(decoder(family, NF4Linear, torch.float32), level, offload=True))
+    assert all(torch.equal(p, q) for p, q in zip(kept, again, strict=True))
+
+
+def test_int8_gate_and_up_cost_under_a_percent_of_the_gradient():
+    kept, rough = step(fast(decoder("llama"))), step(fast(decoder("llama"), "int8"))
+    assert torch.equal(kept[0], rough[0])  # the forward does not know of it
+    flat = [torch.cat([g.flatten() for g in grads[1:]]) for grads in (kept, rough)]
+    assert 0 < ((flat[1] - flat[0]).norm() / flat[0].norm()).item() < 0.01
+
+
+@pytest.mark.parametrize("level", SAVED)
+def test_tiles_change_only_the_order_of_sums(level):
+    close(step(fast(decoder("qwen2"), level, tile=6)), step(fast(decoder("qwen2"), level)), 1e-12)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("down_proj",), ("o_proj", "up_proj")])
+def test_part_of_the_linears(targets):
+    close(step(fast(decoder("llama", targets=targets))), step(decoder("llama", targets=targets)), 1e-10)
+
+
+def test_layers_below_the_first_adapter_have_no_backward():
+    model = fast(decoder("llama", targets=("/model.layers.2.mlp.*/",)))
+    close(step(model), step(decoder("llama", targets=("/model.layers.2.mlp.*/",))), 1e-10)
+    tokens = torch.arange(9)
+    taken = []
+    put = model.fast.pool
+    assert put.free == {}
+    from tunesmith.models import stash
+
+    original = stash.Stash.put
+    try:
+        stash.Stash.put = lambda self, tensors, offload: taken.append(1) or original(self, tensors, offload)
+        model.hidden(tokens, Layout.of([9]))
+    finally:
+        stash.Stash.put = original
+    assert len(taken) == 1
+
+
+def test_what_is_kept_is_what_the_policy_says():
+    """Bytes a token and layer that wait for the backward, float32 here: 4 where the table of bf16 has 2."""
+    for level in SAVED:
+        model, seen = fast(decoder("llama", NF4Linear, torch.float32), level), []
+        from tunesmith.models import stash
+
+        original = stash.Stash.put
+        try:
+            stash.Stash.put = lambda self, t, offload, seen=seen, put=original: seen.append(set(t)) or put(self, t, offload)
+            model.hidden(torch.arange(9), Layout.of([9]))
+        finally:
+            stash.Stash.put = original
+        assert seen == [set(SAVED[level])] * 3
+
+
+def test_what_cannot_runs_composed_and_says_why():
+    assert "dora" in refusal(decoder("llama", variant="dora"))
+    assert "drops" in refusal(decoder("llama", dropout=0.1))
+    model = decoder("llama", dropout=0.1)
+    model.fast = FastLayers(model, policies(3))
+    step(model)  # composed
+    assert not model.fast.halves
+    model.eval()
+    step(model)
+    assert model.fast.halves  # without dropping, it is a low-rank product again
+
+
+def test_a_switched_off_adapter_gives_the_base():
+    model = fast(decoder("llama"))
+    tokens, layout = torch.arange(11), Layout.of([11])
+    with torch.no_grad(), adapters.disabled(model):
+        base = model.hidden(tokens, layout)
+        model.fast = None
+        close([base], [model.hidden(tokens, layout)], 1e-12)
+
+
+def test_cached_weights_give_the_same_and_can_be_given_back():
+    model = fast(decoder("llama", NF4Linear, torch.float32))
+    first = step(model)
+    assert model.fast.cache(1 << 30) > 0
+    cached = step(model)
+    assert model.fast.evict() and not model.fast.evict()
+    again = step(model)
+    assert all(torch.equal(p, q) and torch.equal(p, r) for p, q, r in zip(first, cached, again, strict=True))
+
+
+def test_dense_weights_move_into_their_group_and_are_held_once():
+    model = decoder("llama", dtype=torch.float32)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fast(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    layer = model.model.layers[0]
+    q, k = (m.base.weight for m in (layer.self_attn.q_proj, layer.self_attn.k_proj))
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+
+
+def test_a_document_moves_no_other_by_a_bit():
+    model = fast(decoder("llama", NF4Linear, torch.float32))
+    tokens = torch.randint(0, 97, (sum(LENGTHS),))
+    other = tokens.clone()
+    other[:7] = (other[:7] + 1) % 97
+    with torch.no_grad():
+        a, b = (model.hidden(t, Layout.of(LENGTHS)) for t in (tokens, other))
+    assert torch.equal(a[7:], b[7:]) and not torch.equal(a[:7], b[:7])
