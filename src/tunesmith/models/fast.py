@@ -42,15 +42,18 @@ def refusal(model: nn.Module) -> str:
 class FastLayers:
     """All layers of a decoder as half-blocks, and the policy of each. Made again when an adapter comes, goes or is switched off."""
 
-    def __init__(self, model: nn.Module, policies: Sequence[Policy]):
+    def __init__(self, model: nn.Module, policies: Sequence[Policy], *, fp8: bool = False):
         self.policies, self.scratch, self.pool, self.signature = tuple(policies), Scratch(), Pool(), None
+        self.fp8 = fp8
         self.halves: list[Halves] = []
         self.renew(model)
 
     def renew(self, model: nn.Module) -> bool:
         """Follow the adapters as they are now. False, and nothing of it runs, while `refusal` has a reason."""
         modules = [m for block in model.model.layers for group in linears(block) for m in group]
-        signature = tuple((id(m), bool(getattr(m, "enabled", True)), bool(getattr(m, "dropout", 0)) and m.training) for m in modules)
+        signature = tuple(
+            (id(m), bool(getattr(m, "enabled", True)), bool(getattr(m, "dropout", 0)) and m.training) for m in modules
+        )
         if signature != self.signature:
             self.signature = signature
             self.halves = [] if refusal(model) else [self._halves(model.spec, i, b) for i, b in enumerate(model.model.layers)]
@@ -58,7 +61,7 @@ class FastLayers:
 
     def _halves(self, spec, index: int, block: nn.Module) -> Halves:
         at, dtype = block.self_attn, block.input_layernorm.weight.dtype
-        qkv, o, gate_up, down = (Group(modules, self.scratch, dtype) for modules in linears(block))
+        qkv, o, gate_up, down = (Group(modules, self.scratch, dtype, self.fp8) for modules in linears(block))
         norms = [at.q_norm.weight, at.k_norm.weight] if spec.qk_norm else [None, None]
         return Halves(
             qkv, o, gate_up, down, block.input_layernorm.weight, block.post_attention_layernorm.weight, spec.norm_eps,

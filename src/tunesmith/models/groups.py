@@ -10,6 +10,10 @@ so a base and all its low-rank parts are one product, rounded once. B is block-d
 the others. An NF4 base is decoded into a scratch buffer that all groups share and lies there only while it is used; a dense base
 lives in such a matrix for good, its linears' weights being views of it, and so does an NF4 base that is cached.
 
+With `fp8` both products of the base run in e4m3 (ops/fp8.py): the weight with one static scale an output for the forward, and once
+more transposed with one an input for the backward, because the hardware wants the summed dimension contiguous on both sides;
+activations and gradients with one scale a token. The adapters stay in 16 bits beside it.
+
 Shape letters: T tokens, K inputs, N outputs of all parts, R their ranks added up and padded.
 """
 
@@ -21,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.models.linear import Linear, NF4Linear
-from tunesmith.ops import nf4
+from tunesmith.ops import fp8, nf4
 
 
 def low_rank(module: nn.Module) -> tuple[Tensor, Tensor, float] | None:
@@ -51,7 +55,7 @@ class Scratch:
     def __init__(self):
         self.buffers: dict[tuple, Tensor] = {}
 
-    def take(self, slot: int, rows: int, columns: int, like: torch.dtype, device: torch.device) -> Tensor:
+    def take(self, slot: object, rows: int, columns: int, like: torch.dtype, device: torch.device) -> Tensor:
         key = slot, like, device
         if key not in self.buffers or self.buffers[key].numel() < rows * columns:
             self.buffers.pop(key, None)  # first, so that both never stand side by side
@@ -65,7 +69,7 @@ class Scratch:
 class Group:
     """`modules`: linears or adapted twins with the same input, in the order of their outputs. All of `refusal` are empty."""
 
-    def __init__(self, modules: Sequence[nn.Module], scratch: Scratch, dtype: torch.dtype):
+    def __init__(self, modules: Sequence[nn.Module], scratch: Scratch, dtype: torch.dtype, fp8: bool = False):
         self.bases = [base_of(m) for m in modules]
         adapters = [low_rank(m) for m in modules]
         self.scratch, self.dtype = scratch, dtype
@@ -85,6 +89,7 @@ class Group:
             self.bias = torch.cat([torch.zeros(n, dtype=dtype, device=self.device) if b is None else b.detach().to(dtype)
                                    for b, n in zip(biases, sizes, strict=True)])  # fmt: skip
         self.kept: Tensor | None = None  # the matrix, for a dense or cached base
+        self.fp8 = _Fp8(self) if fp8 else None
         if all(isinstance(b, Linear) for b in self.bases):
             self._adopt()
 
@@ -107,11 +112,14 @@ class Group:
 
     def open(self, slot: int = 0) -> Opened:
         """The dense matrix with the adapters as they are now; valid until the same slot is opened again."""
+        if self.fp8 is not None:
+            return OpenedFp8(self, slot)
         matrix = self.kept
         if matrix is None:
             matrix = self._decoded(self.scratch.take(slot, *self._shape, self.dtype, self.device))
+        n, k = self.outputs, self.inputs
         if self.extra:
-            _place(matrix, self)
+            self._place(matrix[n:, :k], matrix[:n, k:])
         return Opened(self, matrix)
 
     def gradients(self, x_TK: Tensor, dy_TNR: Tensor, low_TR: Tensor, into: list[Tensor] | None) -> list[Tensor]:
@@ -134,6 +142,15 @@ class Group:
     @property
     def _shape(self) -> tuple[int, int]:
         return self.outputs + self.extra, self.inputs + self.extra
+
+    def _place(self, a_RK: Tensor, b_NR: Tensor) -> None:
+        """The adapters as they are now: scale A and B of each part into its rows and columns, zeros where a part has none."""
+        a_RK[self.rank :].zero_()
+        b_NR.zero_()
+        for adapter, scale, rows, columns in zip(self.adapters, self.scales, self.rows, self.columns, strict=True):
+            if adapter is not None:
+                torch.mul(adapter[0].detach(), scale, out=a_RK[columns])
+                b_NR[rows, columns] = adapter[1].detach()
 
     def _decoded(self, matrix: Tensor) -> Tensor:
         for base, rows in zip(self.bases, self.rows, strict=True):
@@ -196,23 +213,81 @@ class Opened:
         torch.mm(dy_TNR, self.matrix[:, : self.group.inputs], out=out)
 
 
+class _Fp8:
+    """The static scales of a group's weight: the largest value of a row of W, or of W^T, becomes e4m3's largest, 448."""
+
+    def __init__(self, group: Group):
+        found = [_extremes(base) for base in group.bases]
+        self.of_N = torch.cat([rows for rows, _ in found]).div_(fp8.LARGEST).clamp_(min=fp8.TINY)
+        self.of_K = torch.stack([columns for _, columns in found]).amax(0).div_(fp8.LARGEST).clamp_(min=fp8.TINY)
+
+
+def _extremes(base: nn.Module) -> tuple[Tensor, Tensor]:
+    """max |w| of each row [N] and of each column [K], float32."""
+    if isinstance(base, NF4Linear):
+        return nf4.absmax_rows_columns(base.quantised())
+    size = base.weight.detach().abs()
+    return size.amax(1).float(), size.amax(0).float()
+
+
+class OpenedFp8:
+    """As Opened, its products of the base in e4m3. W or W^T is decoded when it is asked for."""
+
+    def __init__(self, group: Group, slot: int):
+        self.group, self.slot, self.weights = group, slot, {}
+        scratch = group.scratch.take(("low", slot), group.extra, group.inputs + group.outputs, group.dtype, group.device)
+        flat = scratch.view(-1)
+        self.a_RK = flat[: group.extra * group.inputs].view(group.extra, group.inputs)
+        self.b_NR = flat[group.extra * group.inputs :].view(group.outputs, group.extra)
+        if group.extra:
+            group._place(self.a_RK, self.b_NR)
+
+    low, low_back = Opened.low, Opened.low_back
+
+    def up(self, x_TKR: Tensor, out: Tensor) -> None:
+        """out = x W^T + low B^T + bias"""
+        k, group = self.group.inputs, self.group
+        fp8.matmul(*fp8.quantise_rows(x_TKR[:, :k]), self._decoded(False), group.fp8.of_N, out=out)
+        if group.extra:
+            out.addmm_(x_TKR[:, k:], self.b_NR.t())
+        if group.bias is not None:
+            out.add_(group.bias)
+
+    def add(self, base_TN: Tensor, x_TK: Tensor, low_TR: Tensor, out: Tensor) -> None:
+        """out = base + x W^T + low B^T"""
+        group = self.group
+        torch.addmm(base_TN, low_TR, self.b_NR.t(), out=out) if group.extra else out.copy_(base_TN)
+        out.add_(fp8.matmul(*fp8.quantise_rows(x_TK), self._decoded(False), group.fp8.of_N, out_dtype=out.dtype))
+        if group.bias is not None:
+            out.add_(group.bias)
+
+    def back(self, dy_TNR: Tensor, out: Tensor) -> None:
+        """out = dy W + low_back (scale A)"""
+        n, group = self.group.outputs, self.group
+        fp8.matmul(*fp8.quantise_rows(dy_TNR[:, :n]), self._decoded(True), group.fp8.of_K, out=out)
+        if group.extra:
+            out.addmm_(dy_TNR[:, n:], self.a_RK)
+
+    def _decoded(self, turned: bool) -> Tensor:
+        """W [N, K], or turned W^T [K, N]; each once."""
+        if turned not in self.weights:
+            group, n, k = self.group, self.group.outputs, self.group.inputs
+            weight = group.scratch.take((self.slot, turned), *((k, n) if turned else (n, k)), fp8.E4M3, group.device)
+            for base, rows in zip(group.bases, group.rows, strict=True):
+                at, scale = (weight[:, rows], group.fp8.of_K) if turned else (weight[rows], group.fp8.of_N[rows])
+                if isinstance(base, NF4Linear):
+                    (nf4.decode_fp8_transposed if turned else nf4.decode_fp8)(base.quantised(), scale, at)
+                else:
+                    at.copy_((base.weight.t() if turned else base.weight) / scale[:, None])
+            self.weights[turned] = weight
+        return self.weights[turned]
+
+
 def wide_mm(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in at least float32: what a GEMM has added up is not rounded to 16 bits again."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
-
-
-def _place(matrix: Tensor, group: Group) -> None:
-    """The adapters into their columns and rows, zeros where a part has none."""
-    n, k = group.outputs, group.inputs
-    matrix[:n, k:].zero_()
-    matrix[n:, :k].zero_()
-    for adapter, scale, rows, columns in zip(group.adapters, group.scales, group.rows, group.columns, strict=True):
-        if adapter is not None:
-            a, b = (t.detach() for t in adapter)
-            torch.mul(a, scale, out=matrix[n + columns.start : n + columns.stop, :k])
-            matrix[rows, k + columns.start : k + columns.stop] = b
 
 
 def _spans(sizes: Sequence[int]) -> list[slice]:

@@ -35,7 +35,9 @@ class Pool:
         self.stream: torch.cuda.Stream | None = None
 
     def take(self, size: int) -> Tensor:
-        size = 1 << max(12, (size - 1).bit_length()) if size < 1 << 20 else -(-size >> 20) << 20  # few sizes, so that they are met again
+        size = (
+            1 << max(12, (size - 1).bit_length()) if size < 1 << 20 else -(-size >> 20) << 20
+        )  # few sizes, so that they are met again
         waiting = self.free.get(size)
         return waiting.pop() if waiting else torch.empty(size, dtype=torch.uint8, pin_memory=True)
 

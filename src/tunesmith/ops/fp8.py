@@ -51,12 +51,17 @@ def reference_matmul(x8_TK: Tensor, sx_T1: Tensor, w8_NK: Tensor, sw_N: Tensor, 
     return (F.linear(x8_TK.float(), w8_NK.float()) * sx_T1 * sw_N).to(out_dtype)
 
 
-def matmul(x8_TK: Tensor, sx_T1: Tensor, w8_NK: Tensor, sw_N: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """[T, N]. On the hardware with fast accumulation (partial sums in the tensor core's 14 bits; exact ones halve the rate), which
-    wants K and N in sixteens and gives bf16; other shapes go to the reference.
+def matmul(x8_TK: Tensor, sx_T1: Tensor, w8_NK: Tensor, sw_N: Tensor, out_dtype: torch.dtype = torch.bfloat16,
+           out: Tensor | None = None) -> Tensor:  # fmt: skip
+    """[T, N], into `out` where it is given. On the hardware with fast accumulation (partial sums in the tensor core's 14 bits;
+    exact ones halve the rate), which wants K and N in sixteens and gives bf16; other shapes go to the reference.
     """
     (rows, depth), columns = x8_TK.shape, len(w8_NK)
     if supported(x8_TK.device) or depth % 16 or columns % 16 or not rows:
-        return reference_matmul(x8_TK, sx_T1, w8_NK, sw_N, out_dtype)
-    y = torch._scaled_mm(x8_TK, w8_NK.t(), scale_a=sx_T1, scale_b=sw_N[None], out_dtype=torch.bfloat16, use_fast_accum=True)
-    return y.to(out_dtype)
+        y = reference_matmul(x8_TK, sx_T1, w8_NK, sw_N, out_dtype if out is None else out.dtype)
+        return y if out is None else out.copy_(y)
+    how = {"scale_a": sx_T1, "scale_b": sw_N[None], "out_dtype": torch.bfloat16, "use_fast_accum": True}
+    if out is not None and out.dtype is torch.bfloat16 and out.is_contiguous():
+        return torch._scaled_mm(x8_TK, w8_NK.t(), **how, out=out)
+    y = torch._scaled_mm(x8_TK, w8_NK.t(), **how)
+    return y.to(out_dtype) if out is None else out.copy_(y)

@@ -257,6 +257,7 @@ def _mlp_backward(dy: Tensor, halves: Halves, keep: dict[str, Tensor], tile: int
         keep["rstd_2"], keep["low_gate_up"] = _float(mid, len(mid)), mid.new_empty(len(mid), up.extra)
     whole = keep.pop("gate_up", None)
     for at in spans:
+        of_again = opened[0] if opened else None
         n, weights = at.stop - at.start, opened[1] if opened else down.open()
         dout, dact = mid.new_empty(n, width + down.extra), mid.new_empty(n, hidden)
         dout[:, :width] = dy[at]
@@ -266,14 +267,15 @@ def _mlp_backward(dy: Tensor, halves: Halves, keep: dict[str, Tensor], tile: int
         gate_up = whole[at] if whole is not None else mid.new_empty(n, up.outputs + up.extra)
         both, normed = gate_up[:, : up.outputs], None
         if again:
-            normed = _gate_up(halves, (opened[0] if opened else up.open()), mid[at], keep, at, both)
+            of_again = of_again or up.open()
+            normed = _gate_up(halves, of_again, mid[at], keep, at, both)
         elif whole is None:
             int8.dequantise_groups(keep["codes"][at], keep["scales"][at], both)
         swiglu.backward_(dact, both)  # dact is silu(gate) * up now, both is their gradients
         if down.parameters:
             of_down = down.gradients(dact, dout, keep["low_down"][at], of_down)
         del dout, dact
-        weights = opened[0] if opened else up.open()
+        weights = of_again or up.open()
         if up.extra:
             weights.low_back(both, out=gate_up[:, up.outputs :])
         if up.parameters:
