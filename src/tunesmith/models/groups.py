@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from tunesmith.models.linear import Linear, NF4Linear
 from tunesmith.ops import fp8, nf4
+from tunesmith.ops import low_rank as low_rank_op
 
 
 def low_rank(module: nn.Module) -> tuple[Tensor, Tensor, float] | None:
@@ -144,13 +145,9 @@ class Group:
         return self.outputs + self.extra, self.inputs + self.extra
 
     def _place(self, a_RK: Tensor, b_NR: Tensor) -> None:
-        """The adapters as they are now: scale A and B of each part into its rows and columns, zeros where a part has none."""
-        a_RK[self.rank :].zero_()
-        b_NR.zero_()
-        for adapter, scale, rows, columns in zip(self.adapters, self.scales, self.rows, self.columns, strict=True):
-            if adapter is not None:
-                torch.mul(adapter[0].detach(), scale, out=a_RK[columns])
-                b_NR[rows, columns] = adapter[1].detach()
+        """The adapters as they are now."""
+        found = zip(self.adapters, self.scales, self.rows, self.columns, strict=True)
+        low_rank_op.place([(*(t.detach() for t in a), scale, rows, columns) for a, scale, rows, columns in found if a], a_RK, b_NR)
 
     def _decoded(self, matrix: Tensor) -> Tensor:
         for base, rows in zip(self.bases, self.rows, strict=True):
@@ -197,7 +194,7 @@ class Opened:
     def add(self, base_TN: Tensor, x_TK: Tensor, low_TR: Tensor, out: Tensor) -> None:
         """out = base + x W^T + low B^T; a new tensor, base stays."""
         if self.group.extra:  # the low-rank product brings the residual along: no pass more than copying it would take
-            torch.addmm(base_TN, low_TR, self.b_NR.t(), out=out)
+            low_rank_op.residual(base_TN, low_TR, self.b_NR, out)
             out.addmm_(x_TK, self.w_NK.t())
         else:
             torch.addmm(base_TN, x_TK, self.w_NK.t(), out=out)
@@ -256,8 +253,11 @@ class OpenedFp8:
     def add(self, base_TN: Tensor, x_TK: Tensor, low_TR: Tensor, out: Tensor) -> None:
         """out = base + x W^T + low B^T"""
         group = self.group
-        torch.addmm(base_TN, low_TR, self.b_NR.t(), out=out) if group.extra else out.copy_(base_TN)
-        out.add_(fp8.matmul(*fp8.quantise_rows(x_TK), self._decoded(False), group.fp8.of_N, out_dtype=out.dtype))
+        y = fp8.matmul(*fp8.quantise_rows(x_TK), self._decoded(False), group.fp8.of_N, out_dtype=out.dtype)
+        if group.extra:
+            low_rank_op.residual(base_TN, low_TR, self.b_NR, out, extra=y)
+        else:
+            torch.add(base_TN, y, out=out)
         if group.bias is not None:
             out.add_(group.bias)
 
