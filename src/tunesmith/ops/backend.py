@@ -40,6 +40,16 @@ def jit(kernel):
     return kernel if triton is None else triton.jit(kernel)
 
 
+def round_up(n: int) -> int:
+    """The next power of two: block sizes must be."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def warps_for(values: int) -> int:
+    """How many warps share a row held in registers: 16 values a thread, which is two loads of 16 bytes in 16-bit types."""
+    return min(16, max(1, values // 512))
+
+
 def set_mode(mode: Mode) -> None:
     """For all of the process, from now on."""
     global _mode

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.ops import backend
+from tunesmith.ops.backend import jit, tl
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 TINY = 1e-12  # the floor under a scale, so that a row of zeros does not divide by zero
+WHOLE = 16384  # values of a row that 16 warps hold in registers, 32 a thread; longer rows are read twice, the second time from L2
 
 
 def supported(device: torch.device | str) -> str:
@@ -42,8 +44,21 @@ def reference_quantise_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantise_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """As `reference_quantise_rows`."""
-    return reference_quantise_rows(x_TK)
+    """As `reference_quantise_rows`; rows may be strided."""
+    if not backend.triton_for(x_TK, backend.NEEDS_FP8):
+        return reference_quantise_rows(x_TK)
+    rows, columns = x_TK.shape
+    x8_TK, scale = empty_rows(x_TK)
+    block = min(backend.round_up(columns), WHOLE)
+    if rows:
+        _quantise_rows_kernel[(rows,)](x_TK, x8_TK, scale, x_TK.stride(0), columns, BLOCK=block, num_warps=backend.warps_for(block))
+    return x8_TK, scale
+
+
+def empty_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for what `quantise_rows` gives."""
+    x8_TK = torch.empty(x_TK.shape, dtype=E4M3, device=x_TK.device)
+    return x8_TK, torch.empty(len(x_TK), 1, dtype=torch.float32, device=x_TK.device)
 
 
 def reference_matmul(x8_TK: Tensor, sx_T1: Tensor, w8_NK: Tensor, sw_N: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -61,7 +76,48 @@ def matmul(x8_TK: Tensor, sx_T1: Tensor, w8_NK: Tensor, sw_N: Tensor, out_dtype:
         y = reference_matmul(x8_TK, sx_T1, w8_NK, sw_N, out_dtype if out is None else out.dtype)
         return y if out is None else out.copy_(y)
     how = {"scale_a": sx_T1, "scale_b": sw_N[None], "out_dtype": torch.bfloat16, "use_fast_accum": True}
-    if out is not None and out.dtype is torch.bfloat16 and out.is_contiguous():
+    if out is not None and out.dtype is torch.bfloat16 and out.stride(1) == 1:
         return torch._scaled_mm(x8_TK, w8_NK.t(), **how, out=out)
     y = torch._scaled_mm(x8_TK, w8_NK.t(), **how)
     return y.to(out_dtype) if out is None else out.copy_(y)
+
+
+# ---- Triton ---------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def size_bits(x):
+    """|x| as int32: in the order of the numbers, NaN above all of them, so that a maximum keeps NaN as torch's does."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@jit
+def scale_of(bits):
+    """max |x| as `size_bits` -> the row's scale. Written so that a NaN stays: `maximum` would drop it."""
+    scale = bits.to(tl.float32, bitcast=True) * (1 / 448)
+    return tl.where(scale < 1e-12, 1e-12, scale)
+
+
+@jit
+def _quantise_rows_kernel(x, x8, scale, stride, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """A row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    x += row * stride
+    x8 += row * COLUMNS
+    at = tl.arange(0, BLOCK)
+    if COLUMNS <= BLOCK:
+        value = tl.load(x + at, at < COLUMNS, other=0).to(tl.float32)
+        s = scale_of(tl.max(size_bits(value), 0))
+        tl.store(x8 + at, (value * tl.div_rn(1.0, s)).to(x8.dtype.element_ty), at < COLUMNS)
+    else:
+        most = tl.zeros([BLOCK], tl.int32)
+        for first in range(0, COLUMNS, BLOCK):
+            here = first + at < COLUMNS
+            most = tl.maximum(most, size_bits(tl.load(x + first + at, here, other=0).to(tl.float32)))
+        s = scale_of(tl.max(most, 0))
+        inverse = tl.div_rn(1.0, s)
+        for first in range(0, COLUMNS, BLOCK):
+            here = first + at < COLUMNS
+            value = tl.load(x + first + at, here, other=0).to(tl.float32)
+            tl.store(x8 + first + at, (value * inverse).to(x8.dtype.element_ty), here)
+    tl.store(scale + row, s)

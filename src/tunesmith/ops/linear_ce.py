@@ -13,7 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOGIT_BYTES = 64 << 20  # float32 logits of one chunk: on a CPU larger chunks leave the caches, on a GPU this keeps a GEMM busy
+from tunesmith.ops import backend
+from tunesmith.ops.backend import jit, tl
+
+LOGIT_BYTES = 64 << 20  # logits of one chunk: on a CPU larger chunks leave the caches, on a GPU this keeps a GEMM busy
+GPU_ROWS = 512  # of a chunk at least: two GEMM tiles of 256; at V = 128k 262 rows would read the head's 1 GiB twice as often
 
 
 def reference(x_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, softcap: float | None = None) -> Tensor:
@@ -28,6 +32,16 @@ def softmax_ce_(logits_LV: Tensor, labels_L: Tensor, gradient: bool = True) -> T
     """In place: the logits become softmax - onehot (fp32 inside, rounded once), unless `gradient` is False: then they are left or
     spoilt. Returns -log p(label) of each row in nats, fp32 [L].
     """
+    if backend.triton_for(logits_LV):
+        rows, vocab = logits_LV.shape
+        rows_L = torch.empty(rows, dtype=torch.float32, device=logits_LV.device)
+        block = min(backend.round_up(vocab), 8192)
+        if rows:
+            _softmax_ce_kernel[(rows,)](
+                logits_LV, labels_L, rows_L, logits_LV.stride(0), vocab, GRADIENT=gradient, BLOCK=block,
+                num_warps=backend.warps_for(block),
+            )  # fmt: skip
+        return rows_L
     wide = logits_LV.float()
     rows_L = F.cross_entropy(wide, labels_L, reduction="none")
     if gradient:
@@ -41,8 +55,20 @@ def linear_cross_entropy(
     x_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, *, softcap: float | None = None, chunk: int = 0
 ) -> tuple[Tensor, Tensor]:
     """(sum over rows, a scalar with gradients for `x_LD` and a trained `weight_VD`; each row's loss in nats, detached [L])."""
-    chunk = chunk or max(1, LOGIT_BYTES // (4 * weight_VD.shape[0]))
+    chunk = chunk or rows_at_once(x_LD, weight_VD.shape[0], softcap)
     return _LinearCrossEntropy.apply(x_LD, weight_VD, labels_L, softcap, chunk)
+
+
+def in_place(x_LD: Tensor, softcap: float | None) -> bool:
+    """Whether `softmax_ce_` works on logits in their own dtype; elsewhere they are widened to fp32 first."""
+    return softcap is None and x_LD.dtype != torch.float64 and backend.triton_for(x_LD)
+
+
+def rows_at_once(x_LD: Tensor, vocab: int, softcap: float | None = None) -> int:
+    """Rows of logits of a chunk: LOGIT_BYTES of them, in whole GEMM tiles of 128 rows where the kernel runs."""
+    if not in_place(x_LD, softcap):
+        return max(1, LOGIT_BYTES // (4 * vocab))
+    return max(GPU_ROWS, LOGIT_BYTES // (x_LD.element_size() * vocab) // 128 * 128)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -53,9 +79,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows_L = torch.empty(len(x_LD), dtype=wide, device=x_LD.device)
         d_x = torch.empty_like(x_LD) if need_x else None
         d_w = torch.zeros_like(weight_VD, dtype=wide) if need_w else None
+        fast = in_place(x_LD, softcap)
         for start in range(0, len(x_LD), chunk):
             part = slice(start, start + chunk)
-            logits = F.linear(x_LD[part], weight_VD).to(wide)
+            logits = F.linear(x_LD[part], weight_VD)
+            if fast:
+                rows_L[part] = softmax_ce_(logits, labels_L[part], need_x or need_w)
+                if need_x:
+                    torch.mm(logits, weight_VD, out=d_x[part])
+                if need_w:
+                    d_w += logits.t() @ x_LD[part]
+                continue
+            logits = logits.to(wide)
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
             labels = labels_L[part, None]
@@ -91,3 +126,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+@jit
+def _softmax_ce_kernel(logits, labels, losses, stride, VOCAB: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+    """A row a program. Each lane keeps a running maximum and a sum relative to it; they meet once, after the first pass. The second
+    pass finds the row in L2 (528 rows of 256 kB would not fit its 50 MB, the 132 x 2 that run at a time at V = 32,000 do).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    label = tl.load(labels + row)
+    picked = tl.load(logits + label).to(tl.float32)
+    lane = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], -3.0e38, tl.float32)  # finite: -inf - -inf is NaN
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, VOCAB, BLOCK):
+        value = tl.load(logits + first + lane, first + lane < VOCAB, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(top, value)
+        total = total * tl.exp(top - higher) + tl.exp(value - higher)
+        top = higher
+    most = tl.max(top, 0)
+    total_of_row = tl.sum(total * tl.exp(top - most), 0)
+    tl.store(losses + row, most + tl.log(total_of_row) - picked)
+    if GRADIENT:
+        tl.debug_barrier()  # `picked` is read by every thread before one of them overwrites it
+        inverse = 1 / total_of_row
+        for first in range(0, VOCAB, BLOCK):
+            at = first + lane
+            value = tl.load(logits + at, at < VOCAB, other=-float("inf")).to(tl.float32)
+            slope = tl.exp(value - most) * inverse - tl.where(at == label, 1.0, 0.0)
+            tl.store(logits + at, slope.to(logits.dtype.element_ty), at < VOCAB)

@@ -89,7 +89,7 @@ def _power(n: int) -> int:
 
 
 @backend.jit
-def _place_rows(a_p, out_p, inputs, rank, out_stride, scale, BLOCK: "tl.constexpr"):
+def _place_rows(a_p, out_p, inputs, rank, out_stride, scale, BLOCK: tl.constexpr):
     row, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = at < inputs
     value = tl.load(a_p + row.to(tl.int64) * inputs + at, mask=there & (row < rank), other=0.0).to(tl.float32) * scale
@@ -97,7 +97,7 @@ def _place_rows(a_p, out_p, inputs, rank, out_stride, scale, BLOCK: "tl.constexp
 
 
 @backend.jit
-def _place_columns(b_p, out_p, n, count, rank, first, out_stride, BLOCK: "tl.constexpr", WIDTH: "tl.constexpr"):
+def _place_columns(b_p, out_p, n, count, rank, first, out_stride, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     mine = (column >= first) & (column < first + rank)
@@ -106,9 +106,9 @@ def _place_columns(b_p, out_p, n, count, rank, first, out_stride, BLOCK: "tl.con
 
 
 @backend.jit
-def _residual(base_p, low_p, b_p, out_p, extra_p, t, n, r, base_s, low_s, b_s, out_s, extra_s, EXTRA: "tl.constexpr",
-              ROWS: "tl.constexpr", COLUMNS: "tl.constexpr", RANKS: "tl.constexpr", CHUNKS: "tl.constexpr",
-              IEEE: "tl.constexpr"):  # fmt: skip
+def _residual(base_p, low_p, b_p, out_p, extra_p, t, n, r, base_s, low_s, b_s, out_s, extra_s, EXTRA: tl.constexpr,
+              ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, CHUNKS: tl.constexpr,
+              IEEE: tl.constexpr):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     rows, columns = row < t, column < n

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tunesmith.ops import fp8
+from tunesmith.ops import backend, fp8
+from tunesmith.ops.backend import jit, tl
+from tunesmith.ops.fp8 import scale_of, size_bits
 
 
 def reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -61,6 +63,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def forward(x_TD: Tensor, weight_D: Tensor, eps: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(h_TD as `reference`, rstd_T fp32). Writes into `out` when given."""
+    if backend.triton_for(x_TD):
+        return _forward(x_TD, weight_D, eps, out)[:2]
     wide = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
     rstd_T = torch.rsqrt(wide.square().mean(-1) + eps)
     h_TD = weight_D * (wide * rstd_T[:, None]).to(x_TD.dtype)
@@ -72,6 +76,16 @@ def backward(dh_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, resi
     """The gradient that reaches x, in x's dtype: through the norm, plus `residual_TD` that flows past it; fp32 inside,
     rounded once. `out` may be `dh_TD` or `residual_TD` itself.
     """
+    if backend.triton_for(x_TD):
+        out = torch.empty_like(x_TD) if out is None else out
+        residual = dh_TD if residual_TD is None else residual_TD
+        (rows, width), block = x_TD.shape, backend.round_up(x_TD.shape[1])
+        if rows:
+            _backward_kernel[(rows,)](
+                dh_TD, x_TD, weight_D, rstd_T, residual, out, dh_TD.stride(0), x_TD.stride(0), residual.stride(0), out.stride(0),
+                width, RESIDUAL=residual_TD is not None, BLOCK=block, num_warps=backend.warps_for(block),
+            )  # fmt: skip
+        return out
     wide, rstd = x_TD.to(rstd_T.dtype), rstd_T[:, None]
     g = dh_TD.to(wide.dtype) * weight_D.to(wide.dtype)
     dx_TD = rstd * (g - wide * rstd * ((g * wide).mean(-1, keepdim=True) * rstd))
@@ -82,5 +96,61 @@ def backward(dh_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, resi
 
 def forward_fp8(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(h_TD, rstd_T, h8_TD e4m3, scale [T, 1] fp32): `forward`, and its result quantised as `fp8.quantise_rows` does."""
+    if backend.triton_for(x_TD, backend.NEEDS_FP8):
+        return _forward(x_TD, weight_D, eps, None, fp8.empty_rows(x_TD))
     h_TD, rstd_T = forward(x_TD, weight_D, eps)
     return h_TD, rstd_T, *fp8.reference_quantise_rows(h_TD)
+
+
+# ---- Triton: a row a program, held in registers (up to 16384 wide: 32 values a thread) ----------------------------------------
+
+
+def _forward(
+    x_TD: Tensor, weight_D: Tensor, eps: float, out: Tensor | None, quantised: tuple[Tensor, ...] = ()
+) -> tuple[Tensor, ...]:
+    rows, width = x_TD.shape
+    if out is None:
+        out = torch.empty(x_TD.shape, dtype=torch.promote_types(x_TD.dtype, weight_D.dtype), device=x_TD.device)
+    rstd_T = torch.empty(rows, dtype=torch.float32, device=x_TD.device)
+    block = backend.round_up(width)
+    if rows:
+        _forward_kernel[(rows,)](
+            x_TD, weight_D, out, rstd_T, *(quantised or (out, rstd_T)), x_TD.stride(0), out.stride(0), width, eps,
+            FP8=bool(quantised), BLOCK=block, num_warps=backend.warps_for(block),
+        )  # fmt: skip
+    return out, rstd_T, *quantised
+
+
+@jit
+def _forward_kernel(x, weight, out, rstd, h8, scale, x_stride, out_stride, width, eps, FP8: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    here = at < width
+    value = tl.load(x + row * x_stride + at, here, other=0).to(tl.float32)
+    gain = tl.load(weight + at, here, other=0).to(tl.float32)
+    r = tl.rsqrt(tl.sum(value * value, 0) / width + eps)
+    h = (value * r).to(x.dtype.element_ty).to(tl.float32) * gain  # rounded here, as `reference`
+    tl.store(rstd + row, r)
+    tl.store(out + row * out_stride + at, h.to(out.dtype.element_ty), here)
+    if FP8:
+        h = h.to(out.dtype.element_ty).to(tl.float32)
+        s = scale_of(tl.max(size_bits(h), 0))
+        tl.store(scale + row, s)
+        tl.store(h8 + row * width + at, (h * tl.div_rn(1.0, s)).to(h8.dtype.element_ty), here)
+
+
+@jit
+def _backward_kernel(dh, x, weight, rstd, residual, out, dh_stride, x_stride, residual_stride, out_stride, width,
+                     RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """dx = rstd (g - xhat mean(g xhat)) + residual, where g = dh weight. Reads the row before it writes: `out` may be an input."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    here = at < width
+    r = tl.load(rstd + row)
+    xhat = tl.load(x + row * x_stride + at, here, other=0).to(tl.float32) * r
+    g = tl.load(dh + row * dh_stride + at, here, other=0).to(tl.float32)
+    g = g * tl.load(weight + at, here, other=0).to(tl.float32)
+    dx = r * (g - xhat * (tl.sum(g * xhat, 0) / width))
+    if RESIDUAL:
+        dx += tl.load(residual + row * residual_stride + at, here, other=0).to(tl.float32)
+    tl.store(out + row * out_stride + at, dx.to(out.dtype.element_ty), here)

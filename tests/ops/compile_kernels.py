@@ -1,0 +1,79 @@
+"""Compiles every kernel for an NVIDIA GPU that need not be here: python compile_kernels.py 90 [FOLDER for the PTX].
+
+The ops are called as a step calls them, on CPU tensors; a stand-in for the driver names the target, and a launch stops after the
+compilation. A kernel that Triton or ptxas refuses (a type, a layout, a conversion the target lacks) fails here, on any machine.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+from tunesmith.ops import backend, fp8, int8, linear_ce, nf4, rms_norm, rotary, swiglu
+
+
+def main(capability: int, folder: str | None = None) -> None:
+    target = GPUTarget("cuda", capability, 32)
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+        )
+    )  # fmt: skip
+    backend.obstacle = lambda device, needs=backend.NEEDS: "" if needs <= divmod(capability, 10) else "too old"
+    run, count = JITFunction.run, itertools.count()
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        name = f"{self.fn.__module__.rsplit('.', 1)[-1]}.{self.fn.__name__}"
+        print(name, len(kernel.asm["cubin"]))
+        if folder:
+            (Path(folder) / f"{next(count):03d}.{name}.ptx").write_text(kernel.asm["ptx"])
+
+    JITFunction.run = compile_only
+    with backend.use("triton"):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            call_all(dtype, fp8=capability >= 89)
+
+
+def call_all(dtype: torch.dtype, fp8: bool, tokens: int = 2, width: int = 4096, hidden: int = 14336, vocab: int = 32000) -> None:
+    """Each kernel at Mistral-7B's widths, and at odd ones."""
+    e4m3 = torch.float8_e4m3fn
+    for rows, columns in ((16, width), (3, 70)):
+        q = nf4.quantise(torch.randn(rows, columns))
+        plain = nf4.NF4(q.codes, nf4.absmax_of(q), None, None, None, q.shape)
+        side_by_side = nf4.NF4(q.codes, q.absmax, q.nested_absmax, q.nested_map, q.offset.repeat(len(q.nested_absmax)), q.shape)
+        nf4.decode(q, torch.empty(rows, columns, dtype=dtype))
+        nf4.decode(side_by_side, torch.empty(rows, columns + 16, dtype=dtype)[:, :columns])
+        nf4.decode(plain, torch.empty(rows, columns, dtype=dtype))
+        if fp8:
+            nf4.decode_fp8(q, torch.ones(rows), torch.empty(rows, columns, dtype=e4m3))
+            nf4.decode_fp8_transposed(q, torch.ones(columns), torch.empty(columns, rows, dtype=e4m3))
+    for d, f, v in ((width, hidden, vocab), (33, 35, 101)):
+        x, weight = torch.randn(tokens, d, dtype=dtype), torch.ones(d, dtype=dtype)
+        h, rstd = rms_norm.forward(x, weight, 1e-5)
+        rms_norm.backward(h, x, weight, rstd)
+        rms_norm.backward(h, x, weight, rstd, x, x)
+        both = torch.randn(tokens, 2 * f, dtype=dtype)
+        a = swiglu.forward(both)
+        int8.dequantise_groups(*int8.quantise_groups(both), both)
+        swiglu.backward_(a, both)
+        logits = torch.randn(tokens, v, dtype=dtype)
+        linear_ce.softmax_ce_(logits, torch.zeros(tokens, dtype=torch.int64))
+        linear_ce.softmax_ce_(logits, torch.zeros(tokens, dtype=torch.int64), gradient=False)
+        if fp8:
+            rms_norm.forward_fp8(x, weight, 1e-5)
+            swiglu.forward_fp8(both)
+            quantise_rows(x), quantise_rows(both)
+    angle = torch.zeros(tokens, 64)
+    rotary.rotate_(torch.randn(tokens, 48, 128, dtype=dtype)[:, :32], angle, angle)
+    rotary.rotate_into(h[:, None, :21], angle[:, :10], angle[:, :10], torch.empty(tokens, 1, 21, dtype=dtype), inverse=True)
+
+
+quantise_rows = fp8.quantise_rows
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *sys.argv[2:])
