@@ -124,7 +124,7 @@ class Ours:
         return loss.item() / batch.trained
 
     def step(self) -> None:
-        self.optimizer.step(self.optimizer.gradient_norm())
+        self.optimizer.step()
 
     def gradients(self) -> dict[str, torch.Tensor]:
         return {n: p.grad.clone() for n, p in self.trained.items()}

@@ -92,7 +92,7 @@ def bench(tiny):
         state = state or loop.State(micro_batch_tokens=tokens)
         hooks = (recorder or Recorder()).hooks()
         loss, _ = loop._gradient(made, optimizer, rows, state, hooks, step, 5, torch.device("cpu"), alpha)
-        return loss, {n: None if m.grad is None else m.grad.clone() for n, m in optimizer.masters.items()}
+        return loss.item(), {n: None if m.grad is None else m.grad.clone() for n, m in optimizer.masters.items()}
 
     return SimpleNamespace(
         model=model,

@@ -50,7 +50,7 @@ class Layout:
         bounds = (0, *accumulate(lengths))
         starts = torch.tensor(bounds[:-1]).repeat_interleave(torch.tensor(lengths))
         positions = torch.arange(bounds[-1]) - starts
-        return cls(lengths, bounds, positions.to(device), torch.tensor(bounds, dtype=torch.int32).to(device))
+        return cls(lengths, bounds, to_device(positions, device), to_device(torch.tensor(bounds, dtype=torch.int32), device))
 
     @cached_property
     def longest(self) -> int:
@@ -59,7 +59,15 @@ class Layout:
     @cached_property
     def documents_T(self) -> Tensor:
         """int64: which document each token belongs to."""
-        return torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths)).to(self.positions_T.device)
+        documents = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths))
+        return to_device(documents, self.positions_T.device)
+
+
+def to_device(x: Tensor, device: torch.device | str | None) -> Tensor:
+    """From main memory, without waiting for what an NVIDIA GPU has queued: a plain copy to it would."""
+    if device is None or torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def reference(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: Layout, scale: float,

@@ -99,18 +99,15 @@ def fit(
         rate = peak * schedule(train.schedule, step, total, train.warmup_ratio)
         optimizer.set_rate(rate)
         examples = examples_of(step)
-        loss, tokens = _gradient(model, optimizer, examples, state, hooks, step, seed, device, train.neftune_alpha)
-        norm = optimizer.gradient_norm()
+        total_loss, tokens = _gradient(model, optimizer, examples, state, hooks, step, seed, device, train.neftune_alpha)
+        _check_rates(optimizer, rate)
+        norm = optimizer.step(total_loss)  # does nothing where either is not finite
+        loss, norm = total_loss.item(), norm.item()
         finite = math.isfinite(loss) and math.isfinite(norm)
         if state.loss_scale.active and math.isfinite(loss) and not finite and state.loss_scale.overflowed():
-            optimizer.clear()
             continue  # fp16 overflowed: the same step again at half the scale
         if finite:
-            _check_rates(optimizer, rate)
-            optimizer.step(norm)
             state.loss_scale.went_well()
-        else:
-            optimizer.clear()
         state.step += 1
         state.tokens += tokens
         state.not_finite = 0 if finite else state.not_finite + 1
@@ -139,8 +136,8 @@ def _evaluate(state: State, hooks: Hooks, early_stop: int) -> None:
         hooks.event(f"stopped early: {early_stop} evaluations without a better held-out loss", step=state.step)
 
 
-def _gradient(model, optimizer, examples, state, hooks, step, seed, device, alpha) -> tuple[float, int]:
-    """Add up the gradient over micro-batches; (mean loss per trained token, tokens). Out of memory: halve them and begin again."""
+def _gradient(model, optimizer, examples, state, hooks, step, seed, device, alpha) -> tuple[torch.Tensor, int]:
+    """Add up the gradient over micro-batches; (mean loss per trained token, a scalar on the device; tokens). Out of memory: halve them and begin again."""
     trained, lengths = sum(int(e.learn.sum()) for e in examples), [len(e.ids) for e in examples]
     while True:
         try:
@@ -154,7 +151,7 @@ def _gradient(model, optimizer, examples, state, hooks, step, seed, device, alph
                 tokens += len(batch.tokens)
             if state.loss_scale.active:
                 optimizer.scale_gradients(1 / state.loss_scale.value)
-            return total.item() / trained, tokens
+            return total / trained, tokens
         except torch.OutOfMemoryError:
             longest, at_once = max(lengths), min(state.micro_batch_tokens, sum(lengths))
             optimizer.clear()
@@ -197,7 +194,7 @@ def _not_finite(model, optimizer, examples, state, hooks, loss, norm, device) ->
     for e in examples:
         alone, _ = batch_loss(model, collate([e]), device)
         alone.backward()
-        if not (torch.isfinite(alone) and math.isfinite(optimizer.gradient_norm())):
+        if not (torch.isfinite(alone) and torch.isfinite(optimizer.gradient_norm())):
             bad.append(str(e.origin))
         optimizer.clear()
     rows = _some(bad or [str(e.origin) for e in examples])

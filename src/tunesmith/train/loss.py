@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tunesmith.ops.attention import Layout
+from tunesmith.ops.attention import Layout, to_device
 from tunesmith.ops.linear_ce import LOGIT_BYTES, linear_cross_entropy
 from tunesmith.types import Batch
 
@@ -24,7 +24,7 @@ Noise = Callable[[Tensor], Tensor]
 def batch_loss(model: nn.Module, batch: Batch, device: torch.device, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
     """(sum over trained tokens in nats, differentiable scalar; each labelled row's loss, detached [L])."""
     layout = Layout.of(np.diff(batch.cu_seqlens).tolist(), device)
-    tokens, rows, labels = (torch.from_numpy(a).to(device) for a in (batch.tokens, batch.rows, batch.labels))
+    tokens, rows, labels = (to_device(torch.from_numpy(a), device) for a in (batch.tokens, batch.rows, batch.labels))
     x_LD = model.hidden(tokens, layout, rows=rows, noise=noise)
     if head := model.plain_head():
         weight, softcap = head

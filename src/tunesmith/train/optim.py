@@ -85,28 +85,40 @@ class Optimizer:
         """The rates the groups really have, for the check that they are the scheduled ones."""
         return [g["lr"] / r for g, r in zip(self.adamw.param_groups, self.ratios, strict=True)]
 
-    def scale_gradients(self, factor: float) -> None:
+    def scale_gradients(self, factor: float | Tensor) -> None:
         grads = [m.grad for m in self.masters.values() if m.grad is not None]
         torch._foreach_mul_(grads, factor)
 
-    def gradient_norm(self) -> float:
-        """The norm over all gradients; nan or inf if any is. One synchronisation with the device."""
+    def gradient_norm(self) -> Tensor:
+        """The norm over all gradients, a scalar on their device; nan or inf if any is."""
         grads = [m.grad for m in self.masters.values() if m.grad is not None]
         if not grads:
-            return 0.0
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float()).item()
+            return torch.zeros(())
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float())
 
-    def step(self, norm: float) -> None:
-        """Clip by the given norm, update the masters, round them into the parameters, drop the gradients."""
-        limit = self.train.max_grad_norm
-        if limit and norm > limit:
-            self.scale_gradients(limit / (norm + 1e-6))
-        self.adamw.step()
+    def step(self, loss: Tensor | None = None) -> Tensor:
+        """Clip, update the masters, round them into the parameters, drop the gradients; nothing of it where `loss` or the gradient
+        is nan or inf. Returns the gradient's norm, a scalar on its device.
+
+        All of this is queued without asking the device for a number: waiting for the norm first left an H200 idle for 5 % of a step.
+        """
+        norm, limit = self.gradient_norm(), self.train.max_grad_norm
+        if limit:
+            self.scale_gradients((limit / (norm + 1e-6)).clamp(max=1.0))
+        finite = torch.isfinite(norm)
+        if loss is not None:
+            finite &= torch.isfinite(loss.detach()).to(norm.device)
+        if self.fused:
+            self.adamw.found_inf = (~finite).float()
+            self.adamw.step()
+        elif finite:
+            self.adamw.step()
         with torch.no_grad():
             for name, p in self.parameters.items():
                 if self.masters[name] is not p:
                     p.copy_(self.masters[name])
         self.clear()
+        return norm
 
     def clear(self) -> None:
         """Drop every gradient, also one that an interrupted backward left on a 16-bit parameter."""
