@@ -356,8 +356,6 @@ def make_checkpoint(task: dict[str, Any]) -> dict[str, Any]:
     """A random checkpoint in bf16, N(0, 0.02), norms 1, drawn on the GPU and written tensor by tensor, with a
     placeholder tokenizer."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     from tunesmith.models.weights import write_checkpoint
     from tunesmith.spec import spec_of, tensor_shapes
@@ -374,14 +372,23 @@ def make_checkpoint(task: dict[str, Any]) -> dict[str, Any]:
 
     shapes = tensor_shapes(spec_of(config))
     folder.mkdir(parents=True, exist_ok=True)
-    words = {f"w{i}": i for i in range(3, config["vocab_size"])} | {"<unk>": 0, "<s>": 1, "</s>": 2}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=raw, **special).save_pretrained(str(folder))
+    if task["model"] != "tiny":
+        placeholder_tokenizer(config["vocab_size"]).save_pretrained(str(folder))
     write_checkpoint(folder, config, shapes, tensor, torch.bfloat16)
     (folder / "made_by_the_gpu_bench").touch()  # last: without it the folder is made again
     return {"bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors"))}
+
+
+def placeholder_tokenizer(vocab: int) -> Any:
+    """Enough for loaders that insist on one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(3, vocab)} | {"<unk>": 0, "<s>": 1, "</s>": 2}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **special)
 
 
 def versions() -> dict[str, str]:

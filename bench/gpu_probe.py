@@ -50,8 +50,6 @@ def rates(task: dict[str, Any]) -> dict[str, Any]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    if not torch.cuda.is_available():
-        return {"card": "CPU"}
     found: dict[str, Any] = {
         "card": torch.cuda.get_device_name(),
         "memory_GiB": torch.cuda.get_device_properties(0).total_memory / 2**30,
