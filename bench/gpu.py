@@ -298,10 +298,13 @@ def main() -> None:
     parser.add_argument("--link", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--make-gsm8k", type=Path, metavar="FILE")
+    parser.add_argument("--shared", type=Path, default=SHARED, help="the folder of real data that --make-gsm8k reads")
     args = parser.parse_args()
     if args.make_gsm8k:
         return print(
-            make_gsm8k(args.make_gsm8k, SHARED / "sft" / "gsm8k" / "train.jsonl", SHARED / "tokenizers" / "Mistral-7B-v0.1")
+            make_gsm8k(
+                args.make_gsm8k, args.shared / "sft" / "gsm8k" / "train.jsonl", args.shared / "tokenizers" / "Mistral-7B-v0.1"
+            )
         )
     if args.table:
         from gpu_report import write

@@ -257,7 +257,7 @@ def unsloth_trainer(row: Row, folder: Path, steps: list[Step], born: float) -> d
     out = tempfile.mkdtemp()
     args = SFTConfig(
         output_dir=out, per_device_train_batch_size=row.batch, gradient_accumulation_steps=1, max_steps=len(steps), bf16=True,
-        learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, optim="adamw_8bit", weight_decay=0.01, max_length=2048,
+        learning_rate=RATE, lr_scheduler_type="constant", warmup_steps=0, optim="adamw_8bit", weight_decay=0.01, max_length=None,
         packing=False, padding_free=True, gradient_checkpointing=row.policy != "keep", logging_steps=1, report_to="none",
         save_strategy="no", seed=0,
     )  # fmt: skip
