@@ -5,7 +5,7 @@ WORKERS ?= 2
 BIN     := .venv/bin
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test gpu-test soak lint clean
 .DEFAULT_GOAL := demo
 
 # A .venv without pip is what a set-up leaves that was stopped half-way, or a Python without ensurepip: it is made anew.
@@ -29,6 +29,9 @@ test: .venv/.installed-dev  ## floors, style, then every test but the long campa
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/ruff check -q .
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not soak"
+
+gpu-test:  ## the tests that need a GPU, with the Python that has torch for it: make gpu-test PYTHON=python3; installs nothing
+	@PYTHONPATH=src $(PYTHON) -m pytest -m gpu -rs
 
 soak: .venv/.installed-dev  ## the long campaigns; results go into docs/soak.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak --durations=20
