@@ -2,11 +2,17 @@
 tests that need it skip without it."""
 
 import json
+import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+
+# Without a GPU the kernels run in Triton's interpreter; a kernel is bound to it when its module is imported, so this comes first.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Started behind `&` or nohup, a shell hands down signals that are ignored; tests that send them would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -16,11 +22,9 @@ if hasattr(signal, "SIGHUP"):
 
 def pytest_collection_modifyitems(items) -> None:
     """Tests marked `gpu` run where there is one."""
-    if marked := [item for item in items if item.get_closest_marker("gpu")]:
-        import torch
-
-        if not torch.cuda.is_available():
-            for item in marked:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
 
 
@@ -70,8 +74,6 @@ def tiny_tokenizer(folder: Path) -> None:
 
 def tiny_checkpoint(folder: Path, *, seed: int = 0, **changes) -> Path:
     """A Hugging Face folder of 25,000 random float32 weights; `changes` go to config.json."""
-    import torch
-
     from tunesmith import models
     from tunesmith.models.decoder import Decoder
     from tunesmith.spec import read_config, read_spec

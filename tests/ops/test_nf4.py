@@ -97,3 +97,79 @@ def test_no_temporary_of_the_weights_size(dtype):
     with LargestResult(weight) as decoding:
         dense = nf4.dequantise(q, dtype)
     assert decoding.bytes <= max(4 * nf4.CHUNK["cpu"], dense.numel() * dense.element_size())
+
+
+# ---- the kernels ----------------------------------------------------------------------------------------------------------------
+
+E4M3 = torch.float8_e4m3fn
+SHAPES = [(1, 1), (7, 13), (5, 70), (4, 128), (3, 2128), (2, 4096)]
+ON_THIS = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()  # the interpreter's bf16 is silently wrong
+
+
+def stores(shape, device):
+    """One weight in each form: nested, plain absmax, an offset a nested block, blocks of 128."""
+    q = nf4.quantise(torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device))
+    m = len(q.nested_absmax)
+    yield q
+    yield nf4.NF4(q.codes, nf4.absmax_of(q), None, None, None, q.shape)
+    offsets = q.offset + torch.arange(m, device=device) * 0.01
+    yield nf4.NF4(q.codes, q.absmax, q.nested_absmax, q.nested_map, offsets, q.shape)
+    blocks = -(-q.numel // 128)
+    yield nf4.NF4(q.codes, q.absmax[:blocks], q.nested_absmax, q.nested_map, q.offset, q.shape, block=128)
+
+
+@pytest.mark.parametrize("dtype", ON_THIS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_kernel_decodes_bit_for_bit(kernels, padded, shape, dtype):
+    for q in stores(shape, kernels):
+        wanted = nf4.dequantise(q, dtype)
+        assert torch.equal(nf4.decode(q, torch.full_like(wanted, torch.nan)), wanted)
+        out = padded(torch.full_like(wanted, torch.nan))
+        assert nf4.decode(q, out) is out and torch.equal(out, wanted)
+
+
+def test_every_absmax_code_is_scaled_in_two_roundings(kernels):
+    """All 256 codes of the absmax; a fused multiply-add would change a third of the weights."""
+    weight = torch.randn(256, 64, device=kernels)
+    q = nf4.quantise(weight)
+    q = nf4.NF4(q.codes, torch.arange(256, device=kernels, dtype=torch.uint8), q.nested_absmax, q.nested_map, q.offset, (256, 64))
+    fused = (q.nested_map.double() * q.nested_absmax.double() + q.offset.double()).float()
+    assert (fused != nf4.absmax_of(q)).any(), "the case cannot tell"
+    assert torch.equal(nf4.decode(q, torch.empty_like(weight)), nf4.dequantise(q))
+
+
+def test_offsets_of_parts_that_lie_side_by_side(kernels):
+    """Three weights of whole nested blocks, each quantised on its own, decoded as one."""
+    parts = [nf4.quantise(torch.randn(rows, 256, device=kernels)) for rows in (128, 64, 64)]
+    joined = [torch.cat([getattr(p, f) for p in parts]) for f in ("codes", "absmax", "nested_absmax")]
+    offsets = torch.cat([p.offset.expand(len(p.nested_absmax)) for p in parts])
+    q = nf4.NF4(*joined, parts[0].nested_map, offsets, (256, 256))
+    wanted = torch.cat([nf4.dequantise(p) for p in parts])
+    assert torch.equal(nf4.dequantise(q), wanted) and torch.equal(nf4.reference_dequantise(q), wanted)
+    assert torch.equal(nf4.decode(q, torch.empty_like(wanted)), wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_kernels_decode_to_e4m3_and_transposed(kernels, padded, same_e4m3, shape):
+    for q in stores(shape, kernels):
+        rows, columns = nf4.absmax_rows_columns(q)
+        rows, columns = rows.clamp(min=1e-12) / 448, columns.clamp(min=1e-12) / 448
+        dense = nf4.dequantise(q)
+        for place in (lambda x: x, padded):
+            out = place(torch.zeros(shape, device=kernels).to(E4M3))
+            if shape[1] % 2 == 0:
+                nf4.decode_fp8(q, rows, out)
+                assert same_e4m3(out, dense * (1 / rows)[:, None])
+            out = place(torch.zeros(shape[::-1], device=kernels).to(E4M3))
+            if shape[1] % 2 == 0:
+                nf4.decode_fp8_transposed(q, columns, out)
+                assert same_e4m3(out, (dense * (1 / columns)).t())
+
+
+@pytest.mark.parametrize("shape", [(7, 13), (130, 70), (300, 1024)], ids=str)
+def test_the_largest_of_rows_and_columns(shape, monkeypatch):
+    monkeypatch.setitem(nf4.CHUNK, "cpu", 1 << 13)
+    q = nf4.quantise(torch.randn(shape))
+    dense = nf4.dequantise(q).abs()
+    rows, columns = nf4.absmax_rows_columns(q)
+    assert torch.equal(rows, dense.amax(1)) and torch.equal(columns, dense.amax(0))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tunesmith.ops import rotary as op
 from tunesmith.ops.rotary import frequencies, reference, rotate, tables
 from tunesmith.spec import Rope
 
@@ -63,3 +64,48 @@ def test_tables_kept_from_inference_serve_training():
     x = torch.randn(3, 1, 4, requires_grad=True)
     rotate(x, *tables(*where)).sum().backward()
     assert x.grad is not None
+
+
+# ---- the kernels ----------------------------------------------------------------------------------------------------------------
+
+ON_THIS = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()  # the interpreter's bf16 is silently wrong
+
+
+def close_to_the_definition(y, x, cos, sin):
+    """`reference` rounds two products and their sum, the kernel once: within two steps of the larger of the pair."""
+    most = x.abs().amax(-1, keepdim=True).float() * 1.5
+    return ((y.float() - reference(x, cos, sin).float()).abs() <= 2 * torch.finfo(x.dtype).eps * most + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", ON_THIS)
+@pytest.mark.parametrize(("tokens", "heads", "half", "width"), [(5, 3, 4, 11), (3, 32, 64, 128), (2, 5, 5, 10), (0, 2, 4, 8)])
+def test_the_rotation_kernel(kernels, tokens, heads, half, width, dtype):
+    """On the query's place in a fused [T, (heads + 2) * width] buffer: what lies beside it stays."""
+    g = torch.Generator().manual_seed(0)
+    fused = torch.randn(tokens, (heads + 2) * width, generator=g).to(kernels, dtype)
+    angle = torch.randn(tokens, half, generator=g).to(kernels)
+    cos, sin = angle.cos(), angle.sin()
+    before, x = fused.clone(), fused[:, width : (heads + 1) * width].view(tokens, heads, width)
+    start = x.clone()
+    assert op.rotate_(x, cos, sin) is x
+    assert close_to_the_definition(x, start, cos, sin)
+    assert torch.equal(x[..., 2 * half :], start[..., 2 * half :])
+    elsewhere = torch.full_like(before, torch.nan)
+    out = elsewhere[:, width : (heads + 1) * width].view(tokens, heads, width)
+    assert torch.equal(op.rotate_into(start, cos, sin, out), x)
+    assert elsewhere[:, :width].isnan().all() and elsewhere[:, (heads + 1) * width :].isnan().all()
+    op.rotate_into(start, cos, sin, out, inverse=True)
+    assert close_to_the_definition(out, start, cos, -sin)
+    op.rotate_(x, cos, sin, inverse=True)
+    assert_close(fused, before, rtol=0, atol=8 * torch.finfo(dtype).eps)
+    assert torch.equal(fused[:, :width], before[:, :width]) and torch.equal(
+        fused[:, (heads + 1) * width :], before[:, (heads + 1) * width :]
+    )
+
+
+def test_plain_torch_turns_in_place_too():
+    x, angle = torch.randn(5, 3, 11), torch.randn(5, 4)
+    wanted = reference(x, angle.cos(), angle.sin())
+    back = x.clone()
+    assert torch.equal(op.rotate_(x, angle.cos(), angle.sin()), wanted)
+    assert_close(op.rotate_(x, angle.cos(), angle.sin(), inverse=True), back)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tunesmith.ops import fp8
+from tunesmith.ops import swiglu as op
 from tunesmith.ops.swiglu import reference, swiglu
 
 
@@ -32,3 +34,67 @@ def test_the_activation_is_not_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         swiglu(gate, up)
     assert sum(t.numel() for t in kept) == 2 * gate.numel()
+
+
+# ---- the kernels ----------------------------------------------------------------------------------------------------------------
+
+ON_THIS = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()  # the interpreter's bf16 is silently wrong
+SHAPES = [(1, 1), (5, 33), (2, 3000), (0, 8)]
+
+
+def inputs(shape, dtype, device):
+    g = torch.Generator().manual_seed(0)
+    both = torch.randn(shape[0], 2 * shape[1], generator=g) * 3
+    if both.numel():
+        both[0, 0] = -200  # exp(200) is infinite in fp32
+    return both.to(device, dtype), torch.randn(shape, generator=g).to(device, dtype)
+
+
+def near(dtype):
+    """Two steps of the last bit; fp32's exponential is within a few."""
+    return dict(rtol=(8 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps, atol=1e-6 if dtype == torch.float32 else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", ON_THIS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_forward_kernel(kernels, padded, shape, dtype):
+    both, _ = inputs(shape, dtype, kernels)
+    a = op.forward(padded(both))
+    assert_close(a, reference(*both.chunk(2, -1)), **near(dtype))
+    out = padded(torch.full_like(a, torch.nan))
+    assert op.forward(both, out) is out and torch.equal(out, a)
+
+
+@pytest.mark.parametrize("dtype", ON_THIS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_backward_kernel(kernels, padded, shape, dtype):
+    both, da = inputs(shape, dtype, kernels)
+    wide = both.double().requires_grad_()
+    (wanted,) = torch.autograd.grad(reference(*wide.chunk(2, -1)), wide, da.double())
+    a, both, da = op.forward(both), padded(both), padded(da)
+    op.backward_(da, both)
+    assert torch.equal(da, a)
+    tolerance = near(dtype) | dict(atol=4 * torch.finfo(dtype).eps)  # the slope of silu passes zero, where its terms cancel
+    assert_close(both, wanted.to(dtype), **tolerance)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_plain_torch_has_the_same_interface(padded, activation):
+    both, da = inputs((5, 33), torch.float32, "cpu")
+    wide = both.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(reference(*wide.chunk(2, -1), activation), wide, da)
+    a = op.forward(both, padded(da), activation)
+    assert_close(a, reference(*both.chunk(2, -1), activation))
+    op.backward_(da, both, activation)
+    assert_close(both, wanted)
+    assert torch.equal(da, a)
+
+
+@pytest.mark.parametrize("dtype", ON_THIS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (2, 9000)], ids=str)
+def test_the_activation_is_quantised_with_its_row(kernels, padded, same_e4m3, shape, dtype):
+    both, _ = inputs(shape, dtype, kernels)
+    a, a8, scale = op.forward_fp8(padded(both))
+    assert torch.equal(a, op.forward(both))
+    assert torch.equal(scale, fp8.reference_quantise_rows(a)[1])
+    assert same_e4m3(a8, a.float() * (1 / scale))

@@ -1,6 +1,6 @@
 """Saved activations as int8 with one bf16 scale per 64 values of a row: 1 + 2/64 = 1.031 bytes a value where bf16 takes 2.
 
-Of normal values 0.74 % are lost in norm (e4m3 would lose 2.7 %), unbiased but for the rounding's own noise.
+Of normal values 0.60 % are lost in norm; e4m3 would lose 2.6 %.
 
 Shape letters: T tokens, K values of a row, G = ceil(K / group) groups of a row.
 """
@@ -23,11 +23,11 @@ def reference_quantise_groups(x_TK: Tensor, group: int = GROUP) -> tuple[Tensor,
     code = floor(x / scale + 1/2) dividing by way of the fp32 reciprocal. A NaN makes its group NaN, so does an infinity.
     """
     rows, columns = x_TK.shape
-    x_TGg = F.pad(x_TK.float(), (0, -columns % group)).view(rows, -1, group)
+    x_TGg = F.pad(x_TK.float(), (0, -columns % group)).view(rows, -(-columns // group), group)
     scale = (x_TGg.abs().amax(-1) * (1 / 127)).clamp(min=TINY)
     scale = ((scale.view(torch.int32) + 0xFFFF) >> 16 << 16).view(torch.float32)  # up to the next number of 16 bits
     codes = (x_TGg * (1 / scale)[..., None] + 0.5).floor().nan_to_num(0)
-    return codes.to(torch.int8).view(rows, -1)[:, :columns].contiguous(), scale.bfloat16()
+    return codes.to(torch.int8).flatten(1)[:, :columns].contiguous(), scale.bfloat16()
 
 
 def quantise_groups(x_TK: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
