@@ -7,6 +7,7 @@ from tunesmith import adapters
 from tunesmith.config.schema import Lora
 from tunesmith.models.decoder import Decoder
 from tunesmith.models.fast import FastLayers, policies, refusal
+from tunesmith.models.groups import Group, Scratch
 from tunesmith.models.linear import Linear, NF4Linear
 from tunesmith.ops.attention import Layout
 from tunesmith.ops.half_blocks import SAVED
@@ -61,7 +62,7 @@ def close(a: list[torch.Tensor], b: list[torch.Tensor], tolerance: float) -> Non
 
 def fast(model: Decoder, *args, fp8: bool = False, **how) -> Decoder:
     model.fast = FastLayers(model, policies(len(model.model.layers), *args, **how), fp8=fp8)
-    assert refusal(model) == "" and model.fast.halves
+    assert refusal(model) == "" and model.fast.runs
     return model
 
 
@@ -142,10 +143,10 @@ def test_what_cannot_runs_composed_and_says_why():
     model = decoder("llama", dropout=0.1)
     model.fast = FastLayers(model, policies(3))
     step(model)  # composed
-    assert not model.fast.halves
+    assert not model.fast.runs
     model.eval()
     step(model)
-    assert model.fast.halves  # without dropping, it is a low-rank product again
+    assert model.fast.runs  # without dropping, it is a low-rank product again
 
 
 def test_a_switched_off_adapter_gives_the_base():
@@ -214,3 +215,18 @@ def test_each_fp8_product_is_within_its_precision(store):
 def test_fp8_made_again_moves_no_bit(level):
     kept, again = (step(fast(decoder("llama", NF4Linear, torch.float32), x, fp8=True)) for x in ("keep", level))
     assert all(torch.equal(p, q) for p, q in zip(kept, again, strict=True))
+
+
+def test_stores_that_share_an_input_lie_as_one_and_keep_their_codes():
+    """Each was quantised on its own: one absmax and one offset a nested block, so the fused store decodes to the same bits."""
+    torch.manual_seed(0)
+    q, k = (NF4Linear(256, n, dtype=torch.float32) for n in (128, 64))
+    for linear in (q, k):
+        linear.set_weight("weight", torch.randn(linear.out_features, 256))
+    apart = [linear.dequantize() for linear in (q, k)]
+    group = Group([q, k], Scratch(), torch.float32)
+    assert group.fused is not None and q.weight.untyped_storage().data_ptr() == k.weight.untyped_storage().data_ptr()
+    assert all(torch.equal(linear.dequantize(), before) for linear, before in zip((q, k), apart, strict=True))
+    assert torch.equal(group.open().matrix, torch.cat(apart))
+    ragged = [NF4Linear(256, n, dtype=torch.float32) for n in (100, 64)]
+    assert Group(ragged, Scratch(), torch.float32).fused is None

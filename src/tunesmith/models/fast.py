@@ -43,7 +43,9 @@ class FastLayers:
     """All layers of a decoder as half-blocks, and the policy of each. Made again when an adapter comes, goes or is switched off."""
 
     def __init__(self, model: nn.Module, policies: Sequence[Policy], *, fp8: bool = False):
-        self.policies, self.scratch, self.pool, self.signature = tuple(policies), Scratch(), Pool(), None
+        self.policies, self.scratch, self.pool = tuple(policies), Scratch(), Pool()
+        self.signature: tuple[list, list] = [], []
+        self.runs = False
         self.fp8 = fp8
         self.halves: list[Halves] = []
         self.renew(model)
@@ -51,13 +53,15 @@ class FastLayers:
     def renew(self, model: nn.Module) -> bool:
         """Follow the adapters as they are now. False, and nothing of it runs, while `refusal` has a reason."""
         modules = [m for block in model.model.layers for group in linears(block) for m in group]
-        signature = tuple(
-            (id(m), bool(getattr(m, "enabled", True)), bool(getattr(m, "dropout", 0)) and m.training) for m in modules
-        )
-        if signature != self.signature:
-            self.signature = signature
-            self.halves = [] if refusal(model) else [self._halves(model.spec, i, b) for i, b in enumerate(model.model.layers)]
-        return bool(self.halves)
+        there, state = [id(m) for m in modules], [(getattr(m, "enabled", True), bool(getattr(m, "dropout", 0)) and m.training) for m in modules]
+        if (there, state) != self.signature:
+            self.runs = not refusal(model)
+            if self.runs and (not self.halves or there != self.signature[0]):
+                self.halves = [self._halves(model.spec, i, b) for i, b in enumerate(model.model.layers)]
+            for group in (g for halves in self.halves for g in halves.groups):
+                group.refresh()
+            self.signature = there, state
+        return self.runs
 
     def _halves(self, spec, index: int, block: nn.Module) -> Halves:
         at, dtype = block.self_attn, block.input_layernorm.weight.dtype

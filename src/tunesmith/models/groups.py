@@ -71,19 +71,16 @@ class Group:
     """`modules`: linears or adapted twins with the same input, in the order of their outputs. All of `refusal` are empty."""
 
     def __init__(self, modules: Sequence[nn.Module], scratch: Scratch, dtype: torch.dtype, fp8: bool = False):
-        self.bases = [base_of(m) for m in modules]
-        adapters = [low_rank(m) for m in modules]
+        self.modules, self.bases = list(modules), [base_of(m) for m in modules]
         self.scratch, self.dtype = scratch, dtype
         self.device = self.bases[0].weight.device
         self.inputs, sizes = self.bases[0].in_features, [b.out_features for b in self.bases]
-        ranks = [a[0].shape[0] if a else 0 for a in adapters]
+        ranks = [m.rank if hasattr(m, "low_rank") else 0 for m in modules]
         self.rows, self.columns = _spans(sizes), _spans(ranks)  # of each part
         self.outputs, self.rank = sum(sizes), sum(ranks)
         unit = 64 if self.inputs >= 1024 else 8  # a GEMM reads 64 columns at once anyway; small models should not pay for that
         self.extra = -(-self.rank // unit) * unit
-        self.scales = [a[2] if a else 1.0 for a in adapters]
-        self.adapters = [a[:2] if a else None for a in adapters]
-        self.parameters = tuple(t for a in self.adapters if a for t in a)
+        self.refresh()
         biases = [b.bias for b in self.bases]
         self.bias = None
         if any(b is not None for b in biases):
@@ -91,8 +88,16 @@ class Group:
                                    for b, n in zip(biases, sizes, strict=True)])  # fmt: skip
         self.kept: Tensor | None = None  # the matrix, for a dense or cached base
         self.fp8 = _Fp8(self) if fp8 else None
+        self.fused = _fuse(self.bases)
         if all(isinstance(b, Linear) for b in self.bases):
             self._adopt()
+
+    def refresh(self) -> None:
+        """Follow adapters that were switched on or off."""
+        found = [low_rank(m) for m in self.modules]
+        self.scales = [a[2] if a else 1.0 for a in found]
+        self.adapters = [a[:2] if a else None for a in found]
+        self.parameters = tuple(t for a in self.adapters if a for t in a)
 
     @property
     def matrix_bytes(self) -> int:
@@ -149,13 +154,20 @@ class Group:
         found = zip(self.adapters, self.scales, self.rows, self.columns, strict=True)
         low_rank_op.place([(*(t.detach() for t in a), scale, rows, columns) for a, scale, rows, columns in found if a], a_RK, b_NR)
 
+    def stored(self) -> list[tuple[nf4.NF4 | nn.Module, slice]]:
+        """What lies in the store and the outputs it is: all parts as one NF4 weight where they lie so."""
+        if self.fused is not None:
+            return [(self.fused, slice(0, self.outputs))]
+        found = (b.quantised() if isinstance(b, NF4Linear) else b for b in self.bases)
+        return list(zip(found, self.rows, strict=True))
+
     def _decoded(self, matrix: Tensor) -> Tensor:
-        for base, rows in zip(self.bases, self.rows, strict=True):
+        for part, rows in self.stored():
             at = matrix[rows, : self.inputs]
-            if isinstance(base, NF4Linear):
-                nf4.decode(base.quantised(), at)
+            if isinstance(part, nf4.NF4):
+                nf4.decode(part, at)
             else:
-                at.copy_(base.weight)
+                at.copy_(part.weight)
         return matrix
 
     def _adopt(self) -> None:
@@ -273,14 +285,36 @@ class OpenedFp8:
         if turned not in self.weights:
             group, n, k = self.group, self.group.outputs, self.group.inputs
             weight = group.scratch.take((self.slot, turned), *((k, n) if turned else (n, k)), fp8.E4M3, group.device)
-            for base, rows in zip(group.bases, group.rows, strict=True):
+            for part, rows in group.stored():
                 at, scale = (weight[:, rows], group.fp8.of_K) if turned else (weight[rows], group.fp8.of_N[rows])
-                if isinstance(base, NF4Linear):
-                    (nf4.decode_fp8_transposed if turned else nf4.decode_fp8)(base.quantised(), scale, at)
+                if isinstance(part, nf4.NF4):
+                    (nf4.decode_fp8_transposed if turned else nf4.decode_fp8)(part, scale, at)
                 else:
-                    at.copy_((base.weight.t() if turned else base.weight) / scale[:, None])
+                    at.copy_((part.weight.t() if turned else part.weight) / scale[:, None])
             self.weights[turned] = weight
         return self.weights[turned]
+
+
+def _fuse(bases: Sequence[nn.Module]) -> nf4.NF4 | None:
+    """The bases' NF4 stores one behind the other as one weight, each quantised on its own; their buffers become views of it. None
+    where there is but one, or where a store does not end with a whole nested block (16,384 weights): each is decoded by itself.
+    """
+    parts = [b.quantised() for b in bases if isinstance(b, NF4Linear)]
+    if len(parts) < 2 or len(parts) < len(bases) or len({(p.block, p.nested_block, p.nested_absmax is None) for p in parts}) > 1:
+        return None
+    first = parts[0]
+    if first.nested_absmax is None or any(p.numel % (p.block * p.nested_block) for p in parts[:-1]):
+        return None
+    maps = [p.nested_map for p in parts]
+    if any(not torch.equal(m, maps[0]) for m in maps[1:]):
+        return None
+    whole = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("codes", "absmax", "nested_absmax")}
+    offset = torch.cat([p.offset.reshape(-1).expand(len(p.nested_absmax)) for p in parts])
+    for name, attribute in (("codes", "weight"), ("absmax", "absmax"), ("nested_absmax", "nested_absmax")):
+        for base, view in zip(bases, whole[name].split([len(getattr(p, name)) for p in parts]), strict=True):
+            setattr(base, attribute, view)
+    shape = (sum(p.shape[0] for p in parts), first.shape[1])
+    return nf4.NF4(**whole, nested_map=first.nested_map, offset=offset, shape=shape, block=first.block, nested_block=first.nested_block)
 
 
 def wide_mm(a: Tensor, b: Tensor) -> Tensor:

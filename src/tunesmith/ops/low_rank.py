@@ -17,7 +17,7 @@ from tunesmith.ops import backend
 from tunesmith.ops.backend import tl
 
 Part = tuple[Tensor, Tensor, float, slice, slice]  # A [r, K], B [n, r], scale, its rows of N, its columns of R
-BLOCK = 128  # columns of K, or rows of N, that one program lays
+TILE, ROWS = 1024, 64  # numbers of a row of A, or rows of B, that one program lays
 
 
 def reference_place(parts: Sequence[Part], a_RK: Tensor, b_NR: Tensor) -> None:
@@ -30,30 +30,22 @@ def reference_place(parts: Sequence[Part], a_RK: Tensor, b_NR: Tensor) -> None:
 
 
 def place(parts: Sequence[Part], a_RK: Tensor, b_NR: Tensor) -> None:
-    """As `reference_place`, in one launch a part and factor where there are kernels: seven copies and four fills otherwise."""
-    if not backend.triton_for(a_RK) or not parts:
+    """As `reference_place`; one launch for up to three parts where there are kernels (copies and fills were nine for q, k, v)."""
+    if not backend.triton_for(a_RK) or not 1 <= len(parts) <= 3:
         return reference_place(parts, a_RK, b_NR)
-    end, (count, inputs) = max(p[4].stop for p in parts), a_RK.shape
-    for a, b, scale, rows, columns in parts:
-        r, top = a.shape[0], count if columns.stop == end else columns.stop  # the last part also clears what pads the ranks
-        grid = (top - columns.start, -(-inputs // 1024))
-        _place_rows[grid](a, a_RK[columns.start :], inputs, r, a_RK.stride(0), scale, BLOCK=1024)
-        n = rows.stop - rows.start
-        _place_columns[(-(-n // BLOCK),)](
-            b, b_NR[rows], n, count, r, columns.start, b_NR.stride(0), BLOCK=BLOCK, WIDTH=_power(count)
-        )
-    covered = {i for *_, rows, _ in parts for i in (rows.start, rows.stop)}
-    if len(covered) != len(parts) + 1 or sum(p[3].stop - p[3].start for p in parts) != len(b_NR):
-        _clear_rest(parts, b_NR)
-
-
-def _clear_rest(parts: Sequence[Part], b_NR: Tensor) -> None:
-    """Outputs without an adapter have no B."""
-    at = 0
-    for rows in sorted((p[3] for p in parts), key=lambda rows: rows.start):
-        b_NR[at : rows.start].zero_()
-        at = rows.stop
-    b_NR[at:].zero_()
+    (ranks, inputs), outputs = a_RK.shape, len(b_NR)
+    tensors, numbers = [], []
+    for i in range(3):
+        a, b, scale, rows, columns = parts[min(i, len(parts) - 1)]
+        there = i < len(parts)
+        tensors += [a, b]
+        numbers += [float(scale), rows.start, rows.stop if there else rows.start, columns.start, columns.stop if there else columns.start]
+    tiles = -(-inputs // TILE)
+    grid = (ranks * tiles + -(-outputs // ROWS),)
+    _place[grid](
+        *tensors, a_RK, b_NR, inputs, outputs, ranks, a_RK.stride(0), b_NR.stride(0), tiles, *numbers,
+        TILE=TILE, ROWS=ROWS, WIDTH=_power(ranks),
+    )  # fmt: skip
 
 
 def reference_residual(base_TN: Tensor, low_TR: Tensor, b_NR: Tensor, out: Tensor) -> None:
@@ -89,20 +81,28 @@ def _power(n: int) -> int:
 
 
 @backend.jit
-def _place_rows(a_p, out_p, inputs, rank, out_stride, scale, BLOCK: tl.constexpr):
-    row, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = at < inputs
-    value = tl.load(a_p + row.to(tl.int64) * inputs + at, mask=there & (row < rank), other=0.0).to(tl.float32) * scale
-    tl.store(out_p + row.to(tl.int64) * out_stride + at, value.to(out_p.dtype.element_ty), mask=there)
-
-
-@backend.jit
-def _place_columns(b_p, out_p, n, count, rank, first, out_stride, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
-    column = tl.arange(0, WIDTH)[None, :]
-    mine = (column >= first) & (column < first + rank)
-    value = tl.load(b_p + row * rank + (column - first), mask=(row < n) & mine, other=0.0).to(tl.float32)
-    tl.store(out_p + row.to(tl.int64) * out_stride + column, value.to(out_p.dtype.element_ty), mask=(row < n) & (column < count))
+def _place(a0, b0, a1, b1, a2, b2, a_out, b_out, inputs, outputs, ranks, a_stride, b_stride, tiles,
+           scale0, n0, n0_end, r0, r0_end, scale1, n1, n1_end, r1, r1_end, scale2, n2, n2_end, r2, r2_end,
+           TILE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """The first `ranks` x `tiles` programs lay a piece of a row of A each, the others ROWS rows of B."""
+    program = tl.program_id(0)
+    if program < ranks * tiles:
+        rank, at = program // tiles, program % tiles * TILE + tl.arange(0, TILE)
+        there = at < inputs
+        value = tl.load(a0 + (rank - r0).to(tl.int64) * inputs + at, there & (rank >= r0) & (rank < r0_end), 0.0).to(tl.float32) * scale0
+        value += tl.load(a1 + (rank - r1).to(tl.int64) * inputs + at, there & (rank >= r1) & (rank < r1_end), 0.0).to(tl.float32) * scale1
+        value += tl.load(a2 + (rank - r2).to(tl.int64) * inputs + at, there & (rank >= r2) & (rank < r2_end), 0.0).to(tl.float32) * scale2
+        tl.store(a_out + rank.to(tl.int64) * a_stride + at, value.to(a_out.dtype.element_ty), there)
+    else:
+        n = ((program - ranks * tiles) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+        r = tl.arange(0, WIDTH)[None, :]
+        mine = (n >= n0) & (n < n0_end) & (r >= r0) & (r < r0_end)
+        value = tl.load(b0 + (n - n0) * (r0_end - r0) + (r - r0), mine, 0.0).to(tl.float32)
+        mine = (n >= n1) & (n < n1_end) & (r >= r1) & (r < r1_end)
+        value += tl.load(b1 + (n - n1) * (r1_end - r1) + (r - r1), mine, 0.0).to(tl.float32)
+        mine = (n >= n2) & (n < n2_end) & (r >= r2) & (r < r2_end)
+        value += tl.load(b2 + (n - n2) * (r2_end - r2) + (r - r2), mine, 0.0).to(tl.float32)
+        tl.store(b_out + n * b_stride + r, value.to(b_out.dtype.element_ty), (n < outputs) & (r < ranks))
 
 
 @backend.jit
