@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tunesmith.ops import backend
 from tunesmith.ops import rotary as op
 from tunesmith.ops.rotary import frequencies, reference, rotate, tables
 from tunesmith.spec import Rope
@@ -109,3 +110,23 @@ def test_plain_torch_turns_in_place_too():
     back = x.clone()
     assert torch.equal(op.rotate_(x, angle.cos(), angle.sin()), wanted)
     assert_close(op.rotate_(x, angle.cos(), angle.sin(), inverse=True), back)
+
+
+@pytest.mark.parametrize("mode", ["reference", pytest.param("triton", marks=pytest.mark.skipif(backend.triton is None, reason="no triton"))])
+@pytest.mark.parametrize(("heads", "kv", "width", "half"), [(4, 2, 8, 4), (3, 1, 10, 3), (5, 5, 6, 1)])
+def test_split_and_join_are_rotations_of_the_parts(mode, heads, kv, width, half):
+    torch.manual_seed(0)
+    n = (heads + 2 * kv) * width
+    qkv, angle = torch.randn(7, n + 3)[:, :n], torch.randn(7, half)
+    cos, sin = angle.cos(), angle.sin()
+    parts = [torch.full((7, h, width), math.nan) for h in (heads, kv, kv)]
+    with backend.use(mode):
+        op.split(qkv, heads, cos, sin, *parts)
+        back = torch.full((7, n + 2), math.nan)
+        op.join(*parts, cos, sin, back[:, :n])
+    q, k, v = qkv.unflatten(-1, (-1, width)).split([heads, kv, kv], 1)
+    assert_close(parts[0], reference(q, cos, sin))
+    assert_close(parts[1], reference(k, cos, sin))
+    assert torch.equal(parts[2], v)
+    assert_close(back[:, :n], qkv, atol=1e-5, rtol=1e-5)
+    assert back[:, n:].isnan().all()

@@ -167,16 +167,14 @@ def _attention_in(halves: Halves, run: Pass, keep: dict[str, Tensor], tile: int)
     weights = group.open()
     for at in _spans(len(x), tile):
         normed, qkv = x.new_empty(at.stop - at.start, width + group.extra), x.new_empty(at.stop - at.start, group.outputs)
-        keep["rstd_1"][at] = rms_norm.forward(x[at], halves.norm_1, halves.eps, out=normed[:, :width])[1]
+        _put(keep, "rstd_1", at, rms_norm.forward(x[at], halves.norm_1, halves.eps, out=normed[:, :width])[1])
         if group.extra:
             keep["low_qkv"][at] = weights.low(normed[:, :width], out=normed[:, width:])
         weights.up(normed, out=qkv)
-        for norm, out, part in ((halves.norm_q, q, qkv[:, : ends[0]]), (halves.norm_k, k, qkv[:, ends[0] : ends[1]])):
-            heads = part.unflatten(-1, (-1, h))
-            if norm is not None:
-                heads = rms_norm.forward(heads.reshape(-1, h), norm, halves.eps)[0].view(heads.shape)
-            rotary.rotate_into(heads, run.cos[at], run.sin[at], out[at])
-        v[at] = qkv[:, ends[1] :].unflatten(-1, (-1, h))
+        if halves.norm_q is not None:
+            for norm, part in ((halves.norm_q, qkv[:, : ends[0]]), (halves.norm_k, qkv[:, ends[0] : ends[1]])):
+                part.copy_(rms_norm.forward(part.reshape(-1, h), norm, halves.eps)[0].view(part.shape))
+        rotary.split(qkv, halves.heads, run.cos[at], run.sin[at], q[at], k[at], v[at])
     keep["q"], keep["k"], keep["v"] = q, k, v
 
 
@@ -212,7 +210,7 @@ def _mlp(halves: Halves, keep: dict[str, Tensor], tile: int, level: str) -> Tens
         swiglu.forward(gate_up, act)
         del gate_up
         weights = opened[1] if opened else down.open()
-        keep["low_down"][at] = weights.low(act)
+        _put(keep, "low_down", at, weights.low(act))
         weights.add(mid[at], act, keep["low_down"][at], out=y[at])
     if codes:
         keep["codes"], keep["scales"] = (torch.cat(parts) if several else parts[0] for parts in zip(*codes, strict=True))
@@ -223,7 +221,7 @@ def _gate_up(halves: Halves, weights: Opened, mid: Tensor, keep: dict[str, Tenso
     """One tile's gate and up into `out`; returns norm(mid) with low beside it."""
     width, group = mid.shape[1], halves.gate_up
     normed = mid.new_empty(len(mid), width + group.extra)
-    keep["rstd_2"][at] = rms_norm.forward(mid, halves.norm_2, halves.eps, out=normed[:, :width])[1]
+    _put(keep, "rstd_2", at, rms_norm.forward(mid, halves.norm_2, halves.eps, out=normed[:, :width])[1])
     if group.extra:
         keep["low_gate_up"][at] = weights.low(normed[:, :width], out=normed[:, width:])
     weights.up(normed, out=out)
@@ -338,14 +336,20 @@ def _back_to_qkv(grads, halves, run, at, weights, normed, keep, out) -> None:
         if halves.qkv.extra:
             normed[:, halves.norm_1.shape[0] :] = keep["low_qkv"][at]
         weights.up(normed, out=raw)
-    for i, (norm, columns) in enumerate(((halves.norm_q, slice(0, ends[0])), (halves.norm_k, slice(*ends)))):
-        place = out[:, columns].unflatten(-1, (-1, h))
-        rotary.rotate_into(grads[i][at], run.cos[at], run.sin[at], place, inverse=True)
-        if norm is not None:
-            before = raw[:, columns].reshape(-1, h)
+    rotary.join(*(g[at] for g in grads), run.cos[at], run.sin[at], out[:, : halves.qkv.outputs])
+    if raw is not None:
+        for norm, columns in ((halves.norm_q, slice(0, ends[0])), (halves.norm_k, slice(*ends))):
+            place, before = out[:, columns], raw[:, columns].reshape(-1, h)
             rstd = rms_norm.forward(before, norm, halves.eps)[1]
             place.copy_(rms_norm.backward(place.reshape(-1, h), before, norm, rstd).view(place.shape))
-    out[:, ends[1] : halves.qkv.outputs] = grads[2][at].flatten(1)
+
+
+def _put(keep: dict[str, Tensor], name: str, at: slice, value: Tensor) -> None:
+    """A tile's part of what is kept; all of it where there is but one tile."""
+    if len(value) == len(keep[name]):
+        keep[name] = value
+    else:
+        keep[name][at] = value
 
 
 def _float(like: Tensor, count: int) -> Tensor:

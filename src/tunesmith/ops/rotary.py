@@ -114,6 +114,69 @@ def _rotate_kernel(x, cos, sin, out, heads, half, x_token, x_head, out_token, ou
     tl.store(to + half, (b * c + a * s).to(out.dtype.element_ty), here)
 
 
+def split(qkv_TN: Tensor, heads: int, cos_TR: Tensor, sin_TR: Tensor, q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
+    """A projection's output -> q and k rotated, v as it is, each in its place (contiguous). One launch on a GPU."""
+    _split_or_join(qkv_TN, heads, cos_TR, sin_TR, (q_TQH, k_TKH, v_TKH), join=False)
+
+
+def join(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cos_TR: Tensor, sin_TR: Tensor, out_TN: Tensor) -> None:
+    """Gradients of what `split` wrote -> the gradient of what it read, q's and k's rotated back."""
+    _split_or_join(out_TN, q_TQH.shape[1], cos_TR, sin_TR, (q_TQH, k_TKH, v_TKH), join=True)
+
+
+def _split_or_join(whole_TN: Tensor, heads: int, cos: Tensor, sin: Tensor, parts: tuple[Tensor, Tensor, Tensor], join: bool) -> None:
+    q, k, v = parts
+    kv, width = k.shape[1:]
+    if not backend.triton_for(whole_TN):
+        at = whole_TN.unflatten(-1, (-1, width)).split([heads, kv, kv], 1)
+        for source, place, turned in zip(parts if join else at, at if join else parts, (True, True, False), strict=True):
+            rotate_into(source, cos, sin, place, inverse=join) if turned else place.copy_(source)
+        return
+    assert all(x.is_contiguous() for x in parts)
+    half, size = cos.shape[-1], backend.round_up(max(cos.shape[-1], width - 2 * cos.shape[-1]))
+    if len(whole_TN):
+        _split_kernel[(len(whole_TN),)](
+            whole_TN, q, k, v, cos, sin, heads, kv, width, half, whole_TN.stride(0), cos.stride(0), JOIN=join,
+            HEADS=backend.round_up(heads + 2 * kv), HALF=size, REST=2 * half < width, num_warps=4,
+        )  # fmt: skip
+
+
+@jit
+def _split_kernel(whole, q, k, v, cos, sin, heads, kv, width, half, stride, cos_stride,
+                  JOIN: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr):  # fmt: skip
+    """All heads of one token: pairs (x[i], x[i + half]) as two tiles [HEADS, HALF], and what is not rotated as a third."""
+    token = tl.program_id(0).to(tl.int64)
+    head, i = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    is_q, is_v = head < heads, head >= heads + kv
+    here = (head < heads + 2 * kv) & (i < half)
+    dtype = q.dtype.element_ty
+    c = tl.load(cos + token * cos_stride + i, i < half, other=0).to(tl.float32).to(dtype).to(tl.float32)
+    s = tl.load(sin + token * cos_stride + i, i < half, other=0).to(tl.float32).to(dtype).to(tl.float32)
+    c = tl.where(is_v, 1.0, c)
+    s = tl.where(is_v, 0.0, s)
+    if JOIN:
+        s = -s
+    at_whole = whole + token * stride + head * width + i
+    at_q = q + token * heads * width + head * width + i
+    at_k = k + token * kv * width + (head - heads) * width + i
+    at_v = v + token * kv * width + (head - heads - kv) * width + i
+    at_part = tl.where(is_q, at_q, tl.where(is_v, at_v, at_k))
+    if JOIN:
+        a, b = tl.load(at_part, here, other=0).to(tl.float32), tl.load(at_part + half, here, other=0).to(tl.float32)
+        tl.store(at_whole, (a * c - b * s).to(dtype), here)
+        tl.store(at_whole + half, (b * c + a * s).to(dtype), here)
+    else:
+        a, b = tl.load(at_whole, here, other=0).to(tl.float32), tl.load(at_whole + half, here, other=0).to(tl.float32)
+        tl.store(at_part, (a * c - b * s).to(dtype), here)
+        tl.store(at_part + half, (b * c + a * s).to(dtype), here)
+    if REST:
+        here = (head < heads + 2 * kv) & (2 * half + i < width)
+        if JOIN:
+            tl.store(at_whole + 2 * half, tl.load(at_part + 2 * half, here, other=0), here)
+        else:
+            tl.store(at_part + 2 * half, tl.load(at_whole + 2 * half, here, other=0), here)
+
+
 def tables(rope: Rope, head_dim: int, context: int, positions_T: Tensor, lengths: Sequence[int], documents_T: Tensor,
            dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(cos_TR, sin_TR) in `dtype`. `lengths`: the documents' whole lengths, cached tokens included."""
