@@ -100,8 +100,10 @@ def test_rms_norm_with_e4m3():
     x, weight = randn(T, D), randn(D)
     h, rstd, h8, scale = rms_norm.forward_fp8(x, weight, 1e-5)
     plain_h, plain_rstd = rms_norm.forward(x, weight, 1e-5)
+    within(h, plain_h)  # another number of warps adds up a row in another order
+    assert_close(rstd, plain_rstd, rtol=2e-6, atol=0)
     wanted8, wanted = fp8.reference_quantise_rows(h)
-    assert torch.equal(h, plain_h) and torch.equal(rstd, plain_rstd) and torch.equal(scale, wanted) and same_bytes(h8, wanted8)
+    assert torch.equal(scale, wanted) and same_bytes(h8, wanted8)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -13,7 +13,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from tunesmith.ops import backend, fp8, int8, linear_ce, nf4, rms_norm, rotary, swiglu
+from tunesmith.ops import backend, fp8, int8, linear_ce, low_rank, nf4, rms_norm, rotary, swiglu
 
 
 def main(capability: int, folder: str | None = None) -> None:
@@ -35,13 +35,15 @@ def main(capability: int, folder: str | None = None) -> None:
 
     JITFunction.run = compile_only
     with backend.use("triton"):
-        call_all(torch.bfloat16, fp8=capability >= 89)
+        call_all(torch.bfloat16, fp8=capability >= 89, odd=capability == 90)
 
 
-def call_all(dtype: torch.dtype, fp8: bool, tokens: int = 2, width: int = 4096, hidden: int = 14336, vocab: int = 32000) -> None:
-    """Each kernel at Mistral-7B's widths, and at odd ones."""
+def call_all(
+    dtype: torch.dtype, fp8: bool, odd: bool, tokens: int = 2, width: int = 4096, hidden: int = 14336, vocab: int = 32000
+) -> None:
+    """Each kernel at Mistral-7B's widths, and where asked at odd ones."""
     e4m3 = torch.float8_e4m3fn
-    for rows, columns in ((16, width), (3, 70)):
+    for rows, columns in ((16, width), (3, 70))[: 1 + odd]:
         q = nf4.quantise(torch.randn(rows, columns))
         plain = nf4.NF4(q.codes, nf4.absmax_of(q), None, None, None, q.shape)
         side_by_side = nf4.NF4(q.codes, q.absmax, q.nested_absmax, q.nested_map, q.offset.repeat(len(q.nested_absmax)), q.shape)
@@ -51,7 +53,7 @@ def call_all(dtype: torch.dtype, fp8: bool, tokens: int = 2, width: int = 4096, 
         if fp8:
             nf4.decode_fp8(q, torch.ones(rows), torch.empty(rows, columns, dtype=e4m3))
             nf4.decode_fp8_transposed(q, torch.ones(columns), torch.empty(columns, rows, dtype=e4m3))
-    for d, f, v in ((width, hidden, vocab), (33, 35, 101)):
+    for d, f, v in ((width, hidden, vocab), (33, 35, 101))[: 1 + odd]:
         x, weight = torch.randn(tokens, d, dtype=dtype), torch.ones(d, dtype=dtype)
         h, rstd = rms_norm.forward(x, weight, 1e-5)
         rms_norm.backward(h, x, weight, rstd)
@@ -68,6 +70,16 @@ def call_all(dtype: torch.dtype, fp8: bool, tokens: int = 2, width: int = 4096, 
             swiglu.forward_fp8(both)
             quantise_rows(x), quantise_rows(both)
     angle = torch.zeros(tokens, 64)
+    parts = [torch.empty(tokens, n, 128, dtype=dtype) for n in (32, 8, 8)]
+    rotary.split(torch.randn(tokens, 48 * 128, dtype=dtype), 32, angle, angle, *parts)
+    rotary.join(*parts, angle[:, :20], angle[:, :20], torch.empty(tokens, 48 * 128 + 64, dtype=dtype)[:, : 48 * 128])
+    a, b = torch.randn(16, width), torch.randn(width, 16)
+    matrix = torch.empty(2 * width + 64, width + 64, dtype=dtype)
+    two = [(a, b, 0.5, slice(0, width), slice(0, 16)), (a, b, 2.0, slice(width, 2 * width), slice(16, 32))]
+    low_rank.place(two, matrix[2 * width :, :width], matrix[: 2 * width, width:])
+    x, low = torch.randn(tokens, width, dtype=dtype), torch.randn(tokens, 64, dtype=dtype)
+    low_rank.residual(x, low, matrix[:width, width:], torch.empty_like(x))
+    low_rank.residual(x, low, matrix[:width, width:], torch.empty_like(x), x)
     rotary.rotate_(torch.randn(tokens, 48, 128, dtype=dtype)[:, :32], angle, angle)
     rotary.rotate_into(h[:, None, :21], angle[:, :10], angle[:, :10], torch.empty(tokens, 1, 21, dtype=dtype), inverse=True)
 

@@ -39,7 +39,8 @@ def place(parts: Sequence[Part], a_RK: Tensor, b_NR: Tensor) -> None:
         a, b, scale, rows, columns = parts[min(i, len(parts) - 1)]
         there = i < len(parts)
         tensors += [a, b]
-        numbers += [float(scale), rows.start, rows.stop if there else rows.start, columns.start, columns.stop if there else columns.start]
+        ends = (rows.stop, columns.stop) if there else (rows.start, columns.start)  # a part that is not there is empty
+        numbers += [float(scale), rows.start, ends[0], columns.start, ends[1]]
     tiles = -(-inputs // TILE)
     grid = (ranks * tiles + -(-outputs // ROWS),)
     _place[grid](
@@ -89,20 +90,20 @@ def _place(a0, b0, a1, b1, a2, b2, a_out, b_out, inputs, outputs, ranks, a_strid
     if program < ranks * tiles:
         rank, at = program // tiles, program % tiles * TILE + tl.arange(0, TILE)
         there = at < inputs
-        value = tl.load(a0 + (rank - r0).to(tl.int64) * inputs + at, there & (rank >= r0) & (rank < r0_end), 0.0).to(tl.float32) * scale0
-        value += tl.load(a1 + (rank - r1).to(tl.int64) * inputs + at, there & (rank >= r1) & (rank < r1_end), 0.0).to(tl.float32) * scale1
-        value += tl.load(a2 + (rank - r2).to(tl.int64) * inputs + at, there & (rank >= r2) & (rank < r2_end), 0.0).to(tl.float32) * scale2
-        tl.store(a_out + rank.to(tl.int64) * a_stride + at, value.to(a_out.dtype.element_ty), there)
+        row = tl.load(a0 + (rank - r0).to(tl.int64) * inputs + at, there & (rank >= r0) & (rank < r0_end), 0.0) * scale0
+        row += tl.load(a1 + (rank - r1).to(tl.int64) * inputs + at, there & (rank >= r1) & (rank < r1_end), 0.0) * scale1
+        row += tl.load(a2 + (rank - r2).to(tl.int64) * inputs + at, there & (rank >= r2) & (rank < r2_end), 0.0) * scale2
+        tl.store(a_out + rank.to(tl.int64) * a_stride + at, row.to(a_out.dtype.element_ty), there)
     else:
         n = ((program - ranks * tiles) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
         r = tl.arange(0, WIDTH)[None, :]
         mine = (n >= n0) & (n < n0_end) & (r >= r0) & (r < r0_end)
-        value = tl.load(b0 + (n - n0) * (r0_end - r0) + (r - r0), mine, 0.0).to(tl.float32)
+        block = tl.load(b0 + (n - n0) * (r0_end - r0) + (r - r0), mine, 0.0)
         mine = (n >= n1) & (n < n1_end) & (r >= r1) & (r < r1_end)
-        value += tl.load(b1 + (n - n1) * (r1_end - r1) + (r - r1), mine, 0.0).to(tl.float32)
+        block += tl.load(b1 + (n - n1) * (r1_end - r1) + (r - r1), mine, 0.0)
         mine = (n >= n2) & (n < n2_end) & (r >= r2) & (r < r2_end)
-        value += tl.load(b2 + (n - n2) * (r2_end - r2) + (r - r2), mine, 0.0).to(tl.float32)
-        tl.store(b_out + n * b_stride + r, value.to(b_out.dtype.element_ty), (n < outputs) & (r < ranks))
+        block += tl.load(b2 + (n - n2) * (r2_end - r2) + (r - r2), mine, 0.0)
+        tl.store(b_out + n * b_stride + r, block.to(b_out.dtype.element_ty), (n < outputs) & (r < ranks))
 
 
 @backend.jit
@@ -119,7 +120,8 @@ def _residual(base_p, low_p, b_p, out_p, extra_p, t, n, r, base_s, low_s, b_s, o
     for chunk in tl.static_range(CHUNKS):
         rank = chunk * RANKS + tl.arange(0, RANKS)
         low = tl.load(low_p + row[:, None] * low_s + rank[None, :], mask=rows[:, None] & (rank < r)[None, :], other=0.0)
-        b = tl.load(b_p + column.to(tl.int64)[None, :] * b_s + rank[:, None], mask=columns[None, :] & (rank < r)[:, None], other=0.0)
+        mask = columns[None, :] & (rank < r)[:, None]
+        b = tl.load(b_p + column.to(tl.int64)[None, :] * b_s + rank[:, None], mask=mask, other=0.0)
         if IEEE:
             total += tl.dot(low, b, input_precision="ieee")
         else:
