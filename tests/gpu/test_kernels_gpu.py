@@ -216,4 +216,4 @@ def test_offsets_past_two_to_the_31():
     a = swiglu.forward(both)
     assert (a[-1] == torch.nn.functional.silu(both[-1, :F])).all() and (a[-2] == 0).all()
     codes, _ = int8.quantise_groups(both)
-    assert (codes[-1] == 127).all() and not codes[-2].any()
+    assert (codes[-1] >= 126).all() and not codes[-2].any()  # 126: the scale is rounded up to bf16
