@@ -58,6 +58,8 @@ class FastLayers:
             self.runs = not refusal(model)
             if self.runs and (not self.halves or there != self.signature[0]):
                 self.halves = [self._halves(model.spec, i, b) for i, b in enumerate(model.model.layers)]
+                for group in sorted((g for halves in self.halves for g in halves.groups), key=lambda g: -g.matrix_bytes):
+                    group.reserve()
             for group in (g for halves in self.halves for g in halves.groups):
                 group.refresh()
             self.signature = there, state

@@ -19,13 +19,13 @@ Shape letters: T tokens, K inputs, N outputs of all parts, R their ranks added u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from tunesmith.models.linear import Linear, NF4Linear
-from tunesmith.ops import fp8, nf4
+from tunesmith.ops import backend, fp8, nf4
 from tunesmith.ops import low_rank as low_rank_op
 
 
@@ -80,6 +80,7 @@ class Group:
         self.outputs, self.rank = sum(sizes), sum(ranks)
         unit = 64 if self.inputs >= 1024 else 8  # a GEMM reads 64 columns at once anyway; small models should not pay for that
         self.extra = -(-self.rank // unit) * unit
+        self.opened: dict[object, tuple] = {}  # by slot: where everything lay, the opened weights, what fills them
         self.refresh()
         biases = [b.bias for b in self.bases]
         self.bias = None
@@ -98,6 +99,7 @@ class Group:
         self.scales = [a[2] if a else 1.0 for a in found]
         self.adapters = [a[:2] if a else None for a in found]
         self.parameters = tuple(t for a in self.adapters if a for t in a)
+        self.opened.clear()
 
     @property
     def matrix_bytes(self) -> int:
@@ -114,19 +116,45 @@ class Group:
         cached = self.kept is not None and not all(isinstance(b, Linear) for b in self.bases)
         if cached:
             self.kept = None
+            self.opened.clear()  # what was opened of it holds it too
         return cached
+
+    def reserve(self) -> None:
+        """Take this group's scratch now. The largest group first: a buffer that grows later leaves the small one in use until all
+        that was opened in it is opened again.
+        """
+        if self.fp8 is not None:
+            for key in ((0, False), (0, True)):
+                self.scratch.take(key, self.outputs, self.inputs, fp8.E4M3, self.device)
+            self.scratch.take(("low", 0), self.extra, self.inputs + self.outputs, self.dtype, self.device)
+        elif self.kept is None:
+            self.scratch.take(0, *self._shape, self.dtype, self.device)
 
     def open(self, slot: int = 0) -> Opened:
         """The dense matrix with the adapters as they are now; valid until the same slot is opened again."""
         if self.fp8 is not None:
-            return OpenedFp8(self, slot)
-        matrix = self.kept
-        if matrix is None:
-            matrix = self._decoded(self.scratch.take(slot, *self._shape, self.dtype, self.device))
-        n, k = self.outputs, self.inputs
-        if self.extra:
-            self._place(matrix[n:, :k], matrix[:n, k:])
-        return Opened(self, matrix)
+            if slot not in self.opened:
+                self.opened[slot] = (OpenedFp8(self, slot),)
+            return self.opened[slot][0].again()
+        matrix = self.kept if self.kept is not None else self.scratch.take(slot, *self._shape, self.dtype, self.device)
+        place = matrix.data_ptr(), *(p.data_ptr() for p in self.parameters)
+        if slot not in self.opened or self.opened[slot][0] != place:
+            self.opened[slot] = place, Opened(self, matrix), self._recorded(matrix)
+        _, opened, fill = self.opened[slot]
+        fill()
+        return opened
+
+    def _recorded(self, matrix: Tensor) -> Callable[[], object]:
+        """What brings weights and adapters into `matrix`."""
+        n, k, decoded = self.outputs, self.inputs, matrix is self.kept
+
+        def fill() -> None:
+            if not decoded:
+                self._decoded(matrix)
+            if self.extra:
+                self._place(matrix[n:, :k], matrix[:n, k:])
+
+        return backend.Recorded(fill) if backend.triton_for(matrix) and matrix.is_cuda else fill
 
     def gradients(self, x_TK: Tensor, dy_TNR: Tensor, low_TR: Tensor, into: list[Tensor] | None) -> list[Tensor]:
         """Gradients of A and B of each part, float32, in the order of `parameters`; added to `into` where it is given."""
@@ -243,13 +271,26 @@ class OpenedFp8:
     """As Opened, its products of the base in e4m3. W or W^T is decoded when it is asked for."""
 
     def __init__(self, group: Group, slot: int):
-        self.group, self.slot, self.weights = group, slot, {}
-        scratch = group.scratch.take(("low", slot), group.extra, group.inputs + group.outputs, group.dtype, group.device)
-        flat = scratch.view(-1)
+        self.group, self.slot = group, slot
+        self.fills: dict[object, tuple[tuple, Callable[[], object]]] = {}  # by what is filled: where everything lies, and how
+        self.decoded: dict[bool, Tensor] = {}
+
+    def again(self) -> OpenedFp8:
+        """The adapters as they are now; nothing decoded yet."""
+        group = self.group
+        flat = group.scratch.take(("low", self.slot), group.extra, group.inputs + group.outputs, group.dtype, group.device).view(-1)
         self.a_RK = flat[: group.extra * group.inputs].view(group.extra, group.inputs)
         self.b_NR = flat[group.extra * group.inputs :].view(group.outputs, group.extra)
+        self.decoded = {}
         if group.extra:
-            group._place(self.a_RK, self.b_NR)
+            self._fill("low", flat, lambda: group._place(self.a_RK, self.b_NR), *group.parameters)
+        return self
+
+    def _fill(self, name: object, into: Tensor, body: Callable[[], object], *read: Tensor) -> None:
+        place = into.data_ptr(), *(t.data_ptr() for t in read)
+        if name not in self.fills or self.fills[name][0] != place:
+            self.fills[name] = place, backend.Recorded(body) if backend.triton_for(into) and into.is_cuda else body
+        self.fills[name][1]()
 
     low, low_back = Opened.low, Opened.low_back
 
@@ -282,17 +323,21 @@ class OpenedFp8:
 
     def _decoded(self, turned: bool) -> Tensor:
         """W [N, K], or turned W^T [K, N]; each once."""
-        if turned not in self.weights:
+        if turned not in self.decoded:
             group, n, k = self.group, self.group.outputs, self.group.inputs
             weight = group.scratch.take((self.slot, turned), *((k, n) if turned else (n, k)), fp8.E4M3, group.device)
-            for part, rows in group.stored():
-                at, scale = (weight[:, rows], group.fp8.of_K) if turned else (weight[rows], group.fp8.of_N[rows])
-                if isinstance(part, nf4.NF4):
-                    (nf4.decode_fp8_transposed if turned else nf4.decode_fp8)(part, scale, at)
-                else:
-                    at.copy_((part.weight.t() if turned else part.weight) / scale[:, None])
-            self.weights[turned] = weight
-        return self.weights[turned]
+            self._fill(turned, weight, lambda: _decode_fp8(group, turned, weight))
+            self.decoded[turned] = weight
+        return self.decoded[turned]
+
+
+def _decode_fp8(group: Group, turned: bool, weight: Tensor) -> None:
+    for part, rows in group.stored():
+        at, scale = (weight[:, rows], group.fp8.of_K) if turned else (weight[rows], group.fp8.of_N[rows])
+        if isinstance(part, nf4.NF4):
+            (nf4.decode_fp8_transposed if turned else nf4.decode_fp8)(part, scale, at)
+        else:
+            at.copy_((part.weight.t() if turned else part.weight) / scale[:, None])
 
 
 def _fuse(bases: Sequence[nn.Module]) -> nf4.NF4 | None:

@@ -10,7 +10,7 @@ The mode is one plain global, not a context variable: on a GPU a backward runs o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Literal
@@ -110,3 +110,29 @@ def why() -> str:
     if _mode == "triton":
         return f"kernels: Triton {triton.__version__} in its interpreter"
     return "kernels: plain PyTorch (no NVIDIA GPU)"
+
+
+class Recorded:
+    """Launches whose every argument stays where it is: run the first time, captured as a CUDA graph the second, replayed from then on.
+
+    A Triton launch costs Python 20 to 40 us and a replay 8, whatever it holds: of the 137 ms that a step of 2,048 tokens took a
+    Mistral-7B on an H200, 40 went into opening weights (two launches, 256 times). `body` must allocate nothing.
+    """
+
+    def __init__(self, body: Callable[[], object]):
+        self.body, self.graph, self.runs = body, None, 0
+
+    def __call__(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.runs == 0:  # compiles and loads the kernels, which a capture may not
+            self.runs = 1
+            self.body()
+        else:
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                self.body()
+                graph.capture_end()
+            self.graph = graph
+            graph.replay()
