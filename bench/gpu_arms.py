@@ -35,16 +35,24 @@ Run = Callable[[Step], Any]
 def prepare_model(model: Any, knobs: dict[str, Any]) -> dict[str, Any]:
     """Set the model up as the knobs say, after its adapter is attached; returns what was really applied, which is recorded.
 
-    activations   keep | checkpoint | budget (whatever fits into budget_gib)
+    activations   a level of ops/half_blocks.SAVED: keep, recompute, attention, checkpoint ...
+    offload       what a layer keeps waits in main memory
+    tile          tokens of a tile of an MLP half
     compute       bf16 | fp8
-    weight_cache  keep decoded weights where the budget allows
-
-    This is the one place to connect the fast path. A knob that is not connected yet must raise, or be left out of the result.
+    weight_cache  bytes of decoded weights that are kept
     """
-    if knobs["compute"] != "bf16":
-        raise NotImplementedError(f"compute: {knobs['compute']} is not connected to the bench yet (prepare_model)")
-    model.checkpoint_layers = knobs["activations"] != "keep"
-    return {"activations": "checkpoint" if model.checkpoint_layers else "keep", "compute": "bf16"}
+    from tunesmith.models.fast import FastLayers, policies, refusal
+
+    if reason := refusal(model):
+        if knobs["compute"] != "bf16":
+            raise NotImplementedError(f"compute: {knobs['compute']}: {reason}")
+        model.checkpoint_layers = knobs["activations"] != "keep"
+        return {"path": f"composed ({reason})", "activations": "checkpoint" if model.checkpoint_layers else "keep"}
+    chosen = policies(len(model.model.layers), knobs["activations"], offload=knobs["offload"], tile=knobs["tile"])
+    model.fast = FastLayers(model, chosen, fp8=knobs["compute"] == "fp8")
+    kept = model.fast.cache(knobs["weight_cache"]) if knobs["weight_cache"] else 0
+    told = {name: knobs[name] for name in ("activations", "offload", "tile", "compute")}
+    return {"path": "half-blocks", **told, "weight_cache": kept}
 
 
 def make_optimizer(parameters: dict[str, Any], knobs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -59,12 +67,14 @@ def make_optimizer(parameters: dict[str, Any], knobs: dict[str, Any]) -> tuple[A
 
 def default_knobs(row: Row, arm: str, budget_gib: float | None) -> dict[str, Any]:
     return {
-        "activations": {"keep": "keep", "ckpt": "checkpoint", "budget": "budget"}[row.policy],
+        "activations": {"keep": "keep", "ckpt": "checkpoint", "budget": "recompute"}[row.policy],
+        "offload": row.policy != "keep",
+        "tile": 1 << 30 if row.policy == "keep" else 2048,
         "budget_gib": budget_gib,
         "compute": "fp8" if arm.startswith("ours-fp8") else "bf16",
         "micro_batch_tokens": None,  # None: a step's tokens go through at once
         "optimizer": "8bit",
-        "weight_cache": False,
+        "weight_cache": 0,
     }
 
 
@@ -99,7 +109,7 @@ class Ours:
             loss, _ = batch_loss(self.model, self.batch(step, part), self.where.device)
             (loss / step.trained).backward()
             total = total + loss.detach()
-        self.optimizer.step(self.optimizer.gradient_norm())
+        self.optimizer.step()
         return total / step.trained
 
     def batch(self, step: Step, part: list[int]) -> Any:

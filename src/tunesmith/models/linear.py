@@ -72,7 +72,7 @@ class NF4Linear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """A new dense weight [out, in], decoded in fp32 and rounded once."""
-        return nf4.dequantise(self.quantised(), dtype or self.dtype)
+        return nf4.dense(self.quantised(), dtype or self.dtype)
 
     def set_weight(self, name: str, tensor: Tensor) -> None:
         """Takes a dense `weight` [out, in], quantised here, or `bias` [out]."""

@@ -207,6 +207,13 @@ def decode(q: NF4, out: Tensor) -> Tensor:
     return _decode(q, None, out)
 
 
+def dense(q: NF4, dtype: torch.dtype) -> Tensor:
+    """A new dense weight, by the fastest way there is."""
+    if backend.triton_for(q.codes):
+        return decode(q, torch.empty(q.shape, dtype=dtype, device=q.codes.device))
+    return dequantise(q, dtype)
+
+
 def decode_fp8(q: NF4, scale_N: Tensor, out: Tensor) -> Tensor:
     """Writes e4m3 of w / scale, one fp32 scale an output row: `reference_decode_fp8`."""
     if not backend.triton_for(q.codes, backend.NEEDS_FP8):
