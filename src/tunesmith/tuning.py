@@ -23,6 +23,7 @@ from torch import nn
 
 from tunesmith import adapters, models
 from tunesmith.config.schema import RunConfig
+from tunesmith.data.pack import steps
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.render import Renderer, build_renderer
 from tunesmith.data.report import print_one_row
@@ -173,7 +174,7 @@ class _Session:
         longest = min(config.data.max_length, (context(model) or math.inf) - 1)  # an answer needs room for a token
         rows = prepared.account.held_out_rows if ev.samples else 0
         self.questions = heldout.questions(prepared.conversations(), renderer, COMPARED, rows=rows, longest=longest) if rows else []
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
         self.read: dict[int, Losses] = {}  # held-out losses by step: of the best and of the newest
 
     def newest(self) -> Found | None:
@@ -234,10 +235,9 @@ class _Session:
     def examples_of(self, step: int) -> list:
         """The examples of optimiser step `step`: epoch after epoch, each shuffled anew; an epoch's last step may hold fewer."""
         epoch, at = divmod(step, self.per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, self.prepared.epoch(self.config.seed, epoch).tolist())
-        size = self.config.train.batch_size
-        return [self.prepared.train[i] for i in self._order[1][at * size : (at + 1) * size]]
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, steps(self.prepared.epoch(self.config.seed, epoch), self.config.train.batch_size)
+        return [self.prepared.train[i] for i in self._epoch[1][at]]
 
     def evaluate(self, state: State) -> float | None:
         """Held-out loss and a few sample answers, recorded. Nothing is recorded of an evaluation that was stopped."""
