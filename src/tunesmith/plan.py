@@ -497,6 +497,8 @@ class _Job:
         n = count.total if self.method == "full" else self.adapter_parameters
         whole = count.total * 2
         yield Component("checkpoints", (self.keep + 1) * n * (MASTER + MOMENTS), "disk", f"{self.keep} kept and one being written")
+        if self.keep_best and self.held_out:
+            yield Component("best weights", (self.keep + 1) * n * MASTER, "disk", "float32, at most one beside each checkpoint")
         if self.method == "full":
             yield Component(
                 "model", whole * (1 + self.keep_best), "disk", f"16-bit weights{', the best so far too' if self.keep_best else ''}"

@@ -187,10 +187,13 @@ class _Session:
         return found
 
     def make_room(self) -> None:
-        """DoesNotFit when the disk cannot hold the checkpoints, in which AdamW's two moments are as large as the weights."""
+        """DoesNotFit when the disk cannot hold the checkpoints, in which AdamW's two moments are as large as the weights, and
+        beside each of them the best weights as they were then.
+        """
         masters = self._masters()
         moments = {f"{key}/{name}": m for key in ("exp_avg", "exp_avg_sq") for name, m in masters.items()}
-        checkpoint.preflight(self.run.checkpoints, {**masters, **moments}, self.config.checkpoint.keep)
+        kept = {self.run.checkpoints: {**masters, **moments}} | ({self.run.path / "best": masters} if self.keeps_best else {})
+        checkpoint.preflight(kept, self.config.checkpoint.keep)
 
     def go(self, found: Found | None, *, again: bool) -> None:
         """Train to the end and write the result. `again`: the run was begun before; it goes on from `found`, or from the start."""
