@@ -500,13 +500,9 @@ class _Job:
         if self.keep_best and self.held_out:
             yield Component("best weights", (self.keep + 1) * n * MASTER, "disk", "float32, at most one beside each checkpoint")
         if self.method == "full":
-            yield Component(
-                "model", whole * (1 + self.keep_best), "disk", f"16-bit weights{', the best so far too' if self.keep_best else ''}"
-            )
+            yield Component("model", whole, "disk", "16-bit weights")
         else:
-            yield Component(
-                "adapter file", n * 4 * (1 + self.keep_best), "disk", f"float32{', the best so far too' if self.keep_best else ''}"
-            )
+            yield Component("adapter file", n * 4, "disk", "float32")
             yield Component("merged export", whole, "disk", "only if you merge: the whole model in 16 bits")
 
     # -- time --

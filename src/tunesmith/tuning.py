@@ -31,7 +31,7 @@ from tunesmith.devices import local_device
 from tunesmith.errors import AdapterError, DataError, DoesNotFit, Interrupted, RunError, TrainingFailed, TunesmithError
 from tunesmith.evaluate import heldout, report
 from tunesmith.evaluate.heldout import Losses
-from tunesmith.evaluate.statistics import paired_bootstrap
+from tunesmith.evaluate.statistics import FEW_ROWS, paired_bootstrap
 from tunesmith.files import remove_folder, sha256, verify, write_atomic
 from tunesmith.generate import context
 from tunesmith.hub import ResolvedModel, resolve_model
@@ -236,7 +236,7 @@ class _Session:
     # ---- what the loop calls ---------------------------------------------------------------------------------------------------
 
     def examples_of(self, step: int) -> list:
-        """The examples of optimiser step `step`: epoch after epoch, each shuffled anew; an epoch's last step may hold fewer."""
+        """The examples of optimiser step `step`: epoch after epoch, each shuffled anew and spread evenly over its steps."""
         epoch, at = divmod(step, self.per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = epoch, steps(self.prepared.epoch(self.config.seed, epoch), self.config.train.batch_size)
@@ -419,6 +419,7 @@ def summary(console: Console, run: Path) -> None:
     sure = "too few rows to say how sure"
     if low is not None and high is not None:
         word = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
+        word = "few rows" if loss["rows"] < FEW_ROWS else word
         sure = f"{word}: {loss['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
     before, after = ("not finite" if loss[k] is None else f"{loss[k]:.3f}" for k in ("before", "after"))
     seen = loss.get("overlap", 0)

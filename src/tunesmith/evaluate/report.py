@@ -33,6 +33,7 @@ from tunesmith.evaluate.page import (
     swatch,
     table,
 )
+from tunesmith.evaluate.statistics import FEW_ROWS
 from tunesmith.files import write_atomic
 from tunesmith.run import Run
 
@@ -41,6 +42,7 @@ SHOWN, MOST = 420, 12_000  # characters of a text before it folds, and at all
 REFUSED, REASONS, EVENTS, EVALUATIONS, SOURCES = 40, 30, 60, 200, 30  # rows of each table
 LINE_MOST = 1 << 20  # bytes of one line of a jsonl file that are read at all
 GIB = 1 << 30
+MEANING = "A lower loss means closer in wording to the held-out answers, not that an answer is true."
 STATES = {
     "finished": ("finished", "good"), "running": ("still running", "open"), "preparing": ("preparing", "open"),
     "interrupted": ("stopped on request", "open"), "stopped": ("stopped unexpectedly", "bad"), "failed": ("failed", "bad"),
@@ -237,12 +239,15 @@ def _verdict(found: _Found) -> _Verdict:
         difference = after - before if difference is None else difference
         words = f"95 % interval of the difference {signed(lo)} to {signed(hi)}"
         rows = f"{count:,.0f} held-out rows" if (count := _finite(found.loss.get("rows"))) else "held-out rows"
-        small = f"In {lead}. Before and after saw the same {rows}, which were never trained on."
+        small = f"In {lead}. Before and after saw the same {rows}, which were never trained on. {MEANING}"
         if seen := _count(found.loss.get("overlap")):
             say = (
                 f"{move[0].upper()}{move[1:]}, but {seen:,} of the {rows} are trained on too, so this shows nothing about new rows."
             )
             return _Verdict("No verdict", "open", say, f"In {lead}. Take those rows out of one of the two files.")
+        if (_finite(found.loss.get("rows")) or math.inf) < FEW_ROWS:
+            say = f"{move[0].upper()}{move[1:]} on only {rows}; {words}. From {FEW_ROWS} rows on this page says better or worse."
+            return _Verdict("Few rows", "open", say, small, difference, (lo, hi))
         if hi < 0:
             return _Verdict("Better", "good", f"{move[0].upper()}{move[1:]}; {words}.", small, difference, (lo, hi))
         if lo > 0:
