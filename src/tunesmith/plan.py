@@ -733,6 +733,7 @@ def _print(plan: Plan, console: Console) -> None:
         f"{plan.steps:,} steps, {plan.tokens:,} tokens; at most {plan.micro_batch_tokens:,} tokens at once, "
         f"activations: {plan.activations}\n"
     )
+    console.print("[dim]memory in GB[/dim]")
     bars = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
     bars.add_column(no_wrap=True)
     bars.add_column(justify="right", no_wrap=True)
@@ -774,7 +775,7 @@ def _print(plan: Plan, console: Console) -> None:
     why = (
         f"measured on {escape(plan.measured)}"
         if plan.measured
-        else "uncalibrated: memory is counted, time may be off by a factor of two"
+        else "uncalibrated: memory is counted from config.json, without the weights; time may be off by a factor of two"
     )
     console.print(f"[dim]note: {why}[/dim]")
     console.print(f"[bold {'green' if plan.fits else 'red'}]{escape(plan.verdict)}[/]", highlight=False)
