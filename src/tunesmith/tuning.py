@@ -111,7 +111,7 @@ def _open(config: RunConfig, run: Run, *, resume: bool, console: Console) -> _Se
     if resume:
         run.refuse_if_changed(config, **prints)
     run.record(**prints, date=date, base_name=base.name, base_revision=base.revision, template=renderer.describe(),
-               template_sha256=sha256(renderer.template), device=where.describe())  # fmt: skip
+               template_sha256=sha256(renderer.template), device=where.describe(), dtype=where.precision)  # fmt: skip
     _keep_account(run, prepared)
     _describe(prepared, renderer, console, show=not resume)
     plan = plan_for(config, base.path, prepared.train.lengths)

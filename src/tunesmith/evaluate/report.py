@@ -35,7 +35,7 @@ from tunesmith.evaluate.page import (
 )
 from tunesmith.evaluate.statistics import FEW_ROWS
 from tunesmith.files import write_atomic
-from tunesmith.run import Run
+from tunesmith.run import Run, how_to_load
 
 CASES, OPEN_CASES = 24, 8  # side-by-side answers on the page, and how many of them are unfolded
 SHOWN, MOST = 420, 12_000  # characters of a text before it folds, and at all
@@ -683,20 +683,11 @@ def _use(found: _Found) -> Markup:
     full = found.method == "full"
     if not full:
         shell += f"\ntunesmith merge {where} merged-model        # a plain Hugging Face folder"
-    base = json.dumps(str(found.manifest.get("base_name") or found.config.get("model") or "BASE"))
-    place = json.dumps(f"{found.config.get('output') or found.name}/{'model' if full else 'adapter'}")
-    python = "from transformers import AutoModelForCausalLM\n\n"
-    if full:
-        python += f"model = AutoModelForCausalLM.from_pretrained({place})"
-    else:
-        python = (
-            "from peft import PeftModel\n"
-            + python
-            + f"base = AutoModelForCausalLM.from_pretrained({base})\nmodel = PeftModel.from_pretrained(base, {place})"
-        )
+    base = str(found.manifest.get("base_name") or found.config.get("model") or "BASE")
+    python = how_to_load(str(found.config.get("output") or found.name), full=full, base=base, manifest=found.manifest)
     note = "Ask it the way it was trained: the chat template that it was trained with is in the folder tokenizer/."
     return el("section", el("h2", "How to use it"), el("p", note, class_="note"), el("pre", el("code", shell)),
-              fold("In Python, without Tunesmith", el("pre", el("code", python))))  # fmt: skip
+              fold("In Python, with transformers", el("pre", el("code", python))))  # fmt: skip
 
 
 def _details(found: _Found) -> Markup | None:
