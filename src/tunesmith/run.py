@@ -94,7 +94,8 @@ class Run:
             if "run.yaml" in there and (begun or former.state not in ("failed", "interrupted")):
                 when = f"after step {former.step}" if former.step else "before its first step"
                 how = f", which was killed {when}" if former.state == "stopped" else f" ({former.state})"
-                raise RunError(f"{path}: holds a run already{how}", "go on with --resume, or choose another `output`")
+                go_on = "" if former.state == "finished" else "go on with --resume, or "
+                raise RunError(f"{path}: holds a run already{how}", f"{go_on}choose another `output`")
             if "run.yaml" not in there and (strange := sorted(there - HALF_MADE)):
                 raise RunError(
                     f"{path}: is not empty and not a run folder (it holds {', '.join(strange[:3])})", "name another `output`"

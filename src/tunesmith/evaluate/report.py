@@ -246,7 +246,8 @@ def _verdict(found: _Found) -> _Verdict:
             )
             return _Verdict("No verdict", "open", say, f"In {lead}. Take those rows out of one of the two files.")
         if (_finite(found.loss.get("rows")) or math.inf) < FEW_ROWS:
-            say = f"{move[0].upper()}{move[1:]} on only {rows}; {words}. From {FEW_ROWS} rows on this page says better or worse."
+            more = f"Raise data.held_out: from {FEW_ROWS} rows on a verdict is given."
+            say = f"{move[0].upper()}{move[1:]} on only {rows}; {words}. {more}"
             return _Verdict("Few rows", "open", say, small, difference, (lo, hi))
         if hi < 0:
             return _Verdict("Better", "good", f"{move[0].upper()}{move[1:]}; {words}.", small, difference, (lo, hi))
