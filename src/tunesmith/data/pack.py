@@ -1,8 +1,8 @@
 """Examples to batches without padding: optimiser steps, the micro-batches inside them, and one flat stream each.
 
 An epoch takes ceil(examples / batch_size) steps whose sizes differ by at most one; none is dropped or drawn twice. 609 examples by
-16 are 39 steps of 15 or 16, not 38 of 16 and one of 1, whose single row would move the weights as far as sixteen do. The loss of
-a step is its sum over trained tokens divided by the step's trained tokens, so the number of micro-batches does not change it.
+16 are 39 steps of 15 or 16, not 38 of 16 and one of 1, whose single row would weigh as much as sixteen others. The loss of a step
+is its sum over trained tokens divided by the step's trained tokens, so the number of micro-batches does not change it.
 """
 
 from __future__ import annotations
