@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 import tunesmith
-from tunesmith.errors import ConfigError, DataError, RunError
+from tunesmith.errors import ConfigError, DataError, ModelError, RunError
 from tunesmith.run import Run
 
 
@@ -59,8 +59,10 @@ def test_a_slip_of_the_pen_is_answered_before_anything_is_made(tiny, tmp_path):
 
 
 def test_a_resume_of_what_never_began_begins(tiny, tmp_path):
-    run = tunesmith.train(tiny.config(tmp_path / "run"), "train.max_steps=1", resume=True, console=quiet())
+    console = quiet()
+    run = tunesmith.train(tiny.config(tmp_path / "run"), "train.max_steps=1", resume=True, console=console)
     assert run.status().state == "finished"
+    assert console.file.getvalue().startswith("resume  there is no run in ") and "this begins one" in console.file.getvalue()
 
 
 def test_another_folder_is_not_trained_into(tiny, tmp_path):
@@ -75,6 +77,21 @@ def test_data_that_cannot_be_read_leaves_a_failed_run_that_says_why(tiny, tmp_pa
         tunesmith.train(tiny.config(tmp_path / "run", data={"train": str(tmp_path / "none.jsonl")}), console=quiet())
     status = Run.open(tmp_path / "run").status()
     assert status.state == "failed" and "none.jsonl" in status.message
+
+
+def test_init_answers_a_slip_in_the_datas_name_and_writes_nothing(tmp_path):
+    with pytest.raises(DataError, match="no such file or folder"):
+        tunesmith.init(tmp_path / "chat")
+    with pytest.raises(DataError, match="holds no file with rows"):
+        tunesmith.init(tmp_path)
+
+
+def test_a_model_that_is_no_folder_is_answered_with_the_runs_there_are(run, monkeypatch):
+    monkeypatch.chdir(run.path.parent)
+    for name in ("runs/rum", "./rum"):
+        with pytest.raises(ModelError, match=rf"^{name}: no such folder\nfix: run folders here: .*run") as e:
+            tunesmith.generate(name, ["hello"])
+        assert "owner/name" in e.value.fix
 
 
 @pytest.mark.parametrize("path", ["nothing", "."])

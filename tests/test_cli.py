@@ -1,5 +1,8 @@
 """The command line: light to start, every verb handed to its function, faults without traceback, no markup from anybody's data."""
 
+import errno
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,11 +167,41 @@ def test_faults_are_said_as_error_and_fix_line_by_line(calls, capsys, fault, cod
 
 def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(calls, capsys):
     calls.answers["train"] = KeyboardInterrupt()
-    assert cli.main(["train", "run.yaml"]) == 130 and "Traceback" not in capsys.readouterr().err
+    assert cli.main(["train", "run.yaml"]) == 130
+    assert capsys.readouterr().err.startswith("error: stopped\nfix: give the same command again")
     calls.answers["train"] = ZeroDivisionError("ours")
     assert cli.main(["train", "run.yaml"]) == 70
     err = capsys.readouterr().err
     assert "Traceback" in err and "ZeroDivisionError: ours" in err and "please report it" in err
+
+
+def test_nothing_said_gets_the_help_and_a_beginning(capsys):
+    assert cli.main([]) == 2
+    told = capsys.readouterr()
+    assert "From your rows to a model you can talk to" in told.out
+    assert told.err.startswith("error: no command was given\nfix: begin with: tunesmith init DATA")
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EACCES, 2), (errno.EROFS, 2), (errno.EIO, 70)])
+def test_a_place_one_may_not_write_is_the_persons_to_mend(calls, capsys, number, code):
+    calls.answers["train"] = OSError(number, os.strerror(number), "/some/folder")
+    assert cli.main(["train", "run.yaml"]) == code
+    err = capsys.readouterr().err
+    assert ("Traceback" in err) == (code == 70)
+    if code == 2:
+        assert err.startswith(f"error: /some/folder: {os.strerror(number)}\nfix: ")
+
+
+def test_what_is_explained_hangs_under_its_column_on_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert cli.main(["explain", "lora.rank"]) == 0
+    plain = capsys.readouterr().out
+    assert max(map(len, plain.splitlines())) > 60, "in a file lines stay whole"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert cli.main(["explain", "lora.rank"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("  too high  "))
+    assert max(map(len, lines)) <= 60 and re.match(r" {12}\S", lines[at + 1])
 
 
 def test_a_wrong_run_file_from_the_shell(tmp_path):

@@ -1,5 +1,6 @@
 """Names become local folders: what is asked of the hub, what is refused, every error with its fix. The hub is replaced."""
 
+import io
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
+from rich.console import Console
 
+import tunesmith
 from tunesmith import hub
 from tunesmith.errors import DataError, ModelError
 from tunesmith.hub import resolve_dataset, resolve_model
@@ -65,6 +68,38 @@ def test_a_model_is_pinned_and_only_what_is_needed_is_taken(cloud):
     assert cloud.asked[-1]["revision"] == "refs/pr/3" and cloud.asked[0]["revision"] is None
 
 
+def test_without_weights_only_config_and_tokenizer_are_taken(cloud):
+    cloud.files = REPO
+    found = resolve_model("owner/name", weights=False)
+    assert held(found.path) == [f for f in sorted(REPO[:9]) if "safetensors" not in f]
+    assert resolve_model("owner/name") == found and held(found.path) == sorted(REPO[:9]), "the same folder, now with weights"
+    cloud.files = ["config.json", "a.bin"]
+    assert resolve_model("owner/other", weights=False).name == "owner/other"
+
+
+def test_plan_and_check_download_no_weights(tiny, tmp_path, monkeypatch):
+    """Of a hub id; what train would load is asked for by train alone."""
+    asked = []
+
+    def snapshot_download(**what):
+        asked.append(what)
+        folder = tmp_path / "snapshots" / SHA
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in filter_repo_objects([p.name for p in tiny.model.iterdir()], allow_patterns=what["allow_patterns"]):
+            (folder / name).write_bytes((tiny.model / name).read_bytes())
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    config = tiny.config(tmp_path / "run", model="owner/name")
+    assert tunesmith.plan(config).fits and "row lengths are not known yet" in tunesmith.plan(config).notes[0]
+    assert tunesmith.check(config).exit_code == 0
+    assert not [p for a in asked for p in a["allow_patterns"] if "safetensors" in p]
+    assert not list((tmp_path / "snapshots" / SHA).glob("*.safetensors"))
+    assert "row lengths" not in "".join(tunesmith.plan(config).notes), "plan finds what check has read, in the same folder"
+    tunesmith.train({**config, "train": {"max_steps": 1}, "eval": {"samples": 0}}, console=Console(file=io.StringIO()))
+    assert "model*.safetensors" in asked[-1]["allow_patterns"]
+
+
 def test_a_folder_wins_and_needs_a_config(tmp_path, cloud, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "owner" / "name"
@@ -79,7 +114,9 @@ def test_a_folder_wins_and_needs_a_config(tmp_path, cloud, monkeypatch):
     assert resolve_model(folder).path == folder and not cloud.asked
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "name", "a/b/c", "owner/na me", "owner/name@", "../x"])
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/no/such/folder", "~/nowhere", "name", "a/b/c", "owner/na me", "owner/name@", "../x", "runs/first"]
+)
 def test_what_is_neither_a_folder_nor_a_hub_name_is_said(cloud, name):
     with pytest.raises(ModelError, match="no such folder"):
         resolve_model(name)
@@ -121,6 +158,8 @@ def test_every_error_of_the_hub_has_a_fix(cloud, resolve, kind, fault, said, fix
     with pytest.raises(kind) as e:
         resolve("owner/name")
     assert said in e.value.what and "owner/name" in e.value.what and fix in e.value.fix
+    if kind is ModelError and said in ("no such", "cannot be reached"):
+        assert e.value.what.startswith("owner/name: no such folder, and the hub"), "a folder may have been meant"
 
 
 ROWS = ["README.md", "main/train-00000-of-00001.parquet", "main/test-00000-of-00001.parquet",

@@ -76,6 +76,52 @@ def test_create_refuses_what_is_not_its_own(run, tmp_path):
             Run.open(path)
 
 
+def test_create_says_of_a_killed_run_that_it_was_killed(run):
+    with run.lock():
+        run.set_status("running", step=37, steps=120)
+        run.append("metrics", {"kind": "step", "step": 37})
+        with pytest.raises(RunError, match="another process is writing this run"):
+            Run.create(run.path, run.config, command=[])
+    with pytest.raises(RunError, match="holds a run already, which was killed after step 37\nfix: go on with --resume, or choose"):
+        Run.create(run.path, run.config, command=[])
+
+
+def test_create_begins_again_what_was_stopped_before_its_first_step(run):
+    with run.lock():
+        run.set_status("interrupted", message="stopped")
+    again = Run.create(run.path, run.config, command=["again"])
+    assert again.manifest["command"] == ["again"]
+
+
+def test_an_output_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+    config = make_config(tmp_path / "run")
+    (tmp_path / "runs").touch()
+    with pytest.raises(RunError, match=f"x: {tmp_path}/runs is a file"):
+        Run.create(tmp_path / "runs" / "x", config, command=[])
+
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="run: cannot be written: Permission denied"):
+        patch.setattr(os, "mkdir", denied)
+        Run.create(tmp_path / "run", config, command=[])
+    made = Run.create(tmp_path / "run", config, command=[])
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="run: cannot be written: Permission denied"):
+        patch.setattr(os, "open", denied)
+        made.lock().__enter__()
+
+
+def test_a_slip_in_a_runs_name_is_answered_with_the_runs_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="no such folder\nfix: name the `output` folder"):
+        Run.open("runs/frist")
+    for name in ("first", "second"):
+        Run.create(f"runs/{name}", make_config(f"runs/{name}"), command=[])
+    for name, order in (("runs/frist", "runs/first, runs/second"), ("secnd", "runs/second, runs/first")):
+        with pytest.raises(RunError, match=f"no such folder\nfix: run folders here: {order}"):
+            Run.open(name)
+
+
 def test_create_takes_an_empty_folder_and_a_half_made_one(run, tmp_path):
     (tmp_path / "empty").mkdir()
     config = run.config

@@ -62,7 +62,7 @@ def test_the_run_folder_is_complete(finished, tiny):
         assert manifest[key], key
     assert manifest["device"] == "CPU in fp32" and manifest["out_of_memory"] == 0
     page = run.report.read_text()
-    assert "Better" in page and not re.search(r"""(src|href)=["']https?:""", page)
+    assert ">Few rows<" in page and "not that an answer is true" in page and not re.search(r"""(src|href)=["']https?:""", page)
     assert "held-out loss" in (run.path / "README.md").read_text()
 
 
@@ -130,7 +130,7 @@ def test_what_a_person_sees(finished):
         r"held-out loss \d\.\d+ before",
         r"step 12/12",
         r"held-out loss \d\.\d+ after step 12",
-        r"result  held-out loss 5\.798 before, 4\.\d+ after \(better: -1\.\d+, 95 % interval .* 6 rows never trained on\)",
+        r"result  held-out loss 5\.798 before, 4\.\d+ after \(few rows: -1\.\d+, 95 % interval .* 6 rows never trained on\)",
         r"prompt +add 100 and 11",
         r"before +\S",
         r"after +\S",
@@ -175,6 +175,27 @@ def test_without_samples_there_are_losses_and_no_answers(tiny, tmp_path):
     run = tunesmith.train(config, console=quiet())
     found = json.loads((run.path / "comparison.json").read_text())
     assert found["rows"] == [] and found["loss"]["after"] < found["loss"]["before"] and not run.samples()
+
+
+def test_twenty_held_out_rows_are_enough_to_say_better(tiny, tmp_path):
+    for rows, word in ((19, "few rows"), (20, "better")):
+        held = tiny.rows(tmp_path / f"{rows}.jsonl", rows, start=200)
+        console, config = quiet(), tiny.config(tmp_path / f"run{rows}", data={"held_out": str(held)})
+        page = tunesmith.train({**config, "eval": {"samples": 0}}, console=console).report.read_text()
+        assert f"({word}: -" in console.file.getvalue() and f">{word.capitalize()}<" in page
+
+
+def test_best_weights_count_in_what_the_disk_must_hold(tiny, tmp_path, monkeypatch):
+    """With room for the checkpoints alone a run is refused before its first step, and begins where no best weights are kept."""
+    asked = []
+    monkeypatch.setattr(tuning.checkpoint, "ensure_room", lambda folder, needed, what: asked.append(needed))
+    for best in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(tuning.loop, "fit", lambda *a, **k: (_ for _ in ()).throw(TrainingFailed("enough", "")))
+            with pytest.raises(TrainingFailed):
+                tunesmith.train(tiny.config(tmp_path / str(best), eval={"keep_best": best}), console=quiet())
+    without, with_best = asked
+    assert without < with_best < 1.5 * without, "float32 weights beside weights and two averages"
 
 
 def test_one_held_out_row_gives_no_interval(tiny, tmp_path):

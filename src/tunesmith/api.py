@@ -84,10 +84,10 @@ def check(
     from tunesmith.data.report import check_report
     from tunesmith.hub import resolve_model
 
-    if isinstance(config, (str, Path)) and Path(config).suffix not in (".yaml", ".yml"):
+    if isinstance(config, (str, Path)) and not (Path(config).suffix in (".yaml", ".yml") or (Path(config) / "run.yaml").is_file()):
         config = {"model": model or "embedded", "data": str(config), "method": "lora", "output": "runs/check"}
     settings = _load(config, [*overrides, *([f"model={model}"] if model else [])])
-    base = resolve_model(settings.model)
+    base = resolve_model(settings.model, weights=False)
     make = functools.partial(build_renderer, base.path, settings.data, settings.lora.new_tokens, datetime.date.today().isoformat())
     renderer = make()
     prepared = prepare(
@@ -97,7 +97,7 @@ def check(
 
 
 def plan(config: Config, *overrides: str, gpu: str | None = None) -> Plan:
-    """Will it fit, how long will it take, what to lower: memory per component from config.json alone, without torch.
+    """Will it fit, how long will it take, what to lower: memory per component from config.json alone, without torch or weights.
 
     `gpu` is a card's name, `24GB` or `cpu`; this machine's device without it. Row lengths come from `check`'s cache if any.
     """
@@ -108,7 +108,7 @@ def plan(config: Config, *overrides: str, gpu: str | None = None) -> Plan:
     from tunesmith.spec import plan_spec
 
     settings = _load(config, overrides)
-    base = resolve_model(settings.model)
+    base = resolve_model(settings.model, weights=False)
     device = parse_device(gpu) if gpu else local_device(settings.memory.device)
     return make_plan(settings, plan_spec(base.path), lengths=cached_lengths(settings.data, base.path, settings.seed), device=device)
 
@@ -124,6 +124,7 @@ def train(config: Config, *overrides: str, resume: bool = False, console: Consol
     from tunesmith.run import Run
     from tunesmith.tuning import tune
 
+    screen = _console(console)
     if resume and (Path(settings.output) / "run.yaml").exists():
         run = Run.open(settings.output)
         if run.status().state == "finished":
@@ -132,9 +133,13 @@ def train(config: Config, *overrides: str, resume: bool = False, console: Consol
             )
     else:
         run = Run.create(settings.output, settings, command=sys.argv)
+        if resume:
+            screen.print(
+                f"resume  there is no run in {settings.output} yet: this begins one", markup=False, highlight=False, soft_wrap=True
+            )
         resume = False
     with run.lock():
-        return tune(settings, run, resume=resume, console=_console(console))
+        return tune(settings, run, resume=resume, console=screen)
 
 
 def generate(

@@ -59,7 +59,11 @@ class Talker:
         if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
             base = adapters.storage.read_config(folder).get("base_model_name_or_path") or "its base model"
             raise ModelError(f"{folder}: an adapter, not a model", f"name the model it was trained on: {base} --adapter {folder}")
-        base = resolve_model(str(source))
+        try:
+            base = resolve_model(source)
+        except ModelError as e:
+            near = "" if folder.exists() else Run.near(folder)
+            raise ModelError(e.what, "; ".join(filter(None, (near, e.fix)))) from None
         where = place(memory or Memory())
         model = models.load(base.path, dtype=where.dtype, device=where.device)
         words = base.path

@@ -6,11 +6,14 @@ Exit codes: 0 done; 1 training failed, or the data did not pass; 2 yours to mend
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, CycloptsError, Parameter
@@ -33,6 +36,8 @@ From your rows to a model you can talk to:
 
 Any setting can follow a run file: train run.yaml train.epochs=1 lora.rank=32
 What a setting does: tunesmith explain lora.rank"""
+
+DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}  # a file or folder that this person may not read or write
 
 RunFile = Annotated[str, Parameter(help="A run file.")]
 RunFolder = Annotated[str, Parameter(help="A run folder.")]
@@ -57,7 +62,9 @@ def verb(function: Callable[..., int | None]) -> Callable[..., int | None]:
 
 @verb
 def init(
-    data: Annotated[str, Parameter(help="A file (jsonl, json, csv, parquet, txt), a folder of them, or hub:owner/name.")] = "",
+    data: Annotated[
+        str, Parameter(help="A file (jsonl, json, csv, parquet, txt), a folder of them, or hub:owner/name.", show_default=False)
+    ] = "",
     /,
     *,
     model: Annotated[str, Parameter(help="A checkpoint folder, a hub id, or embedded.")] = "embedded",
@@ -171,14 +178,21 @@ def merge(
 
 @verb
 def explain(
-    key: Annotated[str, Parameter(help="Such as lora.rank, a section, or another tool's name; none lists all.")] = "", /
+    key: Annotated[
+        str, Parameter(help="Such as lora.rank, a section, or another tool's name; none lists all.", show_default=False)
+    ] = "",
+    /,
 ) -> None:
     """Say what a setting does, and what too high and too low look like."""
-    _say(tunesmith.explain(key))
+    _say(_hanging(tunesmith.explain(key)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code. Only a bug of ours shows a traceback."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        app.help_print(console=_console())
+        return _told("no command was given", "begin with: tunesmith init DATA, where DATA is your file or folder of rows", 2)
     try:
         return app(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0
     except CycloptsError as fault:
@@ -186,13 +200,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TunesmithError as fault:
         return _told(fault.what, fault.fix, fault.exit_code)
     except KeyboardInterrupt:
-        return _told("stopped", "", 130)
+        return _told("stopped", "give the same command again; a training run that had begun goes on with --resume", 130)
     except BrokenPipeError:  # `tunesmith explain | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception:  # noqa: BLE001 - the one place where a bug is met; it keeps its traceback
-        traceback.print_exc()
-        return _told("this is a bug in Tunesmith, not in your files", "please report it with the lines above", 70)
+    except OSError as fault:
+        if fault.errno not in DENIED or fault.filename is None:
+            return _bug()
+        return _told(
+            f"{fault.filename}: {fault.strerror}",
+            "get the right to read and write there, or name another place (TUNESMITH_CACHE for prepared data)",
+            2,
+        )
+    except Exception:  # noqa: BLE001 - the one place where a bug is met
+        return _bug()
+
+
+def _bug() -> int:
+    """It keeps its traceback."""
+    traceback.print_exc()
+    return _told("this is a bug in Tunesmith, not in your files", "please report it with the lines above", 70)
 
 
 def _told(what: str, fix: str, code: int) -> int:
@@ -214,6 +241,18 @@ def _console(stderr: bool = False) -> Console:
 def _say(text: str) -> None:
     """Text as it is: nothing in it is markup, no line is wrapped."""
     _console().print(text, markup=False, soft_wrap=True)
+
+
+def _hanging(text: str) -> str:
+    """On a terminal, lines too wide for it go on under their last column."""
+    console = _console()
+    if not console.is_terminal:
+        return text
+    columns = [len(re.match(r"(.*  )?", line)[0]) for line in text.splitlines()]
+    return "\n".join(
+        fill(line, console.width, subsequent_indent=" " * indent, break_long_words=False)
+        for line, indent in zip(text.splitlines(), columns, strict=True)
+    )
 
 
 def _lines(file: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib.resources import files
 from itertools import count
@@ -35,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     except TunesmithError as e:
         console.print(f"error: {e}", style="red", markup=False)
         return e.exit_code
-    for name, text in (("run", str(run.path)), ("report", str(run.report)), ("talk", f"tunesmith chat {run.path}")):
+    path = os.path.relpath(run.path)
+    for name, text in (("run", path), ("report", os.path.join(path, run.report.name)), ("talk", f"tunesmith chat {path}")):
         console.print(f"[bold]{name:<8}[/]{escape(text)}", soft_wrap=True, highlight=False)
     return 0
 

@@ -52,6 +52,11 @@ class DoesNotFit(TunesmithError): ...
 class MissingExtra(TunesmithError): ...
 
 
+def install(extra: str) -> str:
+    """The command that installs an optional dependency, as a fix: from the checkout, since no package index has Tunesmith yet."""
+    return f'in the Tunesmith checkout: pip install -c constraints.txt -e ".[{extra}]"'
+
+
 class RunError(TunesmithError): ...
 
 

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 EMBEDDED = Path(__file__).parent / "assets" / "embedded"
 
-MODEL_FILES = (
-    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+WORDS_FILES = (  # all that check and plan read: some megabytes
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 NOT_THESE = ("*/*",)  # patterns match slashes too: nothing below the top folder, where some keep a second copy of the weights
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 NOT_ROWS = {"readme.md", "license.md", "license.txt", "dataset_info.json", "dataset_infos.json", "config.json"}
@@ -45,10 +45,11 @@ class ResolvedModel:
 
 
 # ------------------------------------------------------------------ models
-def resolve_model(name: str | Path) -> ResolvedModel:
+def resolve_model(name: str | Path, *, weights: bool = True) -> ResolvedModel:
     """`embedded`, a checkpoint folder, or `owner/name[@revision]` on the hub (a folder of that name wins).
 
-    Raises ModelError: no such folder or repository, gated, no network, no safetensors.
+    Without `weights` only config and tokenizer are downloaded, into the same folder. Raises ModelError: no such folder or
+    repository, gated, no network, no safetensors.
     """
     name = str(name)
     if name == "embedded":
@@ -68,16 +69,17 @@ def resolve_model(name: str | Path) -> ResolvedModel:
     if folder.is_file():
         raise ModelError(f"{name}: a file", "name the checkpoint's folder; GGUF and single weight files are not read")
     match = HUB_NAME.fullmatch(name)
-    if not match:
+    if not match or name.startswith("runs/"):  # where run folders are, so that a slip in one's name is not asked of the hub
         raise ModelError(f"{name}: no such folder", "check the path; a model on the hub is named owner/name or owner/name@revision")
     repo, revision = match["repo"], match["revision"]
+    wanted = [*WORDS_FILES, *(WEIGHT_FILES if weights else ())]
     with _explained("model", name, ModelError):
-        path = Path(_snapshot(repo_id=repo, revision=revision, allow_patterns=list(MODEL_FILES), ignore_patterns=list(NOT_THESE)))
+        path = Path(_snapshot(repo_id=repo, revision=revision, allow_patterns=wanted, ignore_patterns=list(NOT_THESE)))
     if not (path / "config.json").is_file():
         raise ModelError(
             f"{name}: the repository has no config.json", "name a repository with a whole model, not an adapter or a GGUF file"
         )
-    if not any(path.glob("*.safetensors")):
+    if weights and not any(path.glob("*.safetensors")):
         fix = "look for a copy or a revision (refs/pr/...) of it with safetensors, or convert it once in an environment you trust"
         raise ModelError(f"{name}: the repository has no safetensors, and pickled weights (.bin) are never opened", fix)
     return ResolvedModel(path, repo, path.name if COMMIT.fullmatch(path.name) else revision)
@@ -191,6 +193,7 @@ def _explained(what: str, name: str, error: Callable[[str, str], TunesmithError]
     from huggingface_hub import errors as hub
 
     local = f"or give the path of a local {'folder' if what == 'model' else 'file or folder'}"
+    here = "no such folder, and " if what == "model" else ""  # a slip in a folder's name looks like a name on the hub
     try:
         yield
     except hub.GatedRepoError:
@@ -198,17 +201,17 @@ def _explained(what: str, name: str, error: Callable[[str, str], TunesmithError]
         raise error(f"{name}: the {what} is gated and this account has no access", fix) from None
     except hub.RepositoryNotFoundError:
         fix = f"check the spelling; for a private {what} log in with `hf auth login` (or set HF_TOKEN), {local}"
-        raise error(f"{name}: the hub has no such {what}, or it is private", fix) from None
+        raise error(f"{name}: {here}the hub has no such {what}, or it is private", fix) from None
     except hub.RevisionNotFoundError:
         raise error(f"{name}: the {what} has no such revision", "name a branch, a tag or a commit after the @") from None
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled):
         fix = f"connect (HF_HUB_OFFLINE must not be set) and run it once, {local}"
-        raise error(f"{name}: the hub cannot be reached, and the {what} was not downloaded before", fix) from None
+        raise error(f"{name}: {here}the hub cannot be reached to download the {what}", fix) from None
     except hub.HFValidationError:
         raise error(f"{name}: not a name the hub allows", f"write owner/name, {local}") from None
     except hub.HfHubHTTPError as e:
         raise error(f"{name}: the hub answered with an error: {str(e).splitlines()[0]}", f"try again later, {local}") from None
     except hub.HTTPError as e:  # the connection, below the hub's own errors
         raise error(
-            f"{name}: the hub cannot be reached ({type(e).__name__})", f"check the connection and try again, {local}"
+            f"{name}: {here}the hub cannot be reached ({type(e).__name__})", f"check the connection and try again, {local}"
         ) from None

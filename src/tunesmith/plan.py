@@ -322,8 +322,9 @@ class _Job:
         if dtype == "bf16" and device.kind == "cuda" and not device.bf16:
             raise ModelError(f"{device.name} does not compute in bf16", "set memory.dtype: fp16 (with loss scaling) or fp32")
         rows = Rows.of(lengths, config.data.max_length)
-        steps = train.max_steps or max(1, math.ceil(math.ceil(rows.count / train.batch_size) * train.epochs))
-        epochs = steps * train.batch_size / rows.count if train.max_steps else train.epochs
+        per_epoch = math.ceil(rows.count / train.batch_size)
+        steps = train.max_steps or max(1, math.ceil(per_epoch * train.epochs))
+        epochs = steps / per_epoch if train.max_steps else train.epochs
         held_out = config.data.held_out
         asked = HELD_OUT_ROWS if isinstance(held_out, str) else min(HELD_OUT_ROWS, rows.count * held_out / (1 - held_out))
         every = evaluation.every_steps
@@ -496,14 +497,12 @@ class _Job:
         n = count.total if self.method == "full" else self.adapter_parameters
         whole = count.total * 2
         yield Component("checkpoints", (self.keep + 1) * n * (MASTER + MOMENTS), "disk", f"{self.keep} kept and one being written")
+        if self.keep_best and self.held_out:
+            yield Component("best weights", (self.keep + 1) * n * MASTER, "disk", "float32, at most one beside each checkpoint")
         if self.method == "full":
-            yield Component(
-                "model", whole * (1 + self.keep_best), "disk", f"16-bit weights{', the best so far too' if self.keep_best else ''}"
-            )
+            yield Component("model", whole, "disk", "16-bit weights")
         else:
-            yield Component(
-                "adapter file", n * 4 * (1 + self.keep_best), "disk", f"float32{', the best so far too' if self.keep_best else ''}"
-            )
+            yield Component("adapter file", n * 4, "disk", "float32")
             yield Component("merged export", whole, "disk", "only if you merge: the whole model in 16 bits")
 
     # -- time --
@@ -734,6 +733,7 @@ def _print(plan: Plan, console: Console) -> None:
         f"{plan.steps:,} steps, {plan.tokens:,} tokens; at most {plan.micro_batch_tokens:,} tokens at once, "
         f"activations: {plan.activations}\n"
     )
+    console.print("[dim]memory in GB[/dim]")
     bars = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
     bars.add_column(no_wrap=True)
     bars.add_column(justify="right", no_wrap=True)
@@ -775,7 +775,7 @@ def _print(plan: Plan, console: Console) -> None:
     why = (
         f"measured on {escape(plan.measured)}"
         if plan.measured
-        else "uncalibrated: memory is counted, time may be off by a factor of two"
+        else "uncalibrated: memory is counted from config.json, without the weights; time may be off by a factor of two"
     )
     console.print(f"[dim]note: {why}[/dim]")
     console.print(f"[bold {'green' if plan.fits else 'red'}]{escape(plan.verdict)}[/]", highlight=False)

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from difflib import SequenceMatcher
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from secrets import token_hex
@@ -77,18 +78,24 @@ class Run:
     def create(cls, path: Path | str, config: RunConfig, *, command: Sequence[str]) -> Run:
         """A new run folder with run.yaml and manifest.json. RunError when `path` holds a run already, or anything else.
 
-        One that failed before its first step (it did not fit, its data were refused) holds nothing to keep: it is begun again."""
+        One that ended before its first step (it did not fit, its data were refused, Ctrl-C) holds nothing to keep: it is begun
+        again."""
         run = cls(Path(path).absolute())
-        if run.path.exists() and not run.path.is_dir():
-            raise RunError(f"{path}: is a file", "name a folder as `output`")
-        make_folder(run.path)
+        if file := next((p for p in (run.path, *run.path.parents) if p.exists() and not p.is_dir()), None):
+            raise RunError(f"{path}: {'' if file == run.path else f'{file} '}is a file", "name a folder as `output`")
+        try:
+            make_folder(run.path)
+        except OSError as e:
+            raise _unwritable(path, e) from None
+        former = run.status()  # before the lock is ours: a killed run shows by nobody holding it
         with run.lock():
             there = {p.name for p in run.path.iterdir() if not LEFTOVER.fullmatch(p.name)}
             begun = bool(run._lines("metrics")) or any(run.checkpoints.glob("step-*"))
-            if "run.yaml" in there and (begun or run.status().state != "failed"):
-                raise RunError(
-                    f"{path}: holds a run already ({run.status().state})", "go on with it: --resume; or name another `output`"
-                )
+            if "run.yaml" in there and (begun or former.state not in ("failed", "interrupted")):
+                when = f"after step {former.step}" if former.step else "before its first step"
+                how = f", which was killed {when}" if former.state == "stopped" else f" ({former.state})"
+                go_on = "" if former.state == "finished" else "go on with --resume, or "
+                raise RunError(f"{path}: holds a run already{how}", f"{go_on}choose another `output`")
             if "run.yaml" not in there and (strange := sorted(there - HALF_MADE)):
                 raise RunError(
                     f"{path}: is not empty and not a run folder (it holds {', '.join(strange[:3])})", "name another `output`"
@@ -107,8 +114,17 @@ class Run:
         run = cls(Path(path).absolute())
         if not (run.path / "run.yaml").is_file():
             what = "is not a run folder (no run.yaml)" if run.path.exists() else "there is no such folder"
-            raise RunError(f"{path}: {what}", "name the `output` folder of a training run")
+            raise RunError(f"{path}: {what}", cls.near(path) or "name the `output` folder of a training run")
         return run
+
+    @staticmethod
+    def near(path: Path | str) -> str:
+        """As an error's fix: the run folders beside `path`, here and in runs/, the likest name first; empty when there are none."""
+        found = {
+            str(p.parent) for folder in {Path(path).expanduser().parent, Path(), Path("runs")} for p in folder.glob("*/run.yaml")
+        }
+        ranked = sorted(found, key=lambda p: (-SequenceMatcher(None, p, str(path)).ratio(), p))
+        return f"run folders here: {', '.join(ranked[:5])}" if ranked else ""
 
     @property
     def config(self) -> RunConfig:
@@ -341,7 +357,10 @@ class _Lock:
     @classmethod
     def take(cls, path: Path) -> _Lock:
         for attempt in range(TRIES):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as e:
+                raise _unwritable(path.parent, e) from None
             got = _try_lock(fd)
             if got is None:
                 os.close(fd)
@@ -473,6 +492,10 @@ def _refusal(path: Path) -> RunError:
     )
 
 
+def _unwritable(path: Path | str, e: OSError) -> RunError:
+    return RunError(f"{path}: cannot be written: {e.strerror}", "choose another `output`, or get the right to write there")
+
+
 def _alive(pid: Any) -> bool:
     """Unix only: os.kill(pid, 0) asks; on Windows it would send Ctrl-C, and msvcrt's locks make the question needless."""
     if not isinstance(pid, int) or pid <= 0 or os.name == "nt":
@@ -562,11 +585,12 @@ def _card(
         **({"license": licence} if licence else {}),
         "tags": ["tunesmith", config.method],
     }
-    weights = "model" if full else "adapter"
+    lora, dtype = config.lora, manifest.get("dtype", "an unrecorded precision")
     method = {
-        "full": "every weight was trained",
-        "lora": f"LoRA ({config.lora.variant}), rank {config.lora.rank}, alpha {config.lora.alpha:g}, 16-bit frozen base",
-        "qlora": f"LoRA ({config.lora.variant}), rank {config.lora.rank}, alpha {config.lora.alpha:g}, 4-bit (NF4) frozen base",
+        "full": f"every weight was trained, with float32 masters, in {dtype}",
+        "lora": f"LoRA ({lora.variant}), rank {lora.rank}, alpha {lora.alpha:g}, over the frozen base in {dtype}",
+        "qlora": f"LoRA ({lora.variant}), rank {lora.rank}, alpha {lora.alpha:g}, over the frozen base in 4 bits (NF4), "
+        f"computed in {dtype}",
     }[config.method]
     lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", f"# {name}", ""]
     lines += [f"Tuned from **{shown}** with Tunesmith {manifest['versions'].get('tunesmith', '')}.".replace(" .", "."), ""]
@@ -578,13 +602,40 @@ def _card(
     if losses:
         lines += ["## Before and after", "", "| | before | after |", "|---|---|---|"]
         lines += [f"| {what} | {before:.4f} | {after:.4f} |" for what, (before, after) in losses.items()] + [""]
-    lines += ["## How to load it", "", "```sh", f"tunesmith chat {name}", "```", ""]
+    lines += ["## How to load it", "", f"From the folder that holds `{name}`:", "", "```sh", f"tunesmith chat {name}", "```", ""]
+    where = shown if base == "embedded" or not local else f"path/to/{shown}"
+    lines += ["```python", how_to_load(name, full=full, base=where, manifest=manifest), "```", ""]
+    if config.method == "qlora":
+        lines += ["The adapter was trained over the base in 4 bits; over its 16-bit weights it answers a little differently."]
+    if not full:
+        lines += [f"`tunesmith merge {name} merged` writes one folder that needs neither the base nor PEFT.", ""]
+    return "\n".join(lines)
+
+
+def how_to_load(folder: str, *, full: bool, base: str, manifest: Mapping[str, Any]) -> str:
+    """Python that loads the result in `folder` with transformers (and PEFT) and asks it something. `base` is `embedded`, a hub id
+    or a folder; the manifest knows its revision and the precision it ran in.
+    """
+    dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(manifest.get("dtype", ""), "auto")
+    revision = manifest.get("base_revision")
+    pinned = f", revision={json.dumps(revision)}" if revision else ""
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if full:
-        lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-        lines += [f'model = AutoModelForCausalLM.from_pretrained("{name}/model")']
+        lines += ["", f'model = AutoModelForCausalLM.from_pretrained({json.dumps(folder + "/model")}, dtype="{dtype}")']
     else:
-        lines += ["```python", "from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-        lines += [f'base = AutoModelForCausalLM.from_pretrained("{shown}")']
-        lines += [f'model = PeftModel.from_pretrained(base, "{name}/{weights}")']
-    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{name}/tokenizer")', "```", ""]
+        lines = ["from peft import PeftModel", *lines]
+        where = json.dumps(base)
+        if base == "embedded":
+            lines += ["from tunesmith.hub import resolve_model  # the base is the small model inside the package"]
+            where = 'resolve_model("embedded").path'
+        lines += ["", f'base = AutoModelForCausalLM.from_pretrained({where}{pinned}, dtype="{dtype}")']
+        lines += [f"model = PeftModel.from_pretrained(base, {json.dumps(folder + '/adapter')})"]
+    lines += [
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder + '/tokenizer')})",
+        "",
+        'chat = [{"role": "user", "content": "Your question"}]',
+        'prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")',
+        "answer = model.generate(**prompt, max_new_tokens=100, do_sample=False)[0, prompt.input_ids.shape[1] :]",
+        "print(tokenizer.decode(answer, skip_special_tokens=True))",
+    ]
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, install
 
 Config = Mapping[str, Any]
 Activation = Literal["silu", "gelu_tanh"]
@@ -189,14 +189,14 @@ def support(config: Config) -> Support:
         return Support("refused", f"model_type {kind!r} holds more than text (vision or audio)", fix, notes)
     if kind not in FAMILIES:
         reason = f"model_type {kind!r} has no native family ({', '.join(FAMILIES)}); it runs through transformers, slower"
-        return Support("fallback", reason, "install the extra: pip install 'tunesmith[fallback]'", notes, quantization)
+        return Support("fallback", reason, install("fallback"), notes, quantization)
     if faults := _faults(config):
         return Support("refused", "config.json: " + "; ".join(faults), "download the checkpoint's config.json again", notes)
     try:
         FAMILIES[kind](config)
     except _NotNative as e:
         reason = f"model_type {kind!r} is native, but not with {e}; it runs through transformers, slower"
-        return Support("fallback", reason, "install the extra: pip install 'tunesmith[fallback]'", notes, quantization)
+        return Support("fallback", reason, install("fallback"), notes, quantization)
     except _Wrong as e:
         return Support("refused", f"config.json: {e}", "download the checkpoint's config.json again", notes)
     return Support("native", f"model_type {kind!r}", "", notes, quantization)

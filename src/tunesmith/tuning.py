@@ -23,6 +23,7 @@ from torch import nn
 
 from tunesmith import adapters, models
 from tunesmith.config.schema import RunConfig
+from tunesmith.data.pack import steps
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.render import Renderer, build_renderer
 from tunesmith.data.report import print_one_row
@@ -30,7 +31,7 @@ from tunesmith.devices import local_device
 from tunesmith.errors import AdapterError, DataError, DoesNotFit, Interrupted, RunError, TrainingFailed, TunesmithError
 from tunesmith.evaluate import heldout, report
 from tunesmith.evaluate.heldout import Losses
-from tunesmith.evaluate.statistics import paired_bootstrap
+from tunesmith.evaluate.statistics import FEW_ROWS, paired_bootstrap
 from tunesmith.files import remove_folder, sha256, verify, write_atomic
 from tunesmith.generate import context
 from tunesmith.hub import ResolvedModel, resolve_model
@@ -110,7 +111,7 @@ def _open(config: RunConfig, run: Run, *, resume: bool, console: Console) -> _Se
     if resume:
         run.refuse_if_changed(config, **prints)
     run.record(**prints, date=date, base_name=base.name, base_revision=base.revision, template=renderer.describe(),
-               template_sha256=sha256(renderer.template), device=where.describe())  # fmt: skip
+               template_sha256=sha256(renderer.template), device=where.describe(), dtype=where.precision)  # fmt: skip
     _keep_account(run, prepared)
     _describe(prepared, renderer, console, show=not resume)
     plan = plan_for(config, base.path, prepared.train.lengths)
@@ -173,7 +174,7 @@ class _Session:
         longest = min(config.data.max_length, (context(model) or math.inf) - 1)  # an answer needs room for a token
         rows = prepared.account.held_out_rows if ev.samples else 0
         self.questions = heldout.questions(prepared.conversations(), renderer, COMPARED, rows=rows, longest=longest) if rows else []
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
         self.read: dict[int, Losses] = {}  # held-out losses by step: of the best and of the newest
 
     def newest(self) -> Found | None:
@@ -186,10 +187,13 @@ class _Session:
         return found
 
     def make_room(self) -> None:
-        """DoesNotFit when the disk cannot hold the checkpoints, in which AdamW's two moments are as large as the weights."""
+        """DoesNotFit when the disk cannot hold the checkpoints, in which AdamW's two moments are as large as the weights, and
+        beside each of them the best weights as they were then.
+        """
         masters = self._masters()
         moments = {f"{key}/{name}": m for key in ("exp_avg", "exp_avg_sq") for name, m in masters.items()}
-        checkpoint.preflight(self.run.checkpoints, {**masters, **moments}, self.config.checkpoint.keep)
+        kept = {self.run.checkpoints: {**masters, **moments}} | ({self.run.path / "best": masters} if self.keeps_best else {})
+        checkpoint.preflight(kept, self.config.checkpoint.keep)
 
     def go(self, found: Found | None, *, again: bool) -> None:
         """Train to the end and write the result. `again`: the run was begun before; it goes on from `found`, or from the start."""
@@ -232,12 +236,11 @@ class _Session:
     # ---- what the loop calls ---------------------------------------------------------------------------------------------------
 
     def examples_of(self, step: int) -> list:
-        """The examples of optimiser step `step`: epoch after epoch, each shuffled anew; an epoch's last step may hold fewer."""
+        """The examples of optimiser step `step`: epoch after epoch, each shuffled anew and spread evenly over its steps."""
         epoch, at = divmod(step, self.per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, self.prepared.epoch(self.config.seed, epoch).tolist())
-        size = self.config.train.batch_size
-        return [self.prepared.train[i] for i in self._order[1][at * size : (at + 1) * size]]
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, steps(self.prepared.epoch(self.config.seed, epoch), self.config.train.batch_size)
+        return [self.prepared.train[i] for i in self._epoch[1][at]]
 
     def evaluate(self, state: State) -> float | None:
         """Held-out loss and a few sample answers, recorded. Nothing is recorded of an evaluation that was stopped."""
@@ -416,6 +419,7 @@ def summary(console: Console, run: Path) -> None:
     sure = "too few rows to say how sure"
     if low is not None and high is not None:
         word = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
+        word = "few rows" if loss["rows"] < FEW_ROWS else word
         sure = f"{word}: {loss['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
     before, after = ("not finite" if loss[k] is None else f"{loss[k]:.3f}" for k in ("before", "after"))
     seen = loss.get("overlap", 0)

@@ -135,7 +135,11 @@ def test_missing_files_and_folders(run_yaml):
     with pytest.raises(ConfigError, match=r"rum.yaml: no such file\nfix: here are: run.yaml"):
         load("rum.yaml")
     Path("empty").mkdir()
-    assert faults("empty") == ["empty/run.yaml: no such file"]
+    with pytest.raises(ConfigError, match=r"empty: a folder without a run.yaml\nfix: .*`tunesmith init empty`"):
+        load("empty")
+    Path("rows.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match=r"rows.jsonl: not a run file .*\nfix: .*`tunesmith init rows.jsonl`"):
+        load("rows.jsonl")
     assert "cannot be read" in faults("a\0b")[0]
 
 

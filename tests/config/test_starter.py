@@ -59,13 +59,19 @@ def test_a_look_is_a_look_and_not_a_reading(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["a b: #c.jsonl", "é\u2028.jsonl", "- x", "x" * 300 + " y" * 60])
-def test_data_that_cannot_be_read_still_gives_a_starter_that_loads(tmp_path, path):
-    def rows(path):
-        raise DataError(f"{path}: no such file\nor folder")
-
-    text = starter(look(path, rows, detect), model=path, output=path + "-run")
-    assert "# The data was not read: " in text and "no such file or folder" in text
+def test_any_path_gives_a_starter_that_loads(tmp_path, path):
+    text = starter(path, model=path, output=path + "-run")
+    assert "# Nobody has looked at the data yet" in text
     assert loaded(text, tmp_path).data.train[0].path == path
+
+
+def test_data_that_cannot_be_read_is_said_at_once(tmp_path):
+    def rows(path):
+        raise DataError(f"{path}: no such file or folder")
+        yield
+
+    with pytest.raises(DataError, match="no such file"):
+        look("chat", rows, detect)
 
 
 def test_the_schema_line_stands_only_where_it_leads_somewhere(tmp_path):

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from tunesmith.config import starter
 from tunesmith.config.schema import Data
+from tunesmith.data import formats, sources
 from tunesmith.data import report as report_module
 from tunesmith.data.prepare import prepare
 from tunesmith.data.render import Rendered, RowRefused
-from tunesmith.data.report import check_report, look
+from tunesmith.data.report import check_report
 from tunesmith.errors import DataError
 from tunesmith.types import Example
 
@@ -78,8 +80,8 @@ def test_the_account_and_the_verdict(tmp_path):
     (line,) = [line for line in text.splitlines() if "a.jsonl  " in line]
     assert line.split()[1:6] == ["33", "31", "0", "0", "2"]
     assert "formats: 32 question_answer" in text
-    assert re.search(r"no known format has these keys: foo +1 +\S*a.jsonl:32", text)
-    assert re.search(r"904 tokens, and data.max_length is \d+ +1 +\S*a.jsonl:33", text)
+    assert re.search(r"1 row refused: no known format has these keys: foo \(\S*a.jsonl:32\)", text)
+    assert re.search(r"1 row refused: 904 tokens, and data.max_length is \d+ \(\S*a.jsonl:33\)", text)
     assert "duplicates: 1 rows repeat an earlier one word for word" in text
     trained = 31 * len("an answer|")
     assert f"31 examples to train on; {trained} of" in text.replace(",", "")
@@ -108,6 +110,24 @@ def test_what_truncation_would_cut(tmp_path):
     assert table["1,024"][:3] == ["1", "1", f"{5000 - 1024:,}"]
     assert table["8,192"][:3] == ["0", "0", "0"]
     assert "the longest 550" in text and "(2 of them are refused" in text
+
+
+def test_tables_keep_their_numbers_whole_on_a_narrow_terminal(tmp_path):
+    """At 80 columns, with a long path and a second source."""
+    folder = tmp_path / ("a" * 60)
+    folder.mkdir()
+    report = checked(folder, [row(f"question {i}") for i in range(30)], held_out=0)
+    out = io.StringIO()
+    report.account.sources[0].rows = 1_234_567
+    report.print(Console(file=out, width=80, force_terminal=False))
+    head = next(line for line in out.getvalue().splitlines() if line.startswith("source"))
+    assert head.split() == ["source", "rows", "used", "fixed", "truncated", "refused"] and len(head) <= 80
+    assert re.search(r"1,234,567 +30 +0 +0 +0$", out.getvalue(), re.M)
+
+
+def test_the_first_limit_that_cuts_nothing_is_the_last_one_told(tmp_path):
+    text = printed(checked(tmp_path, [row(f"question {i} {'x' * 500}") for i in range(9)], held_out=0))
+    assert [line.split()[0] for line in text.splitlines() if re.match(r" *[\d,]+ .*%\)$", line)] == ["512", "1,024"]
 
 
 def test_tokens_without_colour_are_marked(tmp_path):
@@ -169,9 +189,8 @@ def test_markup_and_control_characters_in_peoples_text_are_shown_not_obeyed(tmp_
 def test_look_names_formats_and_faults(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row("q")) + "\n{cut\n")
-    seen = look(str(path))
+    seen = starter.look(path, sources.rows, formats.detect)
     assert dict(seen.formats) == {"question_answer": 1} and len(seen.refused) == 1
-    assert "no such file" in look(str(tmp_path / "no.jsonl")).why_not
 
 
 def test_rows_of_a_few_tokens_have_a_histogram(tmp_path):

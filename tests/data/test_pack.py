@@ -41,14 +41,20 @@ def test_micro_batches_are_few():
 
 @CASES
 @given(LENGTHS, st.integers(1, 9), st.integers(1, 80), st.integers(0, 5))
-def test_an_epoch_holds_every_example_once_and_the_last_step_what_is_left(lengths, batch_size, budget, seed):
+def test_an_epoch_holds_every_example_once_spread_evenly_over_as_few_steps_as_can_be(lengths, batch_size, budget, seed):
     order = np.random.default_rng(seed).permutation(len(lengths))
     plan = plan_epoch(order, np.array(lengths, np.int64), batch_size, budget)
     assert sorted(i for step in plan for part in step for i in part) == list(range(len(lengths)))
     sizes = [sum(map(len, step)) for step in plan]
-    assert sizes[:-1] == [batch_size] * (len(sizes) - 1)
-    assert all(1 <= n <= batch_size for n in sizes[-1:])
+    assert len(sizes) == -(-len(lengths) // batch_size)
+    assert max(sizes, default=0) <= batch_size and max(sizes, default=0) - min(sizes, default=0) <= 1
     assert [sorted(i for part in step for i in part) for step in plan] == [sorted(s) for s in steps(order, batch_size)]
+
+
+def test_no_step_of_an_epoch_holds_a_single_row_left_over():
+    """609 = 38 x 16 + 1: the demo's rows."""
+    sizes = [len(step) for step in steps(range(609), 16)]
+    assert len(sizes) == 39 and set(sizes) == {15, 16}
 
 
 @CASES

@@ -99,7 +99,7 @@ def make_run(folder: Path, *, state="finished", say=lambda words: words) -> Path
             "rows": [{"index": i, "prompt": say(f"question {i}"), "gold": say("gold"), "before": {"answer": say("old"),
             "loss": 2.5},
                       "after": {"answer": say("new"), "loss": 1.5}} for i in range(3)],
-            "loss": {"before": 2.91, "after": 1.84, "interval": [-1.2, -0.9], "rows": 10},
+            "loss": {"before": 2.91, "after": 1.84, "interval": [-1.2, -0.9], "rows": 40},
             "metrics": {say("exact match"): {"before": 0.1, "after": 0.3, "interval": [-0.1, 0.4]}},
         },
     }  # fmt: skip
@@ -148,7 +148,7 @@ def make_run(folder: Path, *, state="finished", say=lambda words: words) -> Path
 def test_a_finished_run_shows_every_part(tmp_path):
     found = read(make_run(tmp_path / "run"))
     for words in (
-        "Better", "Held-out loss 2.91 → 1.84; 95 % interval of the difference −1.2 to −0.9.", "10 held-out rows",
+        "Better", "Held-out loss 2.91 → 1.84; 95 % interval of the difference −1.2 to −0.9.", "40 held-out rows",
         "exact match", "no difference shown",
         "question 0", "gold", "old", "new", "at 40", "chats.jsonl:7", "not JSON", "merged turns (5 rows)", "{broken",
         "something happened",
@@ -162,6 +162,8 @@ def test_a_finished_run_shows_every_part(tmp_path):
     ("loss", "word"),
     [
         ({"before": 2.9, "after": 1.8, "interval": [-1.2, -1.0]}, "Better"),
+        ({"before": 2.9, "after": 1.8, "interval": [-1.2, -1.0], "rows": 19}, "Few rows"),
+        ({"before": 2.9, "after": 1.8, "interval": [-1.2, -1.0], "rows": 20}, "Better"),
         ({"before": 1.8, "after": 2.9, "interval": [1.0, 1.2]}, "Worse"),
         ({"before": 2.0, "after": 1.99, "interval": [-0.05, 0.03]}, "No difference shown"),
         ({"before": 2.0, "after": 1.9, "interval": [-0.2, 0.0]}, "No difference shown"),

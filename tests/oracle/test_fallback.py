@@ -345,4 +345,4 @@ def test_without_transformers_the_fix_is_the_extra(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingExtra) as e:
         models.load(folders / "gpt2")
-    assert "tunesmith[fallback]" in e.value.fix
+    assert '-e ".[fallback]"' in e.value.fix

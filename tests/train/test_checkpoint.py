@@ -88,11 +88,18 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(two, monkeypatch
     with pytest.raises(DoesNotFit, match=r"checkpoint of step 30 needs [\d,]+ bytes .* 900 are free"):
         write(two, 30)
     assert sorted(p.name for p in two.iterdir()) == ["step-00000010", "step-00000020"]
-    one = checkpoint.bytes_needed({"w": torch.zeros(1000)})
-    with pytest.raises(DoesNotFit, match=f"{3 * one:,}"):
-        checkpoint.preflight(two / "new", {"w": torch.zeros(1000)}, keep=2)
-    monkeypatch.setattr(files, "free_bytes", lambda path: 3 * one)
-    checkpoint.preflight(two / "new", {"w": torch.zeros(1000)}, keep=2)
+    weights = {"w": torch.zeros(1000)}
+    whole = weights | {"m": torch.zeros(2000)}
+    needed = 3 * (checkpoint.bytes_needed(weights) + checkpoint.bytes_needed(whole))
+    kept = {two / "new": whole, two / "best": weights}
+    monkeypatch.setattr(files, "free_bytes", lambda path: needed - 1)
+    with pytest.raises(DoesNotFit, match=f"{needed:,}"):
+        checkpoint.preflight(kept, keep=2)
+    monkeypatch.setattr(files, "free_bytes", lambda path: needed)
+    checkpoint.preflight(kept, keep=2)
+    there = sum(f.stat().st_size for f in checkpoint.save(two / "best", 10, weights, {}).iterdir())
+    monkeypatch.setattr(files, "free_bytes", lambda path: needed - there)  # what is there already is not needed again
+    checkpoint.preflight(kept, keep=2)
 
 
 STATE = {

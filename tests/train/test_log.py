@@ -102,7 +102,7 @@ def test_an_unknown_tracker_is_refused_with_the_near_name(run):
 
 def test_tensorboard_missing(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(MissingExtra, match=r"tunesmith\[tensorboard\]"):
+    with pytest.raises(MissingExtra, match=r"tensorboard is not installed\nfix: .*\[tensorboard\]"):
         Log(run, ["tensorboard"])
 
 

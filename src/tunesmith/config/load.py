@@ -22,6 +22,7 @@ from tunesmith.errors import ConfigError
 
 MAX_BYTES = 1 << 20
 LAST = 1 << 30  # overrides are told after all lines of the file
+ROWS = {".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz"}  # endings of data, which is easily named by mistake
 FOUR_KEYS = "write model, data, method and output; `tunesmith init DATA` writes such a file for you"
 REQUIRED = {
     "model": "write a checkpoint folder, a hub id such as mistralai/Mistral-7B-Instruct-v0.3, or embedded",
@@ -76,6 +77,9 @@ def _absolute(value: Any) -> Any:
 
 
 def _text_of(path: Path) -> tuple[str, str]:
+    if path.suffix.lower() in ROWS or (path.is_dir() and not (path / "run.yaml").exists()):
+        what = "a folder without a run.yaml" if path.is_dir() else "not a run file by its name"
+        raise ConfigError(f"{path}: {what}", f"if these are your rows, `tunesmith init {path}` writes a run file for them")
     try:
         if path.is_dir():
             path /= "run.yaml"

@@ -302,7 +302,8 @@ class Train(Section):
         trl="per_device_train_batch_size x gradient_accumulation_steps",
         unsloth="per_device_train_batch_size x gradient_accumulation_steps",
     )
-    """Examples per optimiser step. How many micro-batches that takes is the memory plan's affair and never changes the gradient."""
+    """Examples per optimiser step, at most: an epoch's are spread evenly over as few steps as that allows. How many micro-batches a
+    step takes is the memory plan's affair and never changes the gradient."""
     learning_rate: Rate | Auto = key(
         "auto",
         high="The loss jumps, rises or becomes NaN; answers turn into repetition.",

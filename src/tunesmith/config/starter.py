@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config.yaml12 import one_line, show, write
-from tunesmith.errors import TunesmithError
 
 LOOK = 2_000  # rows; enough to know the format and the length, read in about a second
 CHARACTERS_A_TOKEN = 3.5  # English text is nearer to 4; short of it, so that max_length comes out long enough
@@ -32,31 +31,28 @@ class Look:
     refused: list[str] = field(default_factory=list)  # the first few, with their line
     unknown: int = 0  # rows of no known format
     characters: list[int] = field(default_factory=list)  # of each row that must fit whole
-    why_not: str = ""  # why nothing could be read
+    taken: bool = True  # False: nobody looked
 
 
 def look(path: str | os.PathLike[str], rows: Callable[[str], Iterable[Any]], detect: Callable[[Any], str | None]) -> Look:
     """Look at the first rows of `path`. `rows` yields rows with `.value`, or what was refused with `.reason`; `detect` names a
-    value's format. Data that cannot be read is no error here: the starter says why in a comment."""
+    value's format. What `rows` raises for data that cannot be read passes."""
     seen = Look(os.fspath(path))
-    try:
-        for row in rows(seen.path):
-            if seen.rows + len(seen.refused) >= LOOK:
-                seen.more = True
-                break
-            if hasattr(row, "reason"):
-                seen.refused.append(f"{row.origin}: {row.reason}")
-                continue
-            seen.rows += 1
-            kind = detect(row.value)
-            if kind is None:
-                seen.unknown += 1
-                continue
-            seen.formats[kind] += 1
-            if kind != "text":  # raw text is cut into windows of any length
-                seen.characters.append(_characters(row.value))
-    except TunesmithError as fault:
-        seen.why_not = one_line(fault.what)
+    for row in rows(seen.path):
+        if seen.rows + len(seen.refused) >= LOOK:
+            seen.more = True
+            break
+        if hasattr(row, "reason"):
+            seen.refused.append(f"{row.origin}: {row.reason}")
+            continue
+        seen.rows += 1
+        kind = detect(row.value)
+        if kind is None:
+            seen.unknown += 1
+            continue
+        seen.formats[kind] += 1
+        if kind != "text":  # raw text is cut into windows of any length
+            seen.characters.append(_characters(row.value))
     return seen
 
 
@@ -74,7 +70,7 @@ def starter(
     """The YAML text. `seen` is what `look` returned, or a path for a starter without a look; `output` is the run folder; `file` is
     where the text will be written (its first line leads an editor to the schema when that is near)."""
     if not isinstance(seen, Look):
-        seen = Look(os.fspath(seen), why_not="nobody looked at it")
+        seen = Look(os.fspath(seen), taken=False)
     about_model = "the small model in the package; a real one: mistralai/Mistral-7B-Instruct-v0.3"
     lines = [*_schema_line(file), f"# What to train, on what, how, and where to. Next: tunesmith check {file}", ""]
     lines += [_line("model", model, about_model if model == "embedded" else "a folder or a hub id"), ""]
@@ -108,8 +104,8 @@ def _line(key: str, value: Any, comment: str = "") -> str:
 
 
 def _about_data(seen: Look) -> list[str]:
-    if seen.why_not:
-        return [f"# The data was not read: {_comment(seen.why_not)}", "# `tunesmith check` says what is in it once it can be."]
+    if not seen.taken:
+        return ["# Nobody has looked at the data yet: `tunesmith check` says what is in it."]
     count = f"the first {seen.rows:,} rows" if seen.more else f"{seen.rows:,} rows"
     found = ", ".join(f"{n:,} {kind}" if len(seen.formats) > 1 else kind for kind, n in seen.formats.most_common())
     said = [f"# Seen in the data: {count}{f', format {found}' if found else ''}"]

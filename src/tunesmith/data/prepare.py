@@ -188,7 +188,10 @@ class Prepared:
         account = self.account
         if account.refused > max_refused * account.rows:
             share = account.refused / account.rows
-            top = [f"  {r.count:,} rows: {r.reason} ({', '.join(r.places)})" for r in account.reasons()[:5]]
+            top = [
+                f"  {r.count:,} {'row' if r.count == 1 else 'rows'}: {r.reason} ({', '.join(r.places)})"
+                for r in account.reasons()[:5]
+            ]
             raise DataError(
                 f"{account.refused:,} of {account.rows:,} rows ({share:.1%}) were refused; data.max_refused is {max_refused}\n"
                 + "\n".join(top),

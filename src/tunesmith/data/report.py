@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tunesmith.config import starter
-from tunesmith.data import formats, sources
 from tunesmith.data.prepare import Account, Prepared
 from tunesmith.errors import DataError
 from tunesmith.types import Example
@@ -57,7 +55,9 @@ class CheckReport:
     """What `tunesmith check` says. `fault` is why training would be refused, None when it would not."""
 
     account: Account
-    train: int  # examples
+    train: int  # examples, the held-out ones left out, as in the next two
+    tokens: int
+    trained: int
     lengths: np.ndarray  # tokens of every example, held-out ones too, int64 [N]
     last: np.ndarray  # position of each example's last trained token [N]
     max_length: int
@@ -106,6 +106,8 @@ def check_report(prepared: Prepared, renderer: Renderer, show: int | None = None
     return CheckReport(
         account=account,
         train=len(prepared.train),
+        tokens=int(prepared.train.lengths.sum()),
+        trained=int(prepared.train.trained.sum()),
         lengths=index["length"].astype(np.int64),
         last=index["last"].astype(np.int64),
         max_length=data.max_length,
@@ -126,11 +128,6 @@ def print_one_row(prepared: Prepared, renderer: Renderer, console: Console) -> N
     at = int(short.argmin())
     _tokens(Shown(f"what is learned, shown on {train.origin(at)}", _runs(train[at], renderer)), console)
     console.print(_text(_legend(console) + "; more rows: tunesmith check\n", "dim"))
-
-
-def look(path: str) -> starter.Look:
-    """What the first rows of a source show, for `tunesmith init`."""
-    return starter.look(path, sources.rows, formats.detect)
 
 
 # ---- which rows, and their tokens ----------------------------------------------------------------------------------------------
@@ -189,42 +186,52 @@ def _text(text: Any, style: str = "") -> Text:
 
 
 def _table(*columns: str) -> Any:
-    from rich import box
+    """Two blanks between columns; where that is too wide the first one folds, numbers never do."""
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
+        table.add_column(name, justify="right" if i else "left", overflow="fold", no_wrap=bool(i))
     return table
 
 
+def _line(console: Console, text: Text) -> None:
+    """On a terminal a long line wraps between words; in a file it stays one line."""
+    console.print(text, soft_wrap=not console.is_terminal)
+
+
 def _classes(report: CheckReport, console: Console) -> None:
-    table = _table("source", "rows", "used", "fixed", "truncated", "refused", "examples", "tokens", "trained")
-    total = [0] * 8
+    table = _table("source", "rows", "used", "fixed", "truncated", "refused")
+    total = [0] * 5
     for s in report.account.sources:
-        numbers = [s.rows, s.used, s.fixed, s.truncated, s.refused, s.examples, s.tokens, s.trained]
+        numbers = [s.rows, s.used, s.fixed, s.truncated, s.refused]
         total = [a + b for a, b in zip(total, numbers, strict=True)]
         table.add_row(_text(s.path + (" (held out)" if s.held_out else "")), *(f"{n:,}" for n in numbers))
     if len(report.account.sources) > 1:
         table.add_row("all", *(f"{n:,}" for n in total), style="bold")
     console.print(table)
+    console.print()
     for s in report.account.sources:
         of = f" of {s.path}" if len(report.account.sources) > 1 else ""
         if s.formats:
-            console.print(_text(f"formats{of}: " + ", ".join(f"{n:,} {name}" for name, n in s.formats.items())))
+            _line(console, _text(f"formats{of}: " + ", ".join(f"{n:,} {name}" for name, n in s.formats.items())))
+        if of:  # of all together the last line tells
+            _line(console, _text(f"examples{of}: {s.examples:,}; {s.trained:,} of {s.tokens:,} tokens are trained"))
         for title, counts in (("fixed", s.fixes), ("truncated", s.cuts), ("files", s.notes)):
             for what, n in counts.items():
-                console.print(_text(f"{title}{of}: {n:,} {what}"))
+                _line(console, _text(f"{title}{of}: {n:,} {what}"))
         for name in s.skipped:
-            console.print(_text(f"not read{of}: {name}", "yellow"))
-    if reasons := report.account.reasons():
-        refused = _table("refused because", "rows", "such as")
-        refused.columns[2].justify = "left"
-        for r in reasons[:12]:
-            refused.add_row(_text(r.reason), f"{r.count:,}", _text(", ".join(r.places)))
-        console.print(refused)
+            _line(console, _text(f"not read{of}: {name}", "yellow"))
+    reasons = report.account.reasons()
+    for r in reasons[:12]:
+        _line(
+            console,
+            _text(f"{r.count:,} {'row' if r.count == 1 else 'rows'} refused: {r.reason}")
+            + _text(f" ({', '.join(r.places)})", "dim"),
+        )
+    if reasons:
         more = f"{len(reasons) - 12} more reasons; " if len(reasons) > 12 else ""
-        console.print(_text(f"{more}every refused row: {report._places}"))
+        _line(console, _text(f"{more}every refused row: {report._places}"))
 
 
 def _lengths(report: CheckReport, console: Console) -> None:
@@ -232,7 +239,7 @@ def _lengths(report: CheckReport, console: Console) -> None:
     if not len(lengths):
         return
     middle, late, most = (int(np.quantile(lengths, q)) for q in (0.5, 0.95, 1.0))
-    console.print(_text(f"\nlengths in tokens: half up to {middle:,}, 95 % up to {late:,}, the longest {most:,}", "bold"))
+    _line(console, _text(f"\nlengths in tokens: half up to {middle:,}, 95 % up to {late:,}, the longest {most:,}", "bold"))
     every = np.concatenate([lengths, np.array(report.account.overlong, np.int64)])
     edges = [0, *(2**k for k in range(4, 40) if 2**k < max(2 * every.max(), 17))]  # at least one bin
     counts = [int(((every > a) & (every <= b)).sum()) for a, b in pairwise(edges)]
@@ -241,37 +248,33 @@ def _lengths(report: CheckReport, console: Console) -> None:
         bar = "█" * round(BAR * n / max(counts)) or ("▏" if n else "")
         console.print(_text(f"{'up to ' + format(high, ','):>14} {n:>9,} {bar}"))
     if report.account.overlong:
-        console.print(
-            _text(f"({len(report.account.overlong):,} of them are refused: longer than data.max_length {report.max_length:,})")
-        )
+        told = f"({len(report.account.overlong):,} of them are refused: longer than data.max_length {report.max_length:,})"
+        _line(console, _text(told))
     table = _table("data.max_length", "examples cut", "answers cut", "tokens cut")
     known = [n for n in LIMITS if report.overlength == "refuse" or n < report.max_length]  # cut rows no longer tell their length
-    for limit in known:
+    for limit in known:  # the first one that cuts nothing is the last to be told
         over = every > limit
         answers = int((report.last >= limit).sum()) + sum(n > limit for n in report.account.overlong)
         cut = int((every[over] - limit).sum())
         table.add_row(f"{limit:,}", f"{int(over.sum()):,}", f"{answers:,}", f"{cut:,} ({cut / every.sum():.1%})")
+        if not over.any():
+            break
     if known:
+        console.print()
         console.print(table)
 
 
 def _duplicates(report: CheckReport, console: Console) -> None:
     a = report.account
-    if a.exact_duplicates or a.near_duplicates:
-        console.print(
-            _text(
-                f"duplicates: {a.exact_duplicates:,} rows repeat an earlier one word for word, {a.near_duplicates:,} more nearly do"
-            )
-        )
-    else:
-        console.print(_text("duplicates: none"))
-    console.print(_text(f"held out: {report.held_out}"))
+    told = f"{a.exact_duplicates:,} rows repeat an earlier one word for word, {a.near_duplicates:,} more nearly do"
+    _line(console, _text(f"\nduplicates: {told if a.exact_duplicates or a.near_duplicates else 'none'}"))
+    _line(console, _text(f"held out: {report.held_out}"))
     if any(s.held_out for s in a.sources):
         style = "yellow" if a.overlap_exact + a.overlap_near else ""
         told = (
             f"overlap: {a.overlap_exact:,} held-out rows are also training rows word for word, {a.overlap_near:,} more nearly are"
         )
-        console.print(_text(told, style))
+        _line(console, _text(told, style))
 
 
 def _tokens(shown: Shown, console: Console) -> None:
@@ -296,12 +299,11 @@ def _legend(console: Console) -> str:
 
 def _verdict(report: CheckReport, console: Console) -> None:
     if any(shown.runs for shown in report.shown):
-        console.print(_text(f"\n({_legend(console)})"))
+        _line(console, _text(f"\n({_legend(console)})\n"))
     if report.fault is not None:
-        console.print(_text(f"error: {report.fault.what}", "bold red"))
-        console.print(_text(f"fix: {report.fault.fix}"))
+        _line(console, _text(f"error: {report.fault.what}", "bold red"))
+        _line(console, _text(f"fix: {report.fault.fix}"))
         return
-    trained = sum(s.trained for s in report.account.sources)
-    tokens = sum(s.tokens for s in report.account.sources)
-    share = f"{trained / max(1, tokens):.0%}"
-    console.print(_text(f"{report.train:,} examples to train on; {trained:,} of {tokens:,} tokens ({share}) are trained", "bold"))
+    share = f"{report.trained / max(1, report.tokens):.0%}"
+    told = f"{report.train:,} examples to train on; {report.trained:,} of their {report.tokens:,} tokens ({share}) are trained"
+    _line(console, _text(told, "bold"))

@@ -33,14 +33,16 @@ from tunesmith.evaluate.page import (
     swatch,
     table,
 )
+from tunesmith.evaluate.statistics import FEW_ROWS
 from tunesmith.files import write_atomic
-from tunesmith.run import Run
+from tunesmith.run import Run, how_to_load
 
 CASES, OPEN_CASES = 24, 8  # side-by-side answers on the page, and how many of them are unfolded
 SHOWN, MOST = 420, 12_000  # characters of a text before it folds, and at all
 REFUSED, REASONS, EVENTS, EVALUATIONS, SOURCES = 40, 30, 60, 200, 30  # rows of each table
 LINE_MOST = 1 << 20  # bytes of one line of a jsonl file that are read at all
 GIB = 1 << 30
+MEANING = "A lower loss means closer in wording to the held-out answers, not that an answer is true."
 STATES = {
     "finished": ("finished", "good"), "running": ("still running", "open"), "preparing": ("preparing", "open"),
     "interrupted": ("stopped on request", "open"), "stopped": ("stopped unexpectedly", "bad"), "failed": ("failed", "bad"),
@@ -237,12 +239,16 @@ def _verdict(found: _Found) -> _Verdict:
         difference = after - before if difference is None else difference
         words = f"95 % interval of the difference {signed(lo)} to {signed(hi)}"
         rows = f"{count:,.0f} held-out rows" if (count := _finite(found.loss.get("rows"))) else "held-out rows"
-        small = f"In {lead}. Before and after saw the same {rows}, which were never trained on."
+        small = f"In {lead}. Before and after saw the same {rows}, which were never trained on. {MEANING}"
         if seen := _count(found.loss.get("overlap")):
             say = (
                 f"{move[0].upper()}{move[1:]}, but {seen:,} of the {rows} are trained on too, so this shows nothing about new rows."
             )
             return _Verdict("No verdict", "open", say, f"In {lead}. Take those rows out of one of the two files.")
+        if (_finite(found.loss.get("rows")) or math.inf) < FEW_ROWS:
+            more = f"Raise data.held_out: from {FEW_ROWS} rows on a verdict is given."
+            say = f"{move[0].upper()}{move[1:]} on only {rows}; {words}. {more}"
+            return _Verdict("Few rows", "open", say, small, difference, (lo, hi))
         if hi < 0:
             return _Verdict("Better", "good", f"{move[0].upper()}{move[1:]}; {words}.", small, difference, (lo, hi))
         if lo > 0:
@@ -678,20 +684,11 @@ def _use(found: _Found) -> Markup:
     full = found.method == "full"
     if not full:
         shell += f"\ntunesmith merge {where} merged-model        # a plain Hugging Face folder"
-    base = json.dumps(str(found.manifest.get("base_name") or found.config.get("model") or "BASE"))
-    place = json.dumps(f"{found.config.get('output') or found.name}/{'model' if full else 'adapter'}")
-    python = "from transformers import AutoModelForCausalLM\n\n"
-    if full:
-        python += f"model = AutoModelForCausalLM.from_pretrained({place})"
-    else:
-        python = (
-            "from peft import PeftModel\n"
-            + python
-            + f"base = AutoModelForCausalLM.from_pretrained({base})\nmodel = PeftModel.from_pretrained(base, {place})"
-        )
+    base = str(found.manifest.get("base_name") or found.config.get("model") or "BASE")
+    python = how_to_load(str(found.config.get("output") or found.name), full=full, base=base, manifest=found.manifest)
     note = "Ask it the way it was trained: the chat template that it was trained with is in the folder tokenizer/."
     return el("section", el("h2", "How to use it"), el("p", note, class_="note"), el("pre", el("code", shell)),
-              fold("In Python, without Tunesmith", el("pre", el("code", python))))  # fmt: skip
+              fold("In Python, with transformers", el("pre", el("code", python))))  # fmt: skip
 
 
 def _details(found: _Found) -> Markup | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+FEW_ROWS = 20  # held-out rows below which a difference is told without the word better or worse
 CELLS = 4_000_000  # counts drawn at a time: 32 MB however many rows there are
 
 

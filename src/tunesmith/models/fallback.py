@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tunesmith.errors import MissingExtra, ModelError
+from tunesmith.errors import MissingExtra, ModelError, install
 from tunesmith.models import weights
 from tunesmith.models.linear import NF4Linear
 from tunesmith.models.weights import FLOATS, MARK, QUANTISED, Progress, Stored
@@ -33,7 +33,6 @@ from tunesmith.ops.attention import Layout
 from tunesmith.spec import checkpoint_quantization, read_config
 
 NEEDED = (5, 17)  # transformers, and below 6
-INSTALL = "pip install 'tunesmith[fallback]'"
 
 # Fields that every config class declares and that a checkpoint has no say in: how it runs, what it returns, what it was called.
 OURS = {"dtype", "torch_dtype", "output_hidden_states", "output_attentions", "return_dict", "use_cache", "chunk_size_feed_forward",
@@ -323,10 +322,12 @@ def _config(raw: Mapping[str, Any]) -> tuple[Any, list[str]]:
     try:
         import transformers
     except ImportError:
-        raise MissingExtra("this architecture runs through transformers, which is not installed", INSTALL) from None
+        raise MissingExtra("this architecture runs through transformers, which is not installed", install("fallback")) from None
     version = tuple(int(n) for n in transformers.__version__.split(".")[:2])
     if not NEEDED <= version < (6,):
-        raise MissingExtra(f"transformers {transformers.__version__} is installed; 5.17 or newer and below 6 is needed", INSTALL)
+        raise MissingExtra(
+            f"transformers {transformers.__version__} is installed; 5.17 or newer and below 6 is needed", install("fallback")
+        )
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = raw.get("model_type")

@@ -22,7 +22,12 @@ class Place:
     def describe(self) -> str:
         """`NVIDIA H200 in bf16`"""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else {"cpu": "CPU", "mps": "Apple GPU"}[self.device.type]
-        return f"{name} in {next(word for word, dtype in DTYPES.items() if dtype is self.dtype)}"
+        return f"{name} in {self.precision}"
+
+    @property
+    def precision(self) -> str:
+        """bf16, fp16 or fp32."""
+        return next(word for word, dtype in DTYPES.items() if dtype is self.dtype)
 
 
 def place(memory: Memory) -> Place:

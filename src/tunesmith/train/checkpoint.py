@@ -123,11 +123,13 @@ def bytes_needed(tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None 
     return header + _bytes(tensors) + len(_state_text(0, state or {})) + 1024
 
 
-def preflight(folder: Path, tensors: Mapping[str, Tensor], keep: int) -> None:
-    """Before the first step: DoesNotFit when the disk cannot hold `keep` checkpoints and the one being written."""
-    held = sum(f.stat().st_size for p in folder.iterdir() for f in p.glob("*")) if folder.is_dir() else 0
-    needed = (keep + 1) * bytes_needed(tensors)
-    ensure_room(folder, max(0, needed - held), f"keeping {keep} checkpoints and writing the next")
+def preflight(kept: Mapping[Path, Mapping[str, Tensor]], keep: int) -> None:
+    """Before the first step: DoesNotFit when the disk cannot hold `keep` checkpoints and the one being written. `kept`: what one of
+    them holds, for each folder they are in.
+    """
+    needed = (keep + 1) * sum(bytes_needed(tensors) for tensors in kept.values())
+    held = sum(f.stat().st_size for folder in kept if folder.is_dir() for f in folder.glob("*/*"))
+    ensure_room(next(iter(kept)), max(0, needed - held), f"keeping {keep} checkpoints and writing the next")
 
 
 def rng_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

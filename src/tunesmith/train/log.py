@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from tunesmith.errors import ConfigError, MissingExtra
+from tunesmith.errors import ConfigError, MissingExtra, install
 from tunesmith.redact import redact
 from tunesmith.registry import Registry
 from tunesmith.run import Run
@@ -98,7 +98,7 @@ class TensorBoard:
         try:
             writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         except ImportError as e:
-            raise MissingExtra("log.trackers: tensorboard is not installed", "pip install 'tunesmith[tensorboard]'") from e
+            raise MissingExtra("log.trackers: tensorboard is not installed", install("tensorboard")) from e
         self.writer = writer(log_dir=str(folder), purge_step=start + 1 if start else None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
