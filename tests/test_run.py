@@ -461,6 +461,21 @@ def test_a_base_is_known_by_its_files(base, tmp_path):
     assert changed(lambda f: save_file(same_header, f / "model-1.safetensors"))  # another tune: same names, shapes and sizes
 
 
+def test_a_dead_link_among_the_weights_is_for_the_loader_to_tell(base):
+    """A hub cache that was cleaned leaves them."""
+    was = base_fingerprint(base)
+    (base / "model-4.safetensors").symlink_to(base / "gone")
+    (base / "model-5.safetensors").mkdir()
+    assert base_fingerprint(base) == was
+
+
+def test_a_lock_that_cannot_be_written_is_said(run):
+    (run.path / "lock").unlink(missing_ok=True)
+    (run.path / "lock").mkdir()
+    with pytest.raises(RunError, match="cannot be written"), run.lock():
+        pass
+
+
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes read through /proc")
 def test_fingerprint_reads_little_of_a_large_file(tmp_path):
     header = json.dumps({"w": {"dtype": "U8", "shape": [1 << 34], "data_offsets": [0, 1 << 34]}}).encode()

@@ -298,7 +298,7 @@ def base_fingerprint(folder: Path) -> str:
     for name in ("config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (file := folder / name).is_file():
             parts.append(f"{name} {sha256(file.read_bytes())}")
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(p for p in folder.glob("*.safetensors") if p.is_file()):  # what a dead link was for is missed at the load
         size = file.stat().st_size
         with file.open("rb") as f:
             header = f.read(min(8 + int.from_bytes(f.read(8), "little"), 100 << 20))
@@ -341,7 +341,10 @@ class _Lock:
     @classmethod
     def take(cls, path: Path) -> _Lock:
         for attempt in range(TRIES):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as e:
+                raise RunError(f"{path}: cannot be written: {e.strerror}", "name an `output` that you may write to") from None
             got = _try_lock(fd)
             if got is None:
                 os.close(fd)

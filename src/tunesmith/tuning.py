@@ -106,6 +106,10 @@ def _open(config: RunConfig, run: Run, *, resume: bool, console: Console) -> _Se
     if where.note:
         _line(console, "", where.note, style="yellow")
     prepared = prepare(config.data, make_renderer, renderer=renderer, seed=config.seed, progress=console, model=base.path)
+    if not prepared.epoch_size:
+        raise DataError(
+            "no row is drawn in an epoch: the weights in data.train are too small", "raise the weights; 1 takes every row once"
+        )
     prints = {"data": prepared.fingerprint, "base": base_fingerprint(base.path)}
     if resume:
         run.refuse_if_changed(config, **prints)
@@ -154,10 +158,6 @@ class _Session:
                  plan: Plan, model: nn.Module, console: Console):  # fmt: skip
         self.config, self.run, self.base, self.prepared, self.renderer = config, run, base, prepared, renderer
         self.where, self.plan, self.model, self.console = where, plan, model, console
-        if not prepared.epoch_size:
-            raise DataError(
-                "no row is drawn in an epoch: the weights in data.train are too small", "raise the weights; 1 takes every row once"
-            )
         self.per_epoch = math.ceil(prepared.epoch_size / config.train.batch_size)
         self.total = config.train.max_steps or max(1, math.ceil(self.per_epoch * config.train.epochs))
         self.held_out, ev = prepared.held_out, config.eval
@@ -345,11 +345,17 @@ class _Session:
         before, after = json.loads((self.run.path / BEFORE).read_text("utf-8")), self._answers(self.questions)
         self._write(AFTER, after)
         difference, low, high = paired_bootstrap(first.each, last.each, weights=first.trained, seed=self.config.seed)
+        account, count = self.prepared.account, len(first.total)
+        seen = min(count, (account.overlap_exact + account.overlap_near) * math.ceil(count / max(1, account.held_out_rows)))
         loss = {
             "before": first.mean, "after": last.mean, "difference": difference, "interval": [low, high], "rows": len(first.total),
-            "overlap": self.prepared.account.overlap_exact + self.prepared.account.overlap_near,
+            "overlap": seen,
             "each": {"before": first.each.tolist(), "after": last.each.tolist()},
         }  # fmt: skip
+        if seen:  # which rows they are is not kept, so it must hold without as many of those that gained most
+            rest = np.argsort((last.each - first.each) * first.trained)[seen:]
+            _, low, high = paired_bootstrap(first.each[rest], last.each[rest], weights=first.trained[rest], seed=self.config.seed)
+            loss["interval_of_the_rest"] = [low, high]
         rows = [
             {"index": q.index, "prompt": q.shown, "gold": q.gold, "before": {"answer": b}, "after": {"answer": a}}
             for q, b, a in zip(self.questions, before, after, strict=False)  # none where answers were not asked for at the start
@@ -414,11 +420,12 @@ def summary(console: Console, run: Path) -> None:
     loss = found["loss"]
     low, high = loss["interval"]
     sure = "too few rows to say how sure"
+    seen, rest = loss.get("overlap", 0), loss.get("interval_of_the_rest", [None, None])[1]
     if low is not None and high is not None:
-        word = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
+        proof = not seen or (rest is not None and rest < 0)
+        word = ("better" if proof else "lower, which proves nothing") if high < 0 else "worse" if low > 0 else "no difference shown"
         sure = f"{word}: {loss['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
     before, after = ("not finite" if loss[k] is None else f"{loss[k]:.3f}" for k in ("before", "after"))
-    seen = loss.get("overlap", 0)
     rows = f"{seen} of the {loss['rows']} held-out rows are trained on too" if seen else f"{loss['rows']} rows never trained on"
     _line(console, "result", f"held-out loss {before} before, {after} after ({sure}; {rows})")
     if found["rows"]:

@@ -475,6 +475,10 @@ def test_wrong_template_files(tokenizer, tmp_path):
         Renderer(tokenizer, template(tmp_path, "{% for %}")).examples(ask("a", "b"))
     with pytest.raises(TemplateError, match="'sep_token' is undefined"):
         Renderer(tokenizer, template(tmp_path, "{{ sep_token + 'a' }}" + CHATML)).examples(ask("a", "b"))
+    for broken, what in (("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ foo.bar }}", "'foo' is undefined")):
+        with pytest.raises(TemplateError, match=what) as e:
+            Renderer(tokenizer, template(tmp_path, CHATML + broken)).describe()
+        assert "data.template" in e.value.fix
 
 
 def test_a_refusal_survives_a_process_pool():

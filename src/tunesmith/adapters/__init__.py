@@ -171,17 +171,18 @@ def _starts(weight: Tensor, ids: Sequence[int], pieces: Pieces) -> Tensor:
 def _continued(model: nn.Module, earlier: Settings, lora: schema.Lora, new_tokens: Pieces) -> Settings:
     """An earlier adapter's settings with what this run adds: its dropout, further modules to save, new tokens."""
     saved = tuple(dict.fromkeys([*earlier.modules_to_save, *resolve_saved(model, lora.modules_to_save)]))
-    tokens = earlier.tokens
-    if tokens and not new_tokens:
-        raise AdapterError(
-            f"lora.continue_from: that adapter trains {len(next(iter(tokens.values())))} tokens, lora.new_tokens names none",
-            "name the same tokens in lora.new_tokens: without them the text would be split as if they did not exist",
-        )
-    if new_tokens:
-        tokens = _token_rows(model, new_tokens, saved)
-        if earlier.tokens and earlier.tokens != tokens:
+    rows = _token_rows(model, new_tokens, saved)
+    tokens = earlier.tokens or rows
+    if trained := {i for ids in earlier.tokens.values() for i in ids}:
+        ids = ", ".join(map(str, sorted(trained)))
+        if not new_tokens:
             raise AdapterError(
-                "lora.new_tokens: the adapter in lora.continue_from trains other tokens already",
+                f"lora.continue_from: that adapter trains {len(trained)} tokens (ids {ids}), lora.new_tokens names none",
+                "name the same tokens in lora.new_tokens: without them the text would be split as if they did not exist",
+            )
+        if trained != set(new_tokens):
+            raise AdapterError(
+                f"lora.new_tokens: ids {', '.join(map(str, sorted(new_tokens)))}; the adapter in lora.continue_from trains {ids}",
                 "name the same tokens, in the same order",
             )
     return replace(earlier, dropout=lora.dropout, modules_to_save=saved, tokens=tokens)
