@@ -170,7 +170,13 @@ class _Session:
         if not parameters:
             raise AdapterError("nothing is trained: no adapter, no token, no module", "set lora.targets")
         self.optimizer = Optimizer(parameters, config.train, fast=adapters.fast(model) if config.method != "full" else ())
-        longest = min(config.data.max_length, (context(model) or math.inf) - 1)  # an answer needs room for a token
+        limit = context(model) or math.inf
+        if (most := max(int(rows.lengths.max()) for rows in (prepared.train, self.held_out) if len(rows))) > limit:
+            what = f"the longest row has {most:,} tokens, and this model was made for {limit:,}"
+            if model.spec is None:  # a table of positions ends there: it would fail at the first long row, hours from now
+                raise DataError(what, f"set data.max_length: {limit}")
+            _line(console, "", what, style="yellow")
+        longest = min(config.data.max_length, limit - 1)  # an answer needs room for a token
         rows = prepared.account.held_out_rows if ev.samples else 0
         self.questions = heldout.questions(prepared.conversations(), renderer, COMPARED, rows=rows, longest=longest) if rows else []
         self._order: tuple[int, list[int]] = (-1, [])
