@@ -359,9 +359,10 @@ def test_a_line_torn_anywhere_costs_that_line_only(run):
 
 
 def test_a_damaged_line_in_the_middle_is_named(run):
-    (run.path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(RunError, match=r"metrics.jsonl:2: damaged line"):
-        run.metrics()
+    for damaged in ('{"st', "[1]", "3"):
+        (run.path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{damaged}\n{{"step": 3}}\n')
+        with pytest.raises(RunError, match=r"metrics.jsonl:2: damaged line"):
+            run.metrics()
 
 
 def test_rewinding_leaves_every_step_once(run):

@@ -267,9 +267,12 @@ class Run:
         rows = []
         for number, line in enumerate(self._lines(stream), 1):
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError as e:
                 raise RunError(f"{self._stream(stream)}:{number}: damaged line: {e}", "remove that line") from e
+            if not isinstance(row, dict):
+                raise RunError(f"{self._stream(stream)}:{number}: damaged line: no object", "remove that line")
+            rows.append(row)
         return rows
 
     def _cut_torn_line(self, stream: Stream) -> None:

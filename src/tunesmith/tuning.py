@@ -289,8 +289,7 @@ class _Session:
 
     def _before(self, found: Found | None) -> None:
         """Losses and answers of the untuned model: before a step is taken, or a checkpoint put into it."""
-        there = all((self.run.path / name).exists() for name in (LOSSES_BEFORE, BEFORE))
-        if not len(self.held_out) or (found and there):
+        if not len(self.held_out) or (found and self._kept()):
             return
         which = "untuned model" if self.config.lora.continue_from == "none" else "model as it was before this run"
         self.progress.say(f"reading the held-out rows with the {which}")
@@ -299,6 +298,16 @@ class _Session:
         self._write(BEFORE, answers)
         if not found:
             self._record_evaluation(0, losses, self.questions[: self.config.eval.samples], answers)
+
+    def _kept(self) -> tuple[Losses, list[str]] | None:
+        """What `_before` wrote; None where it is lost or damaged, and has to be found again."""
+        try:
+            found, answers = (json.loads((self.run.path / name).read_text("utf-8")) for name in (LOSSES_BEFORE, BEFORE))
+            losses = Losses(np.array(found["total"], float), np.array(found["trained"], int))
+            sound = losses.total.shape == losses.trained.shape == (len(self.held_out),) and all(isinstance(a, str) for a in answers)
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return (losses, answers) if sound else None
 
     def _restore(self, found: Found) -> State:
         tensors, saved = checkpoint.load(found, self.where.device)
@@ -346,9 +355,11 @@ class _Session:
 
     def _compare(self, step: int, micro_batch_tokens: int) -> dict[str, tuple[float, float]]:
         """comparison.json: the same rows before and after, the loss of each, and how sure the difference is."""
-        first = Losses(**{k: np.array(v) for k, v in json.loads((self.run.path / LOSSES_BEFORE).read_text("utf-8")).items()})
-        last = self.read.get(step) or self._losses(micro_batch_tokens)
-        before, after = json.loads((self.run.path / BEFORE).read_text("utf-8")), self._answers(self.questions)
+        kept = self._kept()
+        if kept is None:  # `_before` has just written or found them
+            raise RunError(f"{self.run.path}: {LOSSES_BEFORE} or {BEFORE} was changed while it trained", "go on with --resume")
+        first, before = kept
+        last, after = self.read.get(step) or self._losses(micro_batch_tokens), self._answers(self.questions)
         self._write(AFTER, after)
         difference, low, high = paired_bootstrap(first.each, last.each, weights=first.trained, seed=self.config.seed)
         account, count = self.prepared.account, len(first.total)
@@ -406,8 +417,11 @@ class _Session:
 
     def _forget_bests(self, state: State) -> None:
         """Remove best weights that neither this run nor a checkpoint it may fall back to asks for."""
-        states = [json.loads(p.read_text("utf-8")) for p in self.run.checkpoints.glob(f"step-*/{checkpoint.STATE}")]
-        wanted = {f"step-{step:08d}" for step in (state.best_step, *(s.get("best_step") for s in states)) if step and step >= 0}
+        steps = {state.best_step}
+        for path in self.run.checkpoints.glob(f"step-*/{checkpoint.STATE}"):
+            with suppress(OSError, ValueError, TypeError, KeyError):  # a damaged one is never gone on from
+                steps.add(json.loads(path.read_text("utf-8"))["best_step"])
+        wanted = {f"step-{step:08d}" for step in steps if step >= 0}
         for path in (self.run.path / "best").glob("step-*"):
             if path.name not in wanted:
                 remove_folder(path)
