@@ -384,6 +384,9 @@ def test_prompt_and_completion(tokenizer):
     with pytest.raises(RowRefused, match="completion is empty"):
         renderer.examples(Conversation((Message("prompt", "a"), Message("completion", "")), HERE, "completion"))
     assert tokenizer.prefix_ids == () and Renderer(tokenizer).raw_prompt("a") == tokenizer.encode("a")
+    bare = Conversation((Message("prompt", ""), Message("completion", "hello you")), HERE, "completion")
+    example = Renderer(tokenizer).examples(bare).examples[0]
+    assert example.learn.tolist() == [False] + [True] * (len(example.ids) - 1), "nothing comes before the first: it is no target"
 
 
 def test_raw_text_in_windows(tokenizer):

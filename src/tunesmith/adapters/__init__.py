@@ -77,6 +77,8 @@ def attach(model: nn.Module, lora: schema.Lora, *, seed: int, new_tokens: Pieces
     if twins(model):
         raise AdapterError("this model already has an adapter", "merge it first, or load the model again")
     new_tokens = dict(new_tokens or {})
+    if twice := sorted({token for token in lora.new_tokens if lora.new_tokens.count(token) > 1}):
+        raise AdapterError(f"lora.new_tokens: {', '.join(map(repr, twice))} twice", "name each token once")
     if (ids := len(new_tokens)) != (words := len(lora.new_tokens)):
         raise AdapterError(f"lora.new_tokens holds {words} tokens, {ids} ids were given", "add them to the tokenizer")
     earlier, tensors = None, {}
