@@ -62,7 +62,7 @@ def test_every_wrong_module_to_save_is_named():
 
 
 def test_what_cannot_be_trained_whole_is_refused_by_name():
-    """A module that the model reaches into is never called; one without weights trains nothing; one in another would be it twice."""
+    """A module that the model reaches into is never called; one without weights trains nothing; one in another would be twice."""
     model = Model()
     model.model.layers[0]["drop"] = nn.Dropout()
     wrong = ("model", "layers", "drop", "layers.0", "layers.0.q_proj")
