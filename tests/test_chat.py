@@ -219,6 +219,8 @@ def test_a_checkpoint_and_an_adapter(folder, tmp_path):
     plain, adapted = Talker.open(folder), Talker.open(folder, adapter=tmp_path / "a")
     assert adapted.answer(["hello"], max_tokens=20) != plain.answer(["hello"], max_tokens=20)
     assert adapted.answer(["hello"], max_tokens=20) == Talker(model, plain.renderer, "").answer(["hello"], max_tokens=20)
+    with pytest.raises(DataError, match="surrogate"):
+        plain.answer(["\ud800"], raw=True)  # what a shell hands over that is no UTF-8
     with pytest.raises(ModelError, match="an adapter, not a model") as e:
         Talker.open(tmp_path / "a")
     assert str(folder) in e.value.fix and "--adapter" in e.value.fix
@@ -240,8 +242,15 @@ def test_a_run_answers_as_its_model_did_at_the_end(method, folder, tmp_path):
         models.save_checkpoint(model, run.model)
     else:
         adapters.save(trained(model), run.adapter, base_name=str(folder))
-    renderer.tokenizer.save(run.tokenizer, renderer.template)
+    template = renderer.template.replace("<|im_start|>", "<|im_start|>the ") if method == "lora" else renderer.template
+    renderer.tokenizer.save(run.tokenizer, template)
     opened = Talker.open(run.path)
+    renderer = opened.renderer
+    assert renderer.template == template
+    if method == "lora":  # the base with the run's adapter speaks the run's template, not its own
+        beside = Talker.open(folder, adapter=run.adapter)
+        assert beside.renderer.template == template
+        assert beside.answer(["hello"], max_tokens=20) == opened.answer(["hello"], max_tokens=20)
     wanted = Talker(model.eval(), renderer, "").answer(["hello", "there"], max_tokens=20)
     assert opened.answer(["hello", "there"], max_tokens=20) == wanted
     assert opened.name == "run"

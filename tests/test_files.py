@@ -7,7 +7,7 @@ import os
 import pytest
 
 from tunesmith import files
-from tunesmith.errors import DoesNotFit
+from tunesmith.errors import DoesNotFit, RunError
 
 
 def listing(path):
@@ -206,3 +206,16 @@ def test_short_writes_are_continued(tmp_path, monkeypatch):
     files.write_atomic(tmp_path / "x", b"0123456789")
     files.append(tmp_path / "x", b"abcde")
     assert (tmp_path / "x").read_bytes() == b"0123456789abcde"
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for path, what in ((tmp_path / "file/run", "cannot be made"), (tmp_path / "link", "a link that leads nowhere"),
+                       (tmp_path / ("x" * 300), "cannot be made"), (tmp_path / "file", "is a file")):  # fmt: skip
+        with pytest.raises(RunError, match=what) as e:
+            files.make_folder(path)
+        assert e.value.fix
+    files.make_folder(tmp_path / "a/b")
+    files.make_folder(tmp_path / "a/b")
+    assert listing(tmp_path / "a") == ["b"]

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from tunesmith import run as module
 from tunesmith.config.schema import RunConfig
-from tunesmith.errors import RunError
+from tunesmith.errors import RunError, TunesmithError
 from tunesmith.run import Run, base_fingerprint, config_sha256
 
 
@@ -102,7 +102,7 @@ def test_an_output_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     def denied(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    with monkeypatch.context() as patch, pytest.raises(RunError, match="run: cannot be written: Permission denied"):
+    with monkeypatch.context() as patch, pytest.raises(TunesmithError, match="run: cannot be made: Permission denied"):
         patch.setattr(os, "mkdir", denied)
         Run.create(tmp_path / "run", config, command=[])
     made = Run.create(tmp_path / "run", config, command=[])
@@ -405,9 +405,10 @@ def test_a_line_torn_anywhere_costs_that_line_only(run):
 
 
 def test_a_damaged_line_in_the_middle_is_named(run):
-    (run.path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(RunError, match=r"metrics.jsonl:2: damaged line"):
-        run.metrics()
+    for damaged in ('{"st', "[1]", "3"):
+        (run.path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{damaged}\n{{"step": 3}}\n')
+        with pytest.raises(RunError, match=r"metrics.jsonl:2: damaged line"):
+            run.metrics()
 
 
 def test_rewinding_leaves_every_step_once(run):
@@ -505,6 +506,21 @@ def test_a_base_is_known_by_its_files(base, tmp_path):
     g = np.random.default_rng(1)
     same_header = {"w1": g.standard_normal((600, 500)).astype(np.float32)}
     assert changed(lambda f: save_file(same_header, f / "model-1.safetensors"))  # another tune: same names, shapes and sizes
+
+
+def test_a_dead_link_among_the_weights_is_for_the_loader_to_tell(base):
+    """A hub cache that was cleaned leaves them."""
+    was = base_fingerprint(base)
+    (base / "model-4.safetensors").symlink_to(base / "gone")
+    (base / "model-5.safetensors").mkdir()
+    assert base_fingerprint(base) == was
+
+
+def test_a_lock_that_cannot_be_written_is_said(run):
+    (run.path / "lock").unlink(missing_ok=True)
+    (run.path / "lock").mkdir()
+    with pytest.raises(RunError, match="cannot be written"), run.lock():
+        pass
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes read through /proc")

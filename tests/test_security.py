@@ -213,3 +213,49 @@ def test_code_beside_a_fallback_checkpoint_is_not_even_opened(tiny, tmp_path: Pa
     transformers.GPT2LMHeadModel(small).save_pretrained(folder)
     said, events = watched(hostile(folder), "fallback")
     assert said.startswith("answered") and not events, (said, events)
+
+
+# ---- no call home ----------------------------------------------------------------------------------------------------------------
+
+SILENT = """
+import io, sys
+def hook(event, args):
+    if event.startswith("socket."):
+        raise RuntimeError(f"a call home: {event} {args}")
+sys.addaudithook(hook)
+import tunesmith
+from rich.console import Console
+base, data, out = sys.argv[1:]
+console = Console(file=io.StringIO())
+(config := open(out + ".yaml", "w")).write(tunesmith.init(data, model=base, output=out))
+config.close()
+settings = ["train.max_steps=2", "train.batch_size=4", "eval.sample_tokens=3", "memory.device=cpu", "data.workers=2"]
+tunesmith.check(out + ".yaml", console=console).print(console)
+tunesmith.plan(out + ".yaml").print(console)
+run = tunesmith.train(out + ".yaml", *settings, console=console)
+assert run.status().state == "finished"
+assert len(tunesmith.generate(run.path, ["hi"], max_tokens=3)) == 1
+list(tunesmith.stream(run.path, "hi", max_tokens=3))
+tunesmith.report(run.path)
+tunesmith.merge(run.path, out + "-merged")
+print("silent")
+"""
+
+
+@pytest.mark.parametrize("kind", ["native", "fallback"])
+def test_no_verb_opens_a_socket(tiny, tmp_path: Path, kind: str) -> None:
+    """From the first look at the data to the merged model: an audit hook makes the first socket an error."""
+    folder = tiny.checkpoint(tmp_path / "m")
+    if kind == "fallback":
+        transformers = pytest.importorskip("transformers")
+        small = transformers.GPT2Config(vocab_size=260, n_positions=128, n_embd=32, n_layer=2, n_head=2, eos_token_id=257)
+        transformers.GPT2LMHeadModel(small).save_pretrained(folder)
+    line = [sys.executable, "-c", SILENT, str(folder), str(tiny.train), str(tmp_path / "out")]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.endswith("silent\n"), done.stderr
+
+
+def test_a_socket_would_be_seen() -> None:
+    code = SILENT.partition("import tunesmith")[0] + "import socket\nsocket.socket()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode and "a call home: socket.__new__" in done.stderr

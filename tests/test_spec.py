@@ -125,6 +125,7 @@ def test_a_setting_that_no_native_family_has_falls_back(change, said):
         ({**LLAMA, "num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),
         ({**LLAMA, "vocab_size": True}, "vocab_size is True"),
         ({**LLAMA, "rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({**LLAMA, "num_hidden_layers": 10**9}, "10,000 is the most"),
         ({**LLAMA, "num_key_value_heads": 3}, "no multiple"),
         ({**LLAMA, "num_attention_heads": 6, "num_key_value_heads": 6}, "no multiple of num_attention_heads"),
         ({**LLAMA, "rope_scaling": {"type": "linear"}}, "factor is None"),

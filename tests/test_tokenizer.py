@@ -319,6 +319,13 @@ def test_damaged_and_missing_files(tiny, tmp_path_factory, shared_data):
     (tiny / "tokenizer_config.json").write_text("{")
     with pytest.raises(ModelError, match="not readable as JSON"):
         Tokenizer.load(tiny)
+    (tiny / "tokenizer_config.json").write_text("[" * 100_000)
+    with pytest.raises(ModelError, match="not readable as JSON"):
+        Tokenizer.load(tiny)
+    for wrong in (3, ["{{ x }}"], [{"nam": "default", "template": "x"}], {"default": None}):
+        (tiny / "tokenizer_config.json").write_text(json.dumps({"chat_template": wrong}))
+        with pytest.raises(ModelError, match="chat_template: neither"):
+            Tokenizer.load(tiny)
     (tiny / "tokenizer_config.json").unlink()
     (tiny / "tokenizer.json").unlink()
     model = (shared_data / "tokenizers/mistral-common/tokenizer.model.v1").read_bytes()

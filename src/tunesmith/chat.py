@@ -48,7 +48,8 @@ class Talker:
     def open(cls, source: str | Path, *, adapter: str | Path | None = None, memory: Memory | None = None) -> Talker:
         """Load `source`: a run folder (base, store, template, weights as trained), a checkpoint folder, a hub id or `embedded`.
 
-        `adapter` is a PEFT folder over a checkpoint; a tokenizer beside it wins over the checkpoint's. Raises RunError for a run
+        `adapter` is a PEFT folder over a checkpoint; a tokenizer in it wins over the checkpoint's, and that of a run folder which
+        it belongs to, template and all. Raises RunError for a run
         that has no result, ModelError and AdapterError as the loaders do.
         """
         folder = Path(source)
@@ -70,6 +71,8 @@ class Talker:
         if adapter is not None:
             adapters.load(model, Path(adapter))
             words = Path(adapter) if (Path(adapter) / "tokenizer.json").is_file() else base.path
+            if words == base.path and (Path(adapter).parent / "run.yaml").is_file():
+                return cls(model.eval(), _renderer_of(Run.open(Path(adapter).parent)), base.name)
         return cls(model.eval(), build_renderer(words), base.name)
 
     @classmethod
@@ -87,8 +90,7 @@ class Talker:
             store = "nf4" if config.method == "qlora" else "dense"
             model = models.load(resolve_model(config.model).path, dtype=where.dtype, device=where.device, store=store)
             adapters.load(model, run.adapter)
-        renderer = build_renderer(run.tokenizer, config.data, date=run.manifest.get("date"), saved=True)
-        return cls(model.eval(), renderer, run.path.name)
+        return cls(model.eval(), _renderer_of(run), run.path.name)
 
     @property
     def context(self) -> int | None:
@@ -99,6 +101,8 @@ class Talker:
         """Ids of a text to be continued as it stands. Special tokens written in it are recognised: this is the person's own text,
         not a row of data. BOS comes first where the tokenizer puts one, once."""
         tokenizer = self.renderer.tokenizer
+        if not text.isascii() and text.encode(errors="ignore").decode() != text:
+            raise DataError("the prompt holds half a surrogate pair, which is no character", "write it as UTF-8")
         ids, prefix = tokenizer.encode(text, special=True), list(tokenizer.prefix_ids)
         return ids if prefix and ids[: len(prefix)] == prefix else [*prefix, *ids]
 
@@ -149,6 +153,11 @@ class Talker:
                 what = f"the question has {length:,} tokens with its template, and the model's context holds {limit:,}"
                 raise DataError(what, "ask something shorter")
         return [*system, *turns], dropped
+
+
+def _renderer_of(run: Run) -> Renderer:
+    """What a run was trained with: its tokenizer and template, its date."""
+    return build_renderer(run.tokenizer, run.config.data, date=run.manifest.get("date"), saved=True)
 
 
 def _messages(turns: Sequence[Turn]) -> list[Message]:

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from secrets import token_hex
 from typing import Any
 
-from tunesmith.errors import DoesNotFit
+from tunesmith.errors import DoesNotFit, RunError
 
 MANIFEST = "manifest.json"
 FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -34,6 +34,7 @@ NO_FOLDER_FSYNC = {
     errno.ENOTSUP,
     errno.EISDIR,
 }  # Windows, some network mounts
+NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 BINARY = getattr(os, "O_BINARY", 0)  # Windows
 SLICE = 1 << 26  # bytes a write call: macOS refuses 2 GiB and more, Linux cuts there
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-\d+-[0-9a-f]{8}")
@@ -203,12 +204,19 @@ def remove_folder(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """A folder and the parents it lacks, each made durable in its own parent."""
-    missing = [p for p in (path, *path.parents) if not p.exists()]
-    for folder in reversed(missing):
-        with suppress(FileExistsError), room(folder):  # another process was quicker
-            os.mkdir(folder)
-        fsync_folder(folder.parent)
+    """A folder and the parents it lacks, each made durable in its own parent. RunError where none can be."""
+    try:
+        missing = [p for p in (path, *path.parents) if not p.exists()]
+        for folder in reversed(missing):
+            with suppress(FileExistsError), room(folder):  # another process was quicker
+                os.mkdir(folder)
+            fsync_folder(folder.parent)
+    except OSError as e:
+        if e.errno in NO_PLACE:
+            raise RunError(f"{path}: cannot be made: {e.strerror}", "name a folder in a place you may write to") from None
+        raise
+    if not path.is_dir():
+        raise RunError(f"{path}: is {'a link that leads nowhere' if path.is_symlink() else 'a file'}", "name another folder")
 
 
 def fsync_folder(path: Path) -> None:

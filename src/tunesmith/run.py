@@ -83,10 +83,7 @@ class Run:
         run = cls(Path(path).absolute())
         if file := next((p for p in (run.path, *run.path.parents) if p.exists() and not p.is_dir()), None):
             raise RunError(f"{path}: {'' if file == run.path else f'{file} '}is a file", "name a folder as `output`")
-        try:
-            make_folder(run.path)
-        except OSError as e:
-            raise _unwritable(path, e) from None
+        make_folder(run.path)
         former = run.status()  # before the lock is ours: a killed run shows by nobody holding it
         with run.lock():
             there = {p.name for p in run.path.iterdir() if not LEFTOVER.fullmatch(p.name)}
@@ -283,9 +280,12 @@ class Run:
         rows = []
         for number, line in enumerate(self._lines(stream), 1):
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError as e:
                 raise RunError(f"{self._stream(stream)}:{number}: damaged line: {e}", "remove that line") from e
+            if not isinstance(row, dict):
+                raise RunError(f"{self._stream(stream)}:{number}: damaged line: no object", "remove that line")
+            rows.append(row)
         return rows
 
     def _cut_torn_line(self, stream: Stream) -> None:
@@ -314,7 +314,7 @@ def base_fingerprint(folder: Path) -> str:
     for name in ("config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (file := folder / name).is_file():
             parts.append(f"{name} {sha256(file.read_bytes())}")
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(p for p in folder.glob("*.safetensors") if p.is_file()):  # what a dead link was for is missed at the load
         size = file.stat().st_size
         with file.open("rb") as f:
             header = f.read(min(8 + int.from_bytes(f.read(8), "little"), 100 << 20))

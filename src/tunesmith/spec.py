@@ -313,6 +313,7 @@ class _Wrong(Exception):
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 POSITIVE = (*SIZES, "num_key_value_heads", "head_dim", "sliding_window", "query_pre_attn_scalar", "rms_norm_eps", "rope_theta",
             "attn_logit_softcapping", "final_logit_softcapping", "rope_local_base_freq")  # fmt: skip
+MOST_LAYERS = 10_000
 WHOLE = (*SIZES, "num_key_value_heads", "head_dim", "sliding_window")
 
 
@@ -327,6 +328,8 @@ def _faults(c: Config) -> list[str]:
         if value is not None and (not _number(value) or (key in WHOLE and not isinstance(value, int))):
             faults.append(f"{key} is {value!r} where a positive {'whole number' if key in WHOLE else 'number'} belongs")
     if not faults:
+        if c["num_hidden_layers"] > MOST_LAYERS:  # each has names in memory before a weight is looked for
+            faults.append(f"num_hidden_layers is {c['num_hidden_layers']:,}; {MOST_LAYERS:,} is the most")
         heads, kv = c["num_attention_heads"], c.get("num_key_value_heads") or c["num_attention_heads"]
         if heads % kv:
             faults.append(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv}")

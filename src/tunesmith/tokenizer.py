@@ -460,7 +460,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+    except (ValueError, RecursionError) as fault:
         raise ModelError(
             f"{path}: not readable as JSON ({fault})", "download the file again: it is damaged or cut short"
         ) from fault
@@ -486,13 +486,15 @@ def _token_dict(token: AddedToken, special: bool) -> dict[str, Any]:
 
 def _templates(value: Any) -> dict[str, str]:
     """`chat_template` of a config: one text, or a list of named ones, as {name: text}."""
+    if value is None:
+        return {}
     if isinstance(value, str):
         return {"default": value}
-    if isinstance(value, list):
-        value = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-    if not isinstance(value, dict):
-        return {}
-    return {str(name): text for name, text in value.items() if isinstance(text, str)}
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        value = {item.get("name"): item.get("template") for item in value}
+    if not isinstance(value, dict) or not all(isinstance(part, str) for item in value.items() for part in item):
+        raise ModelError("chat_template: neither a text nor a list of named texts", "download tokenizer_config.json again")
+    return value
 
 
 def _template_files(folder: Path) -> dict[str, str]:

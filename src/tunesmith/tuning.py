@@ -107,6 +107,10 @@ def _open(config: RunConfig, run: Run, *, resume: bool, console: Console) -> _Se
     if where.note:
         _line(console, "", where.note, style="yellow")
     prepared = prepare(config.data, make_renderer, renderer=renderer, seed=config.seed, progress=console, model=base.path)
+    if not prepared.epoch_size:
+        raise DataError(
+            "no row is drawn in an epoch: the weights in data.train are too small", "raise the weights; 1 takes every row once"
+        )
     prints = {"data": prepared.fingerprint, "base": base_fingerprint(base.path)}
     if resume:
         run.refuse_if_changed(config, **prints)
@@ -155,10 +159,6 @@ class _Session:
                  plan: Plan, model: nn.Module, console: Console):  # fmt: skip
         self.config, self.run, self.base, self.prepared, self.renderer = config, run, base, prepared, renderer
         self.where, self.plan, self.model, self.console = where, plan, model, console
-        if not prepared.epoch_size:
-            raise DataError(
-                "no row is drawn in an epoch: the weights in data.train are too small", "raise the weights; 1 takes every row once"
-            )
         self.per_epoch = math.ceil(prepared.epoch_size / config.train.batch_size)
         self.total = config.train.max_steps or max(1, math.ceil(self.per_epoch * config.train.epochs))
         self.held_out, ev = prepared.held_out, config.eval
@@ -171,7 +171,13 @@ class _Session:
         if not parameters:
             raise AdapterError("nothing is trained: no adapter, no token, no module", "set lora.targets")
         self.optimizer = Optimizer(parameters, config.train, fast=adapters.fast(model) if config.method != "full" else ())
-        longest = min(config.data.max_length, (context(model) or math.inf) - 1)  # an answer needs room for a token
+        limit = context(model) or math.inf
+        if (most := max(int(rows.lengths.max()) for rows in (prepared.train, self.held_out) if len(rows))) > limit:
+            what = f"the longest row has {most:,} tokens, and this model was made for {limit:,}"
+            if model.spec is None:  # a table of positions ends there: it would fail at the first long row, hours from now
+                raise DataError(what, f"set data.max_length: {limit}")
+            _line(console, "", what, style="yellow")
+        longest = min(config.data.max_length, limit - 1)  # an answer needs room for a token
         rows = prepared.account.held_out_rows if ev.samples else 0
         self.questions = heldout.questions(prepared.conversations(), renderer, COMPARED, rows=rows, longest=longest) if rows else []
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
@@ -286,8 +292,7 @@ class _Session:
 
     def _before(self, found: Found | None) -> None:
         """Losses and answers of the untuned model: before a step is taken, or a checkpoint put into it."""
-        there = all((self.run.path / name).exists() for name in (LOSSES_BEFORE, BEFORE))
-        if not len(self.held_out) or (found and there):
+        if not len(self.held_out) or (found and self._kept()):
             return
         which = "untuned model" if self.config.lora.continue_from == "none" else "model as it was before this run"
         self.progress.say(f"reading the held-out rows with the {which}")
@@ -296,6 +301,16 @@ class _Session:
         self._write(BEFORE, answers)
         if not found:
             self._record_evaluation(0, losses, self.questions[: self.config.eval.samples], answers)
+
+    def _kept(self) -> tuple[Losses, list[str]] | None:
+        """What `_before` wrote; None where it is lost or damaged, and has to be found again."""
+        try:
+            found, answers = (json.loads((self.run.path / name).read_text("utf-8")) for name in (LOSSES_BEFORE, BEFORE))
+            losses = Losses(np.array(found["total"], float), np.array(found["trained"], int))
+            sound = losses.total.shape == losses.trained.shape == (len(self.held_out),) and all(isinstance(a, str) for a in answers)
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return (losses, answers) if sound else None
 
     def _restore(self, found: Found) -> State:
         tensors, saved = checkpoint.load(found, self.where.device)
@@ -343,16 +358,24 @@ class _Session:
 
     def _compare(self, step: int, micro_batch_tokens: int) -> dict[str, tuple[float, float]]:
         """comparison.json: the same rows before and after, the loss of each, and how sure the difference is."""
-        first = Losses(**{k: np.array(v) for k, v in json.loads((self.run.path / LOSSES_BEFORE).read_text("utf-8")).items()})
-        last = self.read.get(step) or self._losses(micro_batch_tokens)
-        before, after = json.loads((self.run.path / BEFORE).read_text("utf-8")), self._answers(self.questions)
+        kept = self._kept()
+        if kept is None:  # `_before` has just written or found them
+            raise RunError(f"{self.run.path}: {LOSSES_BEFORE} or {BEFORE} was changed while it trained", "go on with --resume")
+        first, before = kept
+        last, after = self.read.get(step) or self._losses(micro_batch_tokens), self._answers(self.questions)
         self._write(AFTER, after)
         difference, low, high = paired_bootstrap(first.each, last.each, weights=first.trained, seed=self.config.seed)
+        account, count = self.prepared.account, len(first.total)
+        seen = min(count, (account.overlap_exact + account.overlap_near) * math.ceil(count / max(1, account.held_out_rows)))
         loss = {
             "before": first.mean, "after": last.mean, "difference": difference, "interval": [low, high], "rows": len(first.total),
-            "overlap": self.prepared.account.overlap_exact + self.prepared.account.overlap_near,
+            "overlap": seen,
             "each": {"before": first.each.tolist(), "after": last.each.tolist()},
         }  # fmt: skip
+        if seen:  # which rows they are is not kept, so it must hold without as many of those that gained most
+            rest = np.argsort((last.each - first.each) * first.trained)[seen:]
+            _, low, high = paired_bootstrap(first.each[rest], last.each[rest], weights=first.trained[rest], seed=self.config.seed)
+            loss["interval_of_the_rest"] = [low, high]
         rows = [
             {"index": q.index, "prompt": q.shown, "gold": q.gold, "before": {"answer": b}, "after": {"answer": a}}
             for q, b, a in zip(self.questions, before, after, strict=False)  # none where answers were not asked for at the start
@@ -397,8 +420,11 @@ class _Session:
 
     def _forget_bests(self, state: State) -> None:
         """Remove best weights that neither this run nor a checkpoint it may fall back to asks for."""
-        states = [json.loads(p.read_text("utf-8")) for p in self.run.checkpoints.glob(f"step-*/{checkpoint.STATE}")]
-        wanted = {f"step-{step:08d}" for step in (state.best_step, *(s.get("best_step") for s in states)) if step and step >= 0}
+        steps = {state.best_step}
+        for path in self.run.checkpoints.glob(f"step-*/{checkpoint.STATE}"):
+            with suppress(OSError, ValueError, TypeError, KeyError):  # a damaged one is never gone on from
+                steps.add(json.loads(path.read_text("utf-8"))["best_step"])
+        wanted = {f"step-{step:08d}" for step in steps if step >= 0}
         for path in (self.run.path / "best").glob("step-*"):
             if path.name not in wanted:
                 remove_folder(path)
@@ -417,12 +443,13 @@ def summary(console: Console, run: Path) -> None:
     loss = found["loss"]
     low, high = loss["interval"]
     sure = "too few rows to say how sure"
+    seen, rest = loss.get("overlap", 0), loss.get("interval_of_the_rest", [None, None])[1]
     if low is not None and high is not None:
-        word = "better" if high < 0 else "worse" if low > 0 else "no difference shown"
+        proof = not seen or (rest is not None and rest < 0)
+        word = ("better" if proof else "lower, which proves nothing") if high < 0 else "worse" if low > 0 else "no difference shown"
         word = "few rows" if loss["rows"] < FEW_ROWS else word
         sure = f"{word}: {loss['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
     before, after = ("not finite" if loss[k] is None else f"{loss[k]:.3f}" for k in ("before", "after"))
-    seen = loss.get("overlap", 0)
     rows = f"{seen} of the {loss['rows']} held-out rows are trained on too" if seen else f"{loss['rows']} rows never trained on"
     _line(console, "result", f"held-out loss {before} before, {after} after ({sure}; {rows})")
     if found["rows"]:

@@ -103,6 +103,28 @@ def test_going_on_from_an_adapter(tmp_path):
     assert torch.equal(adapters.trainable(made)["base_model.model.lm_head.weight"], model().lm_head.weight)
 
 
+def test_going_on_from_trained_tokens(tmp_path):
+    """PEFT's short form trains the embedding alone, ids in any order: going on trains that again, and needs the tokens' names."""
+    made = model()
+    adapters.attach(made, schema.Lora(rank=2, new_tokens=("a", "b")), seed=0, new_tokens={9: None, 5: None})
+    adapters.save(made, tmp_path, base_name="x")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    del tensors["base_model.model.lm_head.token_adapter.trainable_tokens_delta"]
+    rows = "base_model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    tensors[rows] = tensors[rows][[1, 0]].contiguous()
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    rewrite(tmp_path, trainable_token_indices=[9, 5])
+    go_on = schema.Lora(continue_from=str(tmp_path), new_tokens=("a", "b"))
+    again = model()
+    settings = adapters.attach(again, go_on, seed=1, new_tokens={5: None, 9: None})
+    assert settings.tokens == {"embed_tokens": (9, 5)}
+    assert torch.equal(adapters.trainable(again)[rows][0], made.embed_tokens.base.weight[9])
+    with pytest.raises(AdapterError, match=r"trains 2 tokens \(ids 5, 9\), lora.new_tokens names none"):
+        adapters.attach(model(), schema.Lora(continue_from=str(tmp_path)), seed=1)
+    with pytest.raises(AdapterError, match=r"ids 5, 8; the adapter in lora.continue_from trains 5, 9"):
+        adapters.attach(model(), go_on, seed=1, new_tokens={5: None, 8: None})
+
+
 class Wrapper(nn.Module):
     """As a model of another library stands behind the decoder's face: its own names start one level deeper."""
 
@@ -155,6 +177,42 @@ def test_every_unsupported_field_is_named(folder):
         "r: 0",
     ):
         assert part in str(e.value)
+
+
+DAMAGED = {
+    "r": [4.5, True, "8", -1], "lora_alpha": [None, "16", 0], "lora_dropout": [1.0, "0"], "target_modules": [3, [3], "("],
+    "exclude_modules": [{}], "modules_to_save": ["lm_head", ["("]], "rank_pattern": [{"(": 3}, {"q_proj": "3"}, ["q_proj"]],
+    "alpha_pattern": [{"q_proj": 0}], "layers_to_transform": ["1"], "layers_pattern": [["("]],
+    "trainable_token_indices": ["abc", [-1], {"embed_tokens": 3}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in DAMAGED.items() for value in values], ids=str)
+def test_a_field_of_another_kind_is_named_not_met_later(folder, key, value):
+    rewrite(folder, **{key: value})
+    with pytest.raises(AdapterError, match=f"{key}: .*(, not |is no pattern)") as e:
+        adapters.load(model(), folder)
+    assert e.value.fix
+
+
+def test_every_damaged_field_is_named_at_once(folder):
+    rewrite(folder, **{key: values[0] for key, values in DAMAGED.items()})
+    with pytest.raises(AdapterError) as e:
+        adapters.load(model(), folder)
+    assert sorted(line.split(": ")[1] for line in e.value.what.splitlines()) == sorted(DAMAGED)
+
+
+def test_numbers_that_are_none_and_tokens_far_away_are_refused(folder):
+    path = folder / "adapter_model.safetensors"
+    save_file({name: t.to(torch.int32) for name, t in load_file(path).items()}, path)
+    with pytest.raises(AdapterError, match=r"no floating-point numbers: layers\.0\.q_proj\.lora_A\.weight: int32"):
+        adapters.load(model(), folder)
+    rewrite(folder, trainable_token_indices=[10**12])  # rows up to it would be made
+    with pytest.raises(AdapterError, match="token 1,000,000,000,000, far past"):
+        adapters.load(model(), folder)
+    (folder / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(AdapterError, match="no JSON"):
+        adapters.load(model(), folder)
 
 
 @pytest.mark.parametrize("field", [{"peft_type": "LOHA"}, {"peft_type": None}, {"use_dora": True, "use_rslora": True}], ids=str)

@@ -61,6 +61,25 @@ def test_every_wrong_module_to_save_is_named():
     assert "'nrm'; did you mean 'norm'?" in str(e.value)
 
 
+def test_what_cannot_be_trained_whole_is_refused_by_name():
+    """A module that the model reaches into is never called; one without weights trains nothing; one in another would be twice."""
+    model = Model()
+    model.model.layers[0]["drop"] = nn.Dropout()
+    wrong = ("model", "layers", "drop", "layers.0", "layers.0.q_proj")
+    with pytest.raises(AdapterError) as e:
+        adapters.attach(model, schema.Lora(modules_to_save=wrong[:3]), seed=0)
+    for part in ("'model' holds the layers themselves", "'model.layers' holds the layers", "'model.layers.0.drop' has no weights"):
+        assert part in e.value.what
+    with pytest.raises(AdapterError, match=r"'model.layers.0.q_proj' lies in 'model.layers.0'"):
+        adapters.attach(model, schema.Lora(modules_to_save=wrong[3:]), seed=0)
+    assert not adapters.twins(model)
+
+
+def test_a_new_token_named_twice_is_refused():
+    with pytest.raises(AdapterError, match="'<a>' twice"):
+        adapters.attach(Model(), schema.Lora(new_tokens=("<a>", "<a>")), seed=0, new_tokens={3: None})
+
+
 def test_a_module_that_peft_would_read_more_widely_is_refused():
     """PEFT matches the end of a name without a dot: a top module `norm` would be every `input_layernorm` too."""
     model = Model()

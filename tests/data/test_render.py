@@ -384,6 +384,9 @@ def test_prompt_and_completion(tokenizer):
     with pytest.raises(RowRefused, match="completion is empty"):
         renderer.examples(Conversation((Message("prompt", "a"), Message("completion", "")), HERE, "completion"))
     assert tokenizer.prefix_ids == () and Renderer(tokenizer).raw_prompt("a") == tokenizer.encode("a")
+    bare = Conversation((Message("prompt", ""), Message("completion", "hello you")), HERE, "completion")
+    example = Renderer(tokenizer).examples(bare).examples[0]
+    assert example.learn.tolist() == [False] + [True] * (len(example.ids) - 1), "nothing comes before the first: it is no target"
 
 
 def test_raw_text_in_windows(tokenizer):
@@ -475,6 +478,10 @@ def test_wrong_template_files(tokenizer, tmp_path):
         Renderer(tokenizer, template(tmp_path, "{% for %}")).examples(ask("a", "b"))
     with pytest.raises(TemplateError, match="'sep_token' is undefined"):
         Renderer(tokenizer, template(tmp_path, "{{ sep_token + 'a' }}" + CHATML)).examples(ask("a", "b"))
+    for broken, what in (("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ foo.bar }}", "'foo' is undefined")):
+        with pytest.raises(TemplateError, match=what) as e:
+            Renderer(tokenizer, template(tmp_path, CHATML + broken)).describe()
+        assert "data.template" in e.value.fix
 
 
 def test_a_refusal_survives_a_process_pool():

@@ -240,6 +240,18 @@ def test_a_folder_is_walked_in_order_and_what_is_left_aside_is_named(tmp_path):
         find(tmp_path)
 
 
+def test_a_run_folder_among_the_data_is_passed_over(tmp_path):
+    """`output` inside the data's folder: its held-out rows and its samples must not be trained on next time."""
+    write(tmp_path / "a.jsonl", jsonl(GOOD[:1]))
+    for name in ("run.yaml", "manifest.json", "status.json", "samples.jsonl", "data/held_out.jsonl"):
+        (tmp_path / "runs/first" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "runs/first" / name, jsonl(GOOD[:1]))
+    files = find(tmp_path)
+    assert [p.name for p in files.paths] == ["a.jsonl"]
+    assert files.skipped == (f"{tmp_path / 'runs/first'} (a run folder)",)
+    assert [p.name for p in find(tmp_path / "runs/first/data").paths] == ["held_out.jsonl"]  # asked for by name
+
+
 def test_gzip_bomb_stops_at_the_cap(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "BOMB_FROM", 1 << 20)
     path = write(tmp_path / "a.jsonl.gz", gzip.compress(b'{"text": "' + b"x" * (8 << 20) + b'"}\n'))

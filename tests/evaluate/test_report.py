@@ -170,6 +170,10 @@ def test_a_finished_run_shows_every_part(tmp_path):
         ({"before": 2.0, "after": 1.0, "interval": [-math.inf, math.inf]}, "No verdict"),
         ({"before": 2.0, "after": 1.0, "interval": ["-inf", "inf"]}, "No verdict"),
         ({"before": 2.0, "after": 1.0}, "No verdict"),
+        ({"before": 2.0, "after": 1.0, "interval": [-1.2, -0.8], "overlap": 3}, "No verdict"),
+        ({"before": 2.0, "after": 1.0, "interval": [-1.2, -0.8], "overlap": 3, "interval_of_the_rest": [-0.2, 0.1]}, "No verdict"),
+        ({"before": 2.0, "after": 1.0, "interval": [-1.2, -0.8], "overlap": 3, "interval_of_the_rest": [-0.9, -0.5]}, "Better"),
+        ({"before": 1.0, "after": 2.0, "interval": [0.8, 1.2], "overlap": 3, "interval_of_the_rest": [0.9, 1.3]}, "Worse"),
         ({}, "Not compared"),
     ],
 )

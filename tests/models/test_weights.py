@@ -238,16 +238,14 @@ def as_bitsandbytes(folder):
         codes, state = bnb.quantize_4bit(t, quant_type="nf4", compress_statistics=True)
         out[name] = codes
         out |= {f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()}
-        expected[name] = bnb.dequantize_4bit(codes, state)
+        # in rows of whole blocks: bitsandbytes 0.50 decodes others wrong where the processor has bf16 units
+        rows = bnb.quantize_4bit(t.view(-1, 64), quant_type="nf4", compress_statistics=True)
+        expected[name] = bnb.dequantize_4bit(*rows).view(t.shape)
     save_file(out, folder / SINGLE, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (folder / "config.json").write_text(json.dumps(config))
-    return {
-        k: bnb.dequantize_4bit(*bnb.quantize_4bit(t, quant_type="nf4", compress_statistics=True))
-        for k, t in held.items()
-        if "_proj." in k
-    }
+    return expected
 
 
 def test_a_bitsandbytes_folder_loads_without_requantising(tmp_path):

@@ -302,7 +302,7 @@ def test_over_nf4_equals_bitsandbytes_with_peft(variant):
 NATIVE = ["llama", "qwen3", "phi3", "gemma3"]
 
 
-@pytest.fixture(params=[(f, v) for f in NATIVE for v in (FLAGS if f == "llama" else ["lora"])], ids="-".join)
+@pytest.fixture(params=[(f, v) for f in NATIVE for v in FLAGS], ids="-".join)
 def native(request, tmp_path):
     """(our Decoder, transformers' model, variant) from one float64 checkpoint folder."""
     family, variant = request.param
@@ -334,6 +334,22 @@ def test_on_our_decoder(native, tmp_path):
     merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     assert merged.config.vocab_size == 98
     assert_close(merged(tokens[None]).logits[0].double(), live, rtol=1e-4, atol=1e-4)
+
+
+def test_our_decoder_loads_pefts(native, tmp_path):
+    """What PEFT trained and wrote, with a module whole and rows of the vocabulary: the native decoder answers as PEFT does."""
+    ours, theirs, variant = native
+    config = peft.LoraConfig(r=4, lora_alpha=ALPHA, target_modules="all-linear", modules_to_save=["model.norm"],
+                             trainable_token_indices=[5, 2, 11], **FLAGS[variant])  # fmt: skip
+    theirs = peft.get_peft_model(theirs, config, autocast_adapter_dtype=False).double()
+    before = theirs(TOKENS[:1]).logits[0].detach()
+    stir(theirs)
+    saved_by_peft(theirs, tmp_path / "adapter")
+    settings = adapters.load(ours, tmp_path / "adapter")
+    assert settings.variant == variant and settings.modules_to_save == ("model.norm",) and settings.tokens
+    wanted = theirs(TOKENS[:1]).logits[0]
+    assert_close(ours(TOKENS[0]), wanted, rtol=1e-9, atol=1e-5)
+    assert (wanted - before).abs().max() > 1e-2
 
 
 def test_qlora_merges_into_what_was_trained(tmp_path):

@@ -12,7 +12,7 @@ from tunesmith import models
 from tunesmith.chat import Talker
 from tunesmith.generate import Sampling, distribution, generate
 from tunesmith.models.decoder import Decoder
-from tunesmith.spec import spec_of
+from tunesmith.spec import FAMILIES, spec_of
 
 TINY = dict(vocab_size=97, hidden_size=64, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2)  # fmt: skip
@@ -21,9 +21,12 @@ LONG = dict(rope_type="longrope", short_factor=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5], l
 CASES = {
     "llama": hf.LlamaConfig(**TINY),
     "mistral": hf.MistralConfig(**TINY, sliding_window=8),
+    "qwen2": hf.Qwen2Config(**TINY, use_sliding_window=True, sliding_window=8, max_window_layers=2),
     "qwen3": hf.Qwen3Config(**TINY, head_dim=16, tie_word_embeddings=True),
+    "phi3": hf.Phi3Config(**TINY, pad_token_id=0, sliding_window=8),
     "phi4-mini": hf.Phi3Config(**TINY, pad_token_id=0, tie_word_embeddings=True, rope_parameters=LONG,
                                original_max_position_embeddings=24),
+    "gemma": hf.GemmaConfig(**TINY, head_dim=16),
     "gemma2": hf.Gemma2Config(**TINY, head_dim=16, sliding_window=8, query_pre_attn_scalar=24),
     "gemma3": hf.Gemma3TextConfig(**TINY | dict(num_hidden_layers=6), head_dim=16, sliding_window=8, query_pre_attn_scalar=24),
 }  # fmt: skip
@@ -49,6 +52,10 @@ def greedy(model, prompt, stop):
 def prompts_of(*lengths):
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(3, 97, (n,), generator=generator).tolist() for n in lengths]
+
+
+def test_every_family_has_a_case():
+    assert {c.model_type for c in CASES.values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", CASES)

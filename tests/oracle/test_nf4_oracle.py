@@ -46,9 +46,19 @@ def test_any_size(shape, path):
         check(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype), PATHS[path])
 
 
-@pytest.mark.parametrize("scale", [1e-39, 1e-30, 1e-12, 1e12, 1e30], ids=str)
+@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-12, 1e12, 1e30], ids=str)
 def test_huge_and_tiny(scale):
     check(torch.randn(64, 256, generator=torch.Generator().manual_seed(1)) * scale)
+
+
+def test_below_the_smallest_normal_number():
+    """The codes are bitsandbytes'. What they decode to is the definition's: processors with bf16 units make zeros of it there."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)) * 1e-39
+    codes, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    q = nf4.quantise(weight)
+    assert torch.equal(q.codes, codes.flatten()) and torch.equal(q.absmax, state.absmax)
+    for dtype in DTYPES:
+        assert torch.equal(bits(nf4.dequantise(q, dtype)), bits(nf4.reference_dequantise(q, dtype)))
 
 
 def test_zero_blocks_and_equal_blocks():

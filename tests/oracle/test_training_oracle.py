@@ -14,6 +14,8 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
     get_constant_schedule,
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
@@ -26,6 +28,7 @@ import tunesmith
 from tunesmith import adapters, models
 from tunesmith.config import schema
 from tunesmith.data.pack import collate
+from tunesmith.errors import DataError
 from tunesmith.train import loop
 from tunesmith.train.loss import draw, neftune
 from tunesmith.train.optim import DECAY_SHARE, Optimizer, schedule
@@ -195,7 +198,19 @@ RUNS = {
     "a whole head": ("lora", {"modules_to_save": ["lm_head"]}, "auto"),
     "new tokens": ("lora", {"new_tokens": ["<note>", "<end note>"]}, "auto"),
     "new tokens, tied": ("lora", {"new_tokens": ["<note>"]}, "auto"),
+    "fallback": ("lora", {"new_tokens": ["<note>"]}, "auto"),
+    "fallback, dora": ("lora", {"variant": "dora"}, "auto"),
+    "fallback, qlora": ("qlora", {}, "nf4"),
 }
+
+
+def gpt2_checkpoint(folder, tiny, positions=256):
+    """The tiny tokenizer beside a model that only transformers knows."""
+    tiny.checkpoint(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=260, n_positions=positions, n_embd=32, n_layer=2, n_head=2, eos_token_id=257, bos_token_id=None)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("case", RUNS)
@@ -203,6 +218,7 @@ def test_a_merged_run_is_what_was_trained(tiny, tmp_path, case):
     """transformers loads the folder; its logits are those of base + adapter to 1e-4 in float32."""
     method, lora, onto = RUNS[case]
     base = tiny.checkpoint(tmp_path / "base", tie_word_embeddings=True) if "tied" in case else tiny.model
+    base = gpt2_checkpoint(tmp_path / "base", tiny) if "fallback" in case else base
     config = tiny.config(tmp_path / "run", model=str(base), method=method, lora=lora)
     config["eval"] = {"samples": 0, "every_steps": 100}
     run = tunesmith.train(config, console=Console(file=io.StringIO()))
@@ -223,3 +239,13 @@ def test_a_merged_run_is_what_was_trained(tiny, tmp_path, case):
     if method == "qlora" and onto == "nf4":
         again = tunesmith.merge(run.path, tmp_path / "auto")
         assert (again / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes(), "auto is what was trained"
+
+
+def test_a_row_past_the_fallbacks_context_is_told_before_the_first_step(tiny, tmp_path):
+    """Its table of positions ends there: else the run would fail at the first long row, wherever that is."""
+    base = gpt2_checkpoint(tmp_path / "base", tiny, positions=64)
+    config = tiny.config(tmp_path / "run", model=str(base), data={"held_out": 0})
+    del config["eval"]
+    with pytest.raises(DataError, match="longest row has 65 tokens, and this model was made for 64") as e:
+        tunesmith.train(config, console=Console(file=io.StringIO()))
+    assert "data.max_length: 64" in e.value.fix and not (tmp_path / "run/metrics.jsonl").exists()

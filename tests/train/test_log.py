@@ -275,3 +275,17 @@ with Progress(5000) as progress:
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert child.wait() == 0
     child.stdout.close()
+
+
+def test_tensorboards_own_reader_finds_every_number_once(run):
+    """The real writer, where the extra is installed: what a resumed run goes over again is there once."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, steps in ((0, range(1, 6)), (3, range(4, 8))):
+        with Log(run, ["tensorboard"], start=start) as it:
+            for step in steps:
+                it.step(step, loss=step / 4 + start)
+            it.event("note")
+    found = reader.EventAccumulator(str(run.path / "trackers/tensorboard")).Reload()
+    assert [(e.step, e.value) for e in found.Scalars("train/loss")] == [
+        *((step, step / 4) for step in (1, 2, 3)), *((step, step / 4 + 3) for step in (4, 5, 6, 7))
+    ]  # fmt: skip

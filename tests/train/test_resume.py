@@ -3,6 +3,7 @@
 The kills are real: a server process imports everything once and forks a child for each run, which gets SIGKILL at a random moment.
 """
 
+import datetime
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ from rich.console import Console
 
 import tunesmith
 from tunesmith import tuning
+from tunesmith.chat import Talker
 from tunesmith.errors import Interrupted, RunError
 from tunesmith.run import Run
 from tunesmith.train.log import Log
@@ -284,6 +286,45 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, unbro
     same(path, unbroken)
 
 
+@pytest.mark.parametrize("state", [None, b"", b"{", b"[]", b"\xff"])
+def test_a_checkpoint_without_a_readable_state_is_passed_over_to_the_end(stopped, unbroken, state):
+    """It still stands there when the run that went on from the one before it saves again."""
+    config, path = stopped(after=7)
+    newest = max((path / "checkpoints").iterdir())
+    assert newest.name == "step-00000007"
+    (newest / "state.json").unlink()
+    if state is not None:
+        (newest / "state.json").write_bytes(state)
+    console = quiet()
+    tunesmith.train(config, resume=True, console=console)
+    assert "damaged checkpoint passed over" in console.file.getvalue() and "from step 6 of 12" in console.file.getvalue()
+    same(path, unbroken)
+
+
+def test_the_day_a_template_prints_is_the_runs_first(tiny, tmp_path, stopped, monkeypatch):
+    """A run that goes over midnight trains on one date, and is asked with it."""
+    words = tiny.checkpoint(tmp_path / "base")
+    settings = json.loads((words / "tokenizer_config.json").read_text())
+    dated = "{{ strftime_now('%d %b %Y') }}" + settings["chat_template"]
+    (words / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": dated}))
+    config, path = stopped(model=str(words))
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"date": "2024-07-26"}))
+    with pytest.raises(RunError, match="training data"):  # of another day: other ids than those it was begun with
+        tunesmith.train(config, resume=True, console=quiet())
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls):
+            return datetime.date.fromisoformat(manifest["date"]) + datetime.timedelta(days=1)
+
+    monkeypatch.setattr(datetime, "date", Tomorrow)
+    run = tunesmith.train(config, resume=True, console=quiet())
+    assert run.status().state == "finished" and run.manifest["date"] == manifest["date"]
+    assert Talker.open(path).renderer.date == manifest["date"]
+
+
 def test_only_damaged_checkpoints_are_refused(stopped):
     config, path = stopped()
     for file in (path / "checkpoints").glob("*/tensors.safetensors"):
@@ -334,10 +375,13 @@ def test_stopped_before_the_first_step_or_after_the_last(tiny, tmp_path, unbroke
     same(tmp_path / "run", unbroken)
 
 
-def test_before_is_the_untuned_model_even_when_its_files_were_lost(stopped, unbroken):
+@pytest.mark.parametrize("damage", [{"before.json": None, "losses_before.json": None}, {"before.json": "{"},
+                                    {"before.json": "[1]"}, {"losses_before.json": '{"total": [1.0], "trained": [1]}'},
+                                    {"losses_before.json": "[]"}], ids=str)  # fmt: skip
+def test_before_is_the_untuned_model_even_when_its_files_were_lost(stopped, unbroken, damage):
     config, path = stopped()
-    (path / "before.json").unlink()
-    (path / "losses_before.json").unlink()
+    for name, text in damage.items():
+        (path / name).unlink() if text is None else (path / name).write_text(text)
     tunesmith.train(config, resume=True, console=quiet())
     same(path, unbroken)
 

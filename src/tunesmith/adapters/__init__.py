@@ -77,6 +77,8 @@ def attach(model: nn.Module, lora: schema.Lora, *, seed: int, new_tokens: Pieces
     if twins(model):
         raise AdapterError("this model already has an adapter", "merge it first, or load the model again")
     new_tokens = dict(new_tokens or {})
+    if twice := sorted({token for token in lora.new_tokens if lora.new_tokens.count(token) > 1}):
+        raise AdapterError(f"lora.new_tokens: {', '.join(map(repr, twice))} twice", "name each token once")
     if (ids := len(new_tokens)) != (words := len(lora.new_tokens)):
         raise AdapterError(f"lora.new_tokens holds {words} tokens, {ids} ids were given", "add them to the tokenizer")
     earlier, tensors = None, {}
@@ -171,17 +173,18 @@ def _starts(weight: Tensor, ids: Sequence[int], pieces: Pieces) -> Tensor:
 def _continued(model: nn.Module, earlier: Settings, lora: schema.Lora, new_tokens: Pieces) -> Settings:
     """An earlier adapter's settings with what this run adds: its dropout, further modules to save, new tokens."""
     saved = tuple(dict.fromkeys([*earlier.modules_to_save, *resolve_saved(model, lora.modules_to_save)]))
-    tokens = earlier.tokens
-    if tokens and not new_tokens:
-        raise AdapterError(
-            f"lora.continue_from: that adapter trains {len(next(iter(tokens.values())))} tokens, lora.new_tokens names none",
-            "name the same tokens in lora.new_tokens: without them the text would be split as if they did not exist",
-        )
-    if new_tokens:
-        tokens = _token_rows(model, new_tokens, saved)
-        if earlier.tokens and earlier.tokens != tokens:
+    rows = _token_rows(model, new_tokens, saved)
+    tokens = earlier.tokens or rows
+    if trained := {i for ids in earlier.tokens.values() for i in ids}:
+        ids = ", ".join(map(str, sorted(trained)))
+        if not new_tokens:
             raise AdapterError(
-                "lora.new_tokens: the adapter in lora.continue_from trains other tokens already",
+                f"lora.continue_from: that adapter trains {len(trained)} tokens (ids {ids}), lora.new_tokens names none",
+                "name the same tokens in lora.new_tokens: without them the text would be split as if they did not exist",
+            )
+        if trained != set(new_tokens):
+            raise AdapterError(
+                f"lora.new_tokens: ids {', '.join(map(str, sorted(new_tokens)))}; the adapter in lora.continue_from trains {ids}",
                 "name the same tokens, in the same order",
             )
     return replace(earlier, dropout=lora.dropout, modules_to_save=saved, tokens=tokens)

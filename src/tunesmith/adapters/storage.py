@@ -7,7 +7,10 @@ adapter computes and that we do not know are refused by name, never ignored.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,8 @@ from tunesmith.adapters.targets import layer_of, matches, saved_whole, shadowed,
 from tunesmith.errors import AdapterError
 from tunesmith.files import write_atomic
 
+Check = Callable[[Any], bool]
+
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 # Fields of LoraConfig (peft 0.21) that change what the adapter computes, with the values that mean "not used".
@@ -50,6 +55,49 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "velora_config": (None,),
     "monteclora_config": (None,),
 }
+TOKEN_ROOM = 1 << 16  # how far past the vocabulary a trained token may lie: rows up to it are made
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _rank(value: Any) -> bool:
+    return _whole(value) and value > 0
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _list(of: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(of, value))
+
+
+def _table(of: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(map(_text, value)) and all(map(of, value.values()))
+
+
+# What each field may hold; null, or no field, is the default of all but the first two.
+SHAPES: dict[str, tuple[str, tuple[Check, ...]]] = {
+    "r": ("a positive whole number", (_rank,)),
+    "lora_alpha": ("a positive number", (_positive,)),
+    "lora_dropout": ("a number from 0 to below 1", (lambda value: value == 0 or (_positive(value) and value < 1),)),
+    "target_modules": ("a pattern or a list of names", (_text, _list(_text))),
+    "exclude_modules": ("a pattern or a list of names", (_text, _list(_text))),
+    "modules_to_save": ("a list of names", (_list(_text),)),
+    "rank_pattern": ("positive whole numbers by pattern", (_table(_rank),)),
+    "alpha_pattern": ("positive numbers by pattern", (_table(_positive),)),
+    "layers_to_transform": ("a layer's number or a list of them", (_whole, _list(_whole))),
+    "layers_pattern": ("a pattern or a list of them", (_text, _list(_text))),
+    "trainable_token_indices": ("ids, or lists of ids by module", (_list(_whole), _table(_list(_whole)))),
+}
+PATTERNS = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_pattern")
+
 # init_lora_weights that also change the base's weights: the adapter alone does not tell what was trained.
 MOVES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
@@ -61,7 +109,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder} has no {CONFIG}", "give the folder of a PEFT adapter")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise AdapterError(f"{path} is no JSON: {e}", "this adapter is damaged: get it again") from e
     if not isinstance(config, dict):
         raise AdapterError(f"{path} holds no settings", "this adapter is damaged: get it again")
@@ -77,14 +125,31 @@ def read_config(folder: Path) -> dict[str, Any]:
         faults.append(f"init_lora_weights: {start!r} changed the base's weights too, which this folder does not hold")
     if config.get("use_dora") and config.get("use_rslora"):
         faults.append("use_dora with use_rslora is not supported")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
-            faults.append(f"{key}: {config.get(key)!r} is no positive number")
+    damaged = [
+        f"{key}: {reprlib.repr(config.get(key))}, not {wanted}"
+        for key, (wanted, allowed) in SHAPES.items()
+        if (config.get(key) is not None or key in ("r", "lora_alpha")) and not any(check(config.get(key)) for check in allowed)
+    ]
+    sound = [key for key in PATTERNS if not any(fault.startswith(f"{key}: ") for fault in damaged)]
+    damaged += [f"{key}: {why}" for key in sound for why in _no_patterns(config.get(key))]
+    if damaged:
+        raise AdapterError(
+            "\n".join(f"{path}: {fault}" for fault in faults + damaged), "this adapter's settings are damaged: get it again"
+        )
     if faults:
         raise AdapterError(
             "\n".join(f"{path}: {fault}" for fault in faults), "merge that adapter with PEFT into a model folder, and use that"
         )
     return config
+
+
+def _no_patterns(entries: str | Iterable[str] | None) -> Iterator[str]:
+    """Why an entry is no regular expression, which is what PEFT reads these as."""
+    for entry in [entries] if isinstance(entries, str) else entries or []:
+        try:
+            re.compile(entry)
+        except (re.error, RecursionError, OverflowError) as e:
+            yield f"{reprlib.repr(entry)} is no pattern: {e}"
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -151,6 +216,8 @@ def _tokens(model: nn.Module, wanted: Sequence[int] | Mapping[str, Sequence[int]
         )
     names = [n for n, _ in modules(model)]
     by_entry = dict(wanted) if isinstance(wanted, Mapping) else {embedding: wanted}
+    if far := [i for ids in by_entry.values() for i in ids if i >= len(at(model, embedding).weight) + TOKEN_ROOM]:
+        raise AdapterError(f"the adapter trains token {max(far):,}, far past this vocabulary", "use the base model of the adapter")
     found = {n: tuple(ids) for entry, ids in by_entry.items() for n in names if matches(entry, n)}
     if embedding in found and head is not None and at(model, head).weight is at(model, embedding).weight:
         found[head] = found[embedding]
@@ -193,7 +260,12 @@ def copy_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     wrong = [f"{name}: {list(tensors[name].shape)} where {list(place.shape)} belongs"
              for name, place in places.items() if name in tensors and tensors[name].shape != place.shape]  # fmt: skip
-    faults = _listed("wrong shape", wrong) + _listed("missing", places.keys() - tensors.keys())
+    kinds = [f"{name}: {t.dtype}".replace("torch.", "") for name, t in tensors.items() if not t.is_floating_point()]
+    faults = (
+        _listed("wrong shape", wrong)
+        + _listed("no floating-point numbers", kinds)
+        + _listed("missing", places.keys() - tensors.keys())
+    )
     faults += _listed("without a place in this model", tensors.keys() - places.keys())
     if faults:
         raise AdapterError(

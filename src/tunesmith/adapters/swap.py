@@ -137,7 +137,15 @@ def resolve_saved(model: nn.Module, wanted: Sequence[str]) -> tuple[str, ...]:
                 f"lora.modules_to_save: no module is named {entry!r}; {did_you_mean(entry, {n.rpartition('.')[2] for n in names})}"
             )
         found += [name for name in hits if name not in found]
+    embedding = vocabulary(model)[0]
     for name in found:
+        module = at(model, name)
+        if isinstance(module, nn.ModuleList) or (embedding or "").startswith(f"{name}."):
+            faults.append(f"lora.modules_to_save: {name!r} holds the layers themselves; `method: full` trains every weight")
+        elif not any(True for _ in module.parameters()):
+            faults.append(f"lora.modules_to_save: {name!r} has no weights")
+        if outer := [other for other in found if name.startswith(f"{other}.")]:
+            faults.append(f"lora.modules_to_save: {name!r} lies in {outer[0]!r}, which is trained whole")
         if more := [other for other in names if saved_whole(name, other) and other not in found]:
             faults.append(f"lora.modules_to_save: PEFT would read {name!r} as {more[0]!r} too")
     if faults:

@@ -266,7 +266,8 @@ class Renderer:
             if isinstance(probe, Texts):
                 break
         if isinstance(probe, Fault) and probe.kind != "raised":
-            raise TemplateError(f"{self.source}: {probe}", _fix_of(probe))
+            fix = _fix_of(probe) or "correct the template, or name another with data.template"
+            raise TemplateError(f"{self.source}: {probe}", fix)
         stops = self.tokenizer.stop_ids
         if isinstance(probe, Texts):
             found = _Skeleton([(0, False)], probe)

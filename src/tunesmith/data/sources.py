@@ -102,7 +102,8 @@ class Files:
 def find(path: str | Path) -> Files:
     """The files of a source. A folder is walked in name order; hidden files are passed over. DataError when nothing is there.
 
-    Beside files with rows, text files are left aside (a dataset's README is not training text); alone, they are the data.
+    Beside files with rows, text files are left aside (a dataset's README is not training text); alone, they are the data. A run
+    folder inside is passed over: its samples and held-out rows would be trained on.
     """
     label = str(path)
     if label.startswith("hub:"):
@@ -119,6 +120,8 @@ def find(path: str | Path) -> Files:
         beside = f"; {root.parent} holds {', '.join(near)}" if near else ""
         _fault(root, "no such file or folder", f"correct the path (relative paths start at the current folder){beside}")
     every = [p for p in sorted(root.rglob("*")) if p.is_file() and not any(s.startswith(".") for s in p.relative_to(root).parts)]
+    runs = {p.parent for p in every if p.name == "run.yaml" and (p.parent / "manifest.json").is_file()}
+    every = [p for p in every if runs.isdisjoint(p.parents)]
     with_rows = [p for p in every if _suffix(p) in ROWS_SUFFIXES and p.name not in NOT_ROWS]
     text = [p for p in every if _suffix(p) in TEXT_SUFFIXES]
     if not with_rows and not text:
@@ -129,6 +132,7 @@ def find(path: str | Path) -> Files:
         for p in every
         if p not in set(chosen)
     ]
+    skipped += [f"{run} (a run folder)" for run in sorted(runs)]
     return Files(label, tuple(chosen), tuple(skipped))
 
 

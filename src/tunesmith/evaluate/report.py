@@ -241,10 +241,13 @@ def _verdict(found: _Found) -> _Verdict:
         rows = f"{count:,.0f} held-out rows" if (count := _finite(found.loss.get("rows"))) else "held-out rows"
         small = f"In {lead}. Before and after saw the same {rows}, which were never trained on. {MEANING}"
         if seen := _count(found.loss.get("overlap")):
-            say = (
-                f"{move[0].upper()}{move[1:]}, but {seen:,} of the {rows} are trained on too, so this shows nothing about new rows."
-            )
-            return _Verdict("No verdict", "open", say, f"In {lead}. Take those rows out of one of the two files.")
+            rest = [_finite(v) for v in _list(found.loss.get("interval_of_the_rest"))]
+            small = f"In {lead}. {seen:,} of the {rows} are trained on too, word for word or nearly."
+            if hi < 0 and not (len(rest) == 2 and rest[1] is not None and rest[1] < 0):
+                say = f"{move[0].upper()}{move[1:]}, but {seen:,} of the {rows} are trained on too: that may be all it shows."
+                return _Verdict("No verdict", "open", say, f"In {lead}. Take those rows out of one of the two files.")
+            if hi < 0:
+                small += f" Without as many of those that gained most the interval is {signed(rest[0])} to {signed(rest[1])}."
         if (_finite(found.loss.get("rows")) or math.inf) < FEW_ROWS:
             more = f"Raise data.held_out: from {FEW_ROWS} rows on a verdict is given."
             say = f"{move[0].upper()}{move[1:]} on only {rows}; {words}. {more}"
