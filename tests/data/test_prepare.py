@@ -120,7 +120,7 @@ def test_the_store_holds_what_the_renderer_gave_in_the_order_of_the_files(tmp_pa
         ("b.jsonl", 4),
         ("a.jsonl", 1),
     ]
-    assert p.train.index["source"].tolist() == [0] * 5 + [1] * 5
+    assert p.train.column("source").tolist() == [0] * 5 + [1] * 5
 
 
 def test_too_many_refused_rows_stop_with_reasons_counts_and_places(tmp_path, stub):
