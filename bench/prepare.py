@@ -65,7 +65,7 @@ def ours(rows: Path, tokenizer: str, workers: int, scratch: Path):
     for step in plan:
         for part in step:
             collate([prepared.train[i] for i in part])
-    renderer._sandbox.close()  # a child's CPU time is known once it has ended
+    renderer.close()  # a child's CPU time is known once it has ended
     return cpu() - before, time.monotonic() - wall, prepared
 
 

@@ -25,6 +25,9 @@ class Stub:
         self.max_length, self.overlength, self.learn = max_length, overlength, learn
         self.fingerprint = f"stub {max_length} {overlength} {learn}"
 
+    def close(self):
+        pass
+
     def examples_many(self, conversations):
         return [self.one(c) for c in conversations]
 
