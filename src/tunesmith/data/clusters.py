@@ -183,7 +183,7 @@ class Finder:
 
 def _band_keys(signatures_NP: np.ndarray) -> np.ndarray:
     """One 64-bit key for the values of each band, uint64 [BANDS, N]."""
-    values = signatures_NP.reshape(len(signatures_NP), BANDS, -1).T
+    values = signatures_NP.reshape(-1, BANDS, PERMUTATIONS // BANDS).T
     key = np.zeros(values.shape[1:], np.uint64)
     for value in values:
         key = key * _BASE + value

@@ -57,6 +57,8 @@ INLINE_ROWS = 2_000  # rows prepared here before workers are thought of
 INLINE_BYTES = 8 << 20  # with `workers: auto`, size of all files from which workers are worth their start (a tokenizer each: 1-3 s)
 HELD_OUT_MOST = 500  # rows a held-out share takes at most
 MAX_WORKERS = 16
+CACHE_BYTES = 20 << 30  # beyond it, what was used longest ago is removed
+CACHE_GRACE = 3_600  # seconds for which an entry that was used stays in any case: another process may be about to open it
 REASONS_KEPT, EXAMPLES_KEPT = 200, 3
 
 
@@ -248,7 +250,7 @@ def prepare(
 
     make_renderer: picklable (functools.partial of an imported function), as each worker process builds its own renderer with it.
     renderer: one that `make_renderer` made already, so that it is not made again here.
-    progress: a terminal that shows a bar.
+    progress: where a bar is shown if it is a terminal, and a line told when old entries of the cache are removed.
     model: the checkpoint's folder, under which `cached_lengths` finds the result.
     strict: raise when too many rows are refused or nothing is trained (`Prepared.require`); `check` says False.
     Raises DataError with all faults of all files at once.
@@ -258,10 +260,14 @@ def prepare(
     key = _fingerprint(data, renderer.fingerprint, seed, found)
     root = cache_folder(cache_dir)
     folder = root / key[:32]
-    if not (folder.is_dir() and not verify(folder)):
+    with suppress(FileNotFoundError):
+        os.utime(folder)  # used now: `_prune` of another process leaves it alone while it is verified
+    if built := not (folder.is_dir() and not verify(folder)):
         with _bar(found, progress) as report:
             _build(folder, data, renderer, seed, found, report, make_renderer)
     prepared = _load(folder, data, key)
+    if built:
+        _prune(root, progress)
     if model:
         write_atomic(root / f"latest-{_question(data, model, seed)}.json", json.dumps({"folder": folder.name}), durable=False)
     return prepared.require(data.max_refused) if strict else prepared
@@ -301,7 +307,71 @@ def _load(folder: Path, data: Data, fingerprint: str = "") -> Prepared:
     is_held = np.zeros(len(store), bool)
     is_held[held] = True
     account = Account.load(folder / "account.json")
-    return Prepared(folder, fingerprint, store.subset(np.flatnonzero(~is_held)), store.subset(held), account, data)
+    prepared = Prepared(folder, fingerprint, store.subset(np.flatnonzero(~is_held)), store.subset(held), account, data)
+    _hold(prepared)
+    return prepared
+
+
+# ---- the cache's size ----------------------------------------------------------------------------------------------------------
+
+
+def _hold(prepared: Prepared) -> None:
+    """Keep its entry from being pruned for as long as `prepared` lives: a lock that users share, freed however a process ends.
+    Windows needs none: there a folder with open or mapped files cannot be renamed.
+    """
+    if fcntl is not None:
+        fd = os.open(prepared.folder / "manifest.json", os.O_RDONLY)
+        weakref.finalize(prepared, os.close, fd)
+        with suppress(OSError):  # a file system without locks: `_free` never takes one there either, and nothing is pruned
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+@contextmanager
+def _free(entry: Path) -> Iterator[bool]:
+    """Whether nobody uses the entry, and nobody can begin to inside."""
+    if fcntl is None:
+        yield True
+        return
+    try:
+        fd = os.open(entry / "manifest.json", os.O_RDONLY)
+    except FileNotFoundError:  # another process was quicker, or a crash in the middle of a copy: `prepare` makes it again
+        yield False
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError:
+        free = False
+    try:
+        yield free
+    finally:
+        os.close(fd)
+
+
+def _prune(root: Path, console: Console | None) -> None:
+    """Remove the entries used longest ago until the cache holds at most CACHE_BYTES; none that is in use or was within CACHE_GRACE.
+
+    A crash leaves an entry whole or hidden under another name, which `_clear_leftovers` removes.
+    """
+    entries = []
+    for path in root.iterdir():
+        if re.fullmatch("[0-9a-f]{32}", path.name):
+            with suppress(FileNotFoundError):  # another process was quicker
+                entries.append((path.stat().st_mtime, sum(p.stat().st_size for p in path.rglob("*")), path))
+    excess, removed = sum(size for _, size, _ in entries) - CACHE_BYTES, []
+    for used, size, path in sorted(entries):
+        if excess <= 0 or time.time() - used < CACHE_GRACE:
+            break
+        with _free(path) as free:
+            if free:
+                with suppress(FileNotFoundError, PermissionError):  # gone already; in use (Windows)
+                    remove_folder(path)
+                    excess -= size
+                    removed.append(size)
+    if removed and console is not None:
+        sets = f"{len(removed)} prepared data set{'s' if len(removed) > 1 else ''}"
+        limit = f"more than {CACHE_BYTES / 1e9:.3g} GB were kept"
+        console.print(f"cache: removed the {sets} used longest ago ({sum(removed) / 1e9:.3g} GB) from {root}: {limit}")
 
 
 # ---- one chunk -----------------------------------------------------------------------------------------------------------------
