@@ -214,6 +214,15 @@ def test_workers_are_forked_only_where_that_is_safe(monkeypatch):
     thread.join()
 
 
+def test_auto_gives_each_worker_enough_to_be_worth_its_start(monkeypatch):
+    monkeypatch.setattr(prepare_module.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    for method, some in (("fork", 4), ("spawn", 1)):
+        monkeypatch.setattr(prepare_module, "_start_method", lambda method=method: method)
+        sizes = (0, 900_000, 4_200_000, 1 << 40)
+        assert [prepare_module._workers("auto", size) for size in sizes] == [1, 1, some, prepare_module.MAX_WORKERS]
+        assert prepare_module._workers(0, 1 << 40) == 1 and prepare_module._workers(3, 0) == 3
+
+
 def test_the_bar_starts_no_thread_so_that_workers_can_be_forked(tmp_path, stub, monkeypatch):
     import io
     import threading

@@ -224,13 +224,13 @@ def _join(label: np.ndarray, a: np.ndarray, b: np.ndarray, signatures: FileIO, s
 def _alike(signatures: FileIO, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Whether the rows of each pair are near duplicates. They are read one by one: pages of a memory map that are touched all over
     would stay in memory, 256 bytes a row."""
-    found = np.empty((2, len(a), PERMUTATIONS), np.uint32)
-    width = found.itemsize * PERMUTATIONS
-    into = memoryview(found).cast("B")
-    for k, row in enumerate(np.concatenate([a, b]).tolist()):
+    rows, which = np.unique(np.concatenate([a, b]), return_inverse=True)
+    found = np.empty((len(rows), PERMUTATIONS), np.uint32)
+    width, into = found.itemsize * PERMUTATIONS, memoryview(found).cast("B")
+    for k, row in enumerate(rows.tolist()):
         signatures.seek(row * width)
         signatures.readinto(into[k * width : (k + 1) * width])
-    return (found[0] == found[1]).mean(1) >= NEAR
+    return (found[which[: len(a)]] == found[which[len(a) :]]).mean(1) >= NEAR
 
 
 def _components(n: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:

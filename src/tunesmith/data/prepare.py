@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 VERSION = 2  # raise it when the same rows would be prepared differently
-INLINE_ROWS = 2_000  # rows prepared here before workers are thought of
-INLINE_BYTES = 8 << 20  # with `workers: auto`, size of all files from which workers are worth their start (a tokenizer each: 1-3 s)
+INLINE_ROWS = 500  # rows prepared here before workers are started: a forked one begins with what these taught the tokenizer
+BYTES_A_WORKER = {"fork": 1 << 20, "spawn": 4 << 20}  # `workers: auto`: files for each, that it is worth its start (0.2 or 1-3 s)
 HELD_OUT_MOST = 500  # rows a held-out share takes at most
 MAX_WORKERS = 16
 CACHE_BYTES = 20 << 30  # beyond it, what was used longest ago is removed
@@ -541,10 +541,8 @@ def _without_main() -> Iterator[None]:
 def _workers(wanted: int | str, size: int) -> int:
     if wanted != "auto":
         return max(1, int(wanted))
-    if size < INLINE_BYTES:
-        return 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, MAX_WORKERS)
+    return max(1, min(usable, MAX_WORKERS, size // BYTES_A_WORKER[_start_method()]))
 
 
 Tagged = tuple[int, Chunk]
