@@ -191,7 +191,13 @@ def main() -> None:
         print(f"{'':16} {'rows':>8} " + " ".join(f"{c:>11}" for c in columns))
         for arm, m in table.items():
             rate, one = counts[arm] / m["cpu"], table[arm.split(",")[0]]["wall"]
-            values = (f"{rate:,.0f}", f"{rate / base:.2f}", f"{m['cpu']:.1f}", f"{m['children']:.1f}", f"{counts[arm] / m['wall']:,.0f}")
+            values = (
+                f"{rate:,.0f}",
+                f"{rate / base:.2f}",
+                f"{m['cpu']:.1f}",
+                f"{m['children']:.1f}",
+                f"{counts[arm] / m['wall']:,.0f}",
+            )
             values += (f"{one / m['wall']:.2f}", f"{m['load']:.1f}", f"{m['peak_mib']:,.0f}")
             print(f"{arm:16} {counts[arm]:8,} " + " ".join(f"{v:>11}" for v in values), flush=True)
         held = {}

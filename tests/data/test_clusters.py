@@ -5,6 +5,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tunesmith.data import clusters
 from tunesmith.data.clusters import BANDS, NEAR, PERMUTATIONS, Finder, held_out_rows, normalised, signatures, text_hashes
@@ -247,3 +249,10 @@ def test_the_split_never_cuts_a_cluster_and_follows_the_seed():
     assert held_out_rows(near, 20, 1).tolist() != held_out_rows(near, 20, 2).tolist()
     assert held_out_rows(np.zeros(10, np.int64), 3, 0).tolist() == []
     assert len(held_out_rows(np.arange(10), 10, 0)) == 9
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.text(st.sampled_from(" \t\n\r\v\f\x1c\x1d\x1e\x1f\x00aBZz09.,!?_~é\x85\xa0ſ東"), max_size=30))
+def test_normalised_takes_bytes_and_characters_for_the_same(said):
+    plain = " ".join(said.translate(clusters._PUNCTUATION).lower().split()) or said
+    assert normalised(Conversation((Message("user", said),), Origin("f", 1))) == plain

@@ -412,7 +412,7 @@ def cache(tmp_path, stub, monkeypatch):
     monkeypatch.setattr(prepare_module, "CACHE_BYTES", 40_000)
 
     class Cache:
-        root, folders = tmp_path / "c" / "prepared", {}  # noqa: RUF012
+        root, folders = tmp_path / "c" / "prepared", {}
 
         def make(self, n, console=None):
             path = write(tmp_path / f"{n}.jsonl", rows(30, n))

@@ -263,7 +263,9 @@ def test_columns_are_known_by_name_however_they_are_written(tmp_path, name, head
     content = f"{header}\n{mark.join('QAN')}\n".encode()
     files = find(write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content))
     (chunk,) = chunks(files)
-    assert [r.value for r in sources.parse(chunk)] == [{"question": "Q", "answer": "A", "Note": "N"}]  # not a known one: as it stands
+    assert [r.value for r in sources.parse(chunk)] == [
+        {"question": "Q", "answer": "A", "Note": "N"}
+    ]  # not a known one: as it stands
     told = [note for note in files.notes if note.startswith("column")]
     assert told and all(note.endswith(("'question'", "'answer'", "'Note'")) for note in told)
 
@@ -297,7 +299,9 @@ def test_every_key_that_a_format_reads_is_a_known_column():
     source = Path(formats.__file__).read_text()
     read = set(re.findall(r"""(?:value\.get\(|value\[|get\("tools", value\.get\()"(\w+)\"""", source)) - {"file", "line", "kind"}
     first = {k for names in re.findall(r"_first\(value((?:, \"\w+\")+)\)", source) for k in re.findall(r"\w+", names)}
-    keys = {k for f in formats.FORMATS.values() for group in f.keys for k in group} | {k for g, _ in formats.REFUSED_KEYS for k in g}
+    keys = {k for f in formats.FORMATS.values() for group in f.keys for k in group} | {
+        k for g, _ in formats.REFUSED_KEYS for k in g
+    }
     assert len(read) > 8 and len(first) > 4
     assert read | first | keys | set(formats.MEDIA) <= sources.COLUMNS
 

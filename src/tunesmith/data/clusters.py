@@ -27,6 +27,8 @@ PART_ROWS, PARTS = 1 << 16, 16  # rows sorted at once (some 60 bytes each), but 
 LONG_UNITS = 16  # bytes per word from which a text is taken to have no spaces (Chinese, Japanese, Thai): its units are characters
 
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
+_BLANK = string.punctuation + "\x1c\x1d\x1e\x1f"  # the last four are white space to str.split, and not to bytes.split
+_ASCII = bytes.maketrans((_BLANK + string.ascii_uppercase).encode(), (" " * len(_BLANK) + string.ascii_lowercase).encode())
 _BASE = np.uint64(0x9E3779B97F4A7C15 | 1)
 _INVERSE = np.uint64(pow(int(_BASE), -1, 1 << 64))
 _draw = np.random.default_rng(20240229)  # the permutations: any fixed odd multipliers do
@@ -40,6 +42,8 @@ def normalised(c: Conversation) -> str:
     A text of punctuation alone stays as it is.
     """
     said = "\n".join(m.content for m in c.messages if m.role != "system") or c.messages[0].content
+    if said.isascii():  # the same in one pass over bytes
+        return b" ".join(said.encode().translate(_ASCII).split()).decode() or said
     return " ".join(said.translate(_PUNCTUATION).lower().split()) or said
 
 
@@ -58,37 +62,38 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
     lengths_N = np.fromiter(map(len, encoded), np.int64, len(encoded))
     ends_N = np.cumsum(lengths_N)
     starts_N = ends_N - lengths_N
-    row_B = np.repeat(np.arange(len(texts)), lengths_N)
 
     space = data_B == 32
-    first_of_word = ~space & np.concatenate([[True], space[:-1]])
-    first_of_char = (data_B & 0xC0) != 0x80
-    words_N = np.add.reduceat(first_of_word.astype(np.int64), starts_N)
+    unit_B = ~space
+    unit_B[1:] &= space[:-1]  # the first of each word
+    words_N = _counts(unit_B, ends_N)
     spaceless_N = lengths_N > LONG_UNITS * np.maximum(words_N, 1)
-    unit_B = np.where(spaceless_N[row_B], first_of_char & ~space, first_of_word)
+    if spaceless_N.any():
+        first_of_char = (data_B & 0xC0) != 0x80
+        unit_B = np.where(np.repeat(spaceless_N, lengths_N), first_of_char & ~space, unit_B)
     unit_B[starts_N] = True
 
     # a shingle runs from its unit to the beginning of the WORDS-th unit behind it, or to the end of a shorter row
     at_U = np.flatnonzero(unit_B)
-    row_U = row_B[at_U]
-    behind_U = np.minimum(np.arange(len(at_U)) + WORDS, len(at_U))
-    same_U = np.append(row_U, -1)[behind_U] == row_U
-    end_U = np.where(same_U, np.append(at_U, 0)[behind_U], ends_N[row_U])
-    order_U = np.arange(len(at_U)) - np.searchsorted(row_U, row_U)  # 0 for a row's first unit
-    count_U = np.bincount(row_U, minlength=len(texts))[row_U]
-    keep_U = order_U <= np.maximum(count_U - WORDS, 0)  # no shingle shorter than WORDS units, but one for a short row
-    start_S, end_S, row_S = at_U[keep_U], end_U[keep_U], row_U[keep_U]
+    count_N = _counts(unit_B, ends_N)
+    first_N = np.cumsum(count_N) - count_N
+    shingles_N = np.maximum(count_N - WORDS, 0) + 1  # none shorter than WORDS units, but one for a short row
+    begin_N = np.cumsum(shingles_N) - shingles_N
+    unit_S = np.arange(shingles_N.sum()) + np.repeat(first_N - begin_N, shingles_N)
+    start_S = at_U[unit_S]
+    end_S = np.append(at_U, 0)[np.minimum(unit_S + WORDS, len(at_U))]
+    last_N = begin_N + shingles_N - 1
+    end_S[last_N] = ends_N
 
     # polynomial hash of every span from prefix sums, modulo 2^64: sum(byte * base^i) / base^start
     with np.errstate(over="ignore"):
-        power_B = np.cumprod(np.full(len(data_B), _BASE))
-        prefix = np.concatenate([np.zeros(1, np.uint64), np.cumsum((data_B.astype(np.uint64) + np.uint64(1)) * power_B)])
-        back_B = np.cumprod(np.full(len(data_B), _INVERSE))
+        power_B, back_B = _powers(len(data_B))
+        prefix = np.zeros(len(data_B) + 1, np.uint64)
+        np.cumsum((data_B + np.uint64(1)) * power_B, out=prefix[1:])
         span_S = (prefix[end_S] - prefix[start_S]) * back_B[start_S]
         span_S ^= span_S >> np.uint64(31)
         span_S *= np.uint64(0xBF58476D1CE4E5B9)
         hash_S = (span_S >> np.uint64(32)).astype(np.uint32)
-        begin_N = np.searchsorted(row_S, np.arange(len(texts)))
         out = np.empty((len(texts), PERMUTATIONS), np.uint32)
         mixed_S = np.empty_like(hash_S)
         for p in range(PERMUTATIONS):
@@ -96,6 +101,25 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
             mixed_S += _ADD[p]
             out[:, p] = np.minimum.reduceat(mixed_S, begin_N)
     return out
+
+
+def _counts(flag_B: np.ndarray, ends_N: np.ndarray) -> np.ndarray:
+    """How many bytes of each text are flagged."""
+    return np.diff(np.searchsorted(np.flatnonzero(flag_B), ends_N), prepend=0)
+
+
+_kept_powers = (np.zeros(0, np.uint64),) * 2
+
+
+def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """base^1 .. base^size, and the same of its inverse. Up to 8 MiB of them are remembered: a chunk of rows takes half of that."""
+    global _kept_powers
+    if len(_kept_powers[0]) < size:
+        powers = np.cumprod(np.full(size, _BASE)), np.cumprod(np.full(size, _INVERSE))
+        if size > 1 << 19:
+            return powers
+        _kept_powers = powers
+    return _kept_powers[0][:size], _kept_powers[1][:size]
 
 
 @dataclass(frozen=True)
@@ -154,8 +178,9 @@ class Finder:
             for band in self._bands:
                 for rows, head in self._buckets(band, exact):
                     later = np.flatnonzero(head < np.arange(len(rows)))
-                    for other in (head[later], later - 1):  # each row against the first of its bucket and the one before it
-                        _join(near, rows[later], rows[other], signatures)
+                    third = later[head[later] < later - 1]
+                    _join(near, rows[later], rows[head[later]], signatures)  # each row against the first of its bucket
+                    _join(near, rows[third], rows[third - 1], signatures)  # and against the one before it
         for some in _blocks(self.rows):
             near[some] = _roots(near, near[some])
         return Clusters(exact, near)
