@@ -4,9 +4,9 @@
 
 Question and answer become messages in a file of their own; both sides render the same ChatML-like template, learn the assistant's
 turns and pack. First ids and labels are compared row by row. Each measurement is a process of its own, arms alternate, medians are
-told. TRL prepares inside SFTTrainer's constructor, so the CPU time of one with 8 rows is taken off; it takes the first TRL_ROWS rows
-only, as its time is the same for each row. Loading the tokenizer and importing count for nobody, except in worker processes, where
-they are part of the price. Wall time is told with the machine's load, since shared cores swing: two workers gain what `wall` says
+told. TRL prepares inside SFTTrainer's constructor, so the CPU time of one with 8 rows is taken off; it takes the first TRL_ROWS
+rows only, as its time is the same for each row. Loading the tokenizer and importing count for nobody, except in worker processes,
+where they are part of the price. Wall time is told with the machine's load, since shared cores swing: what two workers gain shows
 only on two free cores. `children` is the CPU time of workers and template processes, `peak` the first process's VmHWM.
 
 --memory prepares 50,000 and a million short rows in one process and tells the peak of each (some 5 CPU-minutes).

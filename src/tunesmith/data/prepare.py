@@ -492,9 +492,9 @@ def _work(chunk: Chunk) -> _Result:
 def _start_method() -> str:
     """How workers start: `fork` where that is safe, else `spawn`.
 
-    A forked worker has the tokenizer and its memory of words already, which cost a spawned one 1 to 3 s. But a fork copies locks that
-    other threads hold, so it needs a process with no other Python thread (threads of libraries have none that a worker takes), and
-    on macOS the system's own libraries do not survive it.
+    A forked worker has the tokenizer and its memory of words already, which cost a spawned one 1 to 3 s. But a fork copies locks
+    that other threads hold, so it needs a process with no other Python thread (threads of libraries hold none that a worker
+    takes), and on macOS the system's own libraries do not survive it.
     """
     return "fork" if sys.platform == "linux" and threading.active_count() == 1 else "spawn"
 

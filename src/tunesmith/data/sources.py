@@ -54,49 +54,14 @@ ONE_ROW_KEYS = {
     "tools",
     "chosen",
 }
-COLUMNS = frozenset(
-    [
-        "messages",
-        "conversation",
-        "conversations",
-        "tools",
-        "functions",
-        "instruction",
-        "input",
-        "output",
-        "response",
-        "system",
-        "system_prompt",
-        "context",
-        "history",
-        "question",
-        "answer",
-        "query",
-        "prompt",
-        "completion",
-        "inputs",
-        "targets",
-        "text",
-        "label",
-        "input_ids",
-        "message_tree_id",
-        "role",
-        "chosen",
-        "rejected",
-        "chosen_messages",
-        "rejected_messages",
-        "response_j",
-        "response_k",
-        "preferred_output",
-        "non_preferred_output",
-        "image",
-        "images",
-        "audio",
-        "audios",
-        "video",
-        "videos",
-    ]
-)
+# fmt: off
+COLUMNS = frozenset((
+    "messages", "conversation", "conversations", "tools", "functions", "instruction", "input", "output", "response", "system",
+    "system_prompt", "context", "history", "question", "answer", "query", "prompt", "completion", "inputs", "targets", "text",
+    "label", "input_ids", "message_tree_id", "role", "chosen", "rejected", "chosen_messages", "rejected_messages", "response_j",
+    "response_k", "preferred_output", "non_preferred_output", "image", "images", "audio", "audios", "video", "videos",
+))
+# fmt: on
 """Keys that formats.py reads of a row: a table's column is found by them however its name is capitalised."""
 
 
