@@ -1,10 +1,15 @@
 """Duplicates: planted ones are found, different rows stay apart, and the same text gives the same answer in any company."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tunesmith.data import clusters
-from tunesmith.data.clusters import cluster, held_out_rows, normalised, signatures, text_hashes
+from tunesmith.data.clusters import BANDS, NEAR, PERMUTATIONS, Finder, held_out_rows, normalised, signatures, text_hashes
 from tunesmith.types import Conversation, Message, Origin
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst"]
@@ -24,8 +29,127 @@ def changed(text, share, seed=0):
     return " ".join(words)
 
 
+def clustered(hashes, many_signatures, step=37):
+    """The clusters of rows that are added `step` at a time."""
+    with TemporaryDirectory() as folder:
+        finder = Finder(Path(folder) / "rows")
+        for i in range(0, len(hashes), step):
+            finder.add(hashes[i : i + step], many_signatures[i : i + step])
+        return finder.clusters()
+
+
 def found(many):
-    return cluster(text_hashes(many), signatures(many))
+    return clustered(text_hashes(many), signatures(many))
+
+
+# ---- the definition: all in memory, every candidate of every band compared
+
+
+def definition(hashes, many_signatures):
+    """(exact, near) of all rows."""
+    n = len(hashes)
+    _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
+    exact = first[which]
+    lead = np.flatnonzero(exact == np.arange(n))  # one row of each exact group
+    pairs_a, pairs_b = [np.flatnonzero(exact != np.arange(n))], [exact[exact != np.arange(n)]]
+    width = PERMUTATIONS // BANDS
+    for band in range(BANDS):
+        key = np.zeros(len(lead), np.uint64)
+        for column in range(band * width, (band + 1) * width):
+            key = key * clusters._BASE + many_signatures[lead, column]
+        order = np.argsort(key, kind="stable")
+        heads = np.flatnonzero(np.append(True, key[order][1:] != key[order][:-1])[: len(order)])
+        head_of = np.repeat(heads, np.diff(np.append(heads, len(order))))
+        here = np.arange(len(order))
+        later = here > head_of  # each row against the first of its bucket and against the one before it
+        for other in (head_of, here - 1):
+            a, b = lead[order[here[later]]], lead[order[other[later]]]
+            close = (many_signatures[a] == many_signatures[b]).mean(1) >= NEAR
+            pairs_a.append(a[close])
+            pairs_b.append(b[close])
+    return exact, clusters._components(n, np.concatenate(pairs_a), np.concatenate(pairs_b))
+
+
+def definition_held_out(near, wanted, seed):
+    roots, which, sizes = np.unique(near, return_inverse=True, return_counts=True)
+    if len(roots) < 2 or wanted < 1:
+        return np.zeros(0, np.int64)
+    chosen, left = [], min(wanted, len(near) - 1)
+    for root in np.random.default_rng([seed, 0x5EED]).permutation(len(roots)):
+        if sizes[root] <= left:
+            chosen.append(root)
+            left -= sizes[root]
+        if not left:
+            break
+    return np.flatnonzero(np.isin(which, chosen))
+
+
+def random_rows(draw, n):
+    """Hashes and signatures of rows among which are copies, near copies in chains, near misses at the threshold, and rows that
+    share bands with many others and are no copies."""
+    hashes = draw.integers(0, 1 << 64, n, dtype=np.uint64)
+    many = draw.integers(0, 1 << 32, (n, PERMUTATIONS), dtype=np.uint32)
+    for i in range(1, n):
+        kind, other = draw.random(), int(draw.integers(0, i))
+        if kind < 0.2:
+            hashes[i], many[i] = hashes[other], many[other]
+        elif kind < 0.5:
+            same = draw.random(PERMUTATIONS) < draw.choice([0.5, 0.7, 0.72, 0.9])
+            many[i, same] = many[other, same]
+        elif kind < 0.6:
+            many[i, :8] = many[0, :8]
+    return hashes, many
+
+
+@pytest.mark.parametrize("part_rows", [8, 100, 1 << 16])
+def test_clusters_on_disk_are_those_of_the_definition(part_rows, monkeypatch):
+    monkeypatch.setattr(clusters, "PART_ROWS", part_rows)
+    joined = 0
+    for seed, n in enumerate([1, 2, 3, 10, 50, 200, 200, 700, 700, 700]):
+        draw = np.random.default_rng(seed)
+        hashes, many = random_rows(draw, n)
+        exact, near = definition(hashes, many)
+        c = clustered(hashes, many, int(draw.integers(1, n + 1)))
+        assert c.exact.tolist() == exact.tolist() and c.near.tolist() == near.tolist()
+        assert c.exact_duplicates == (exact != np.arange(n)).sum()
+        assert c.near_duplicates == (near != np.arange(n)).sum() - c.exact_duplicates
+        for wanted in (0, 1, n // 10, n // 2, n):
+            assert held_out_rows(c.near, wanted, seed).tolist() == definition_held_out(near, wanted, seed).tolist()
+        half = c.among(n // 2)
+        assert half.exact_duplicates == n // 2 - len(set(exact[: n // 2].tolist()))
+        assert half.near_duplicates == n // 2 - len(set(near[: n // 2].tolist())) - half.exact_duplicates
+        joined += c.near_duplicates
+    assert joined > 300
+
+
+def test_copies_are_compared_once_and_not_in_every_band(monkeypatch):
+    compared = []
+    real = clusters._alike
+    monkeypatch.setattr(clusters, "_alike", lambda signatures, a, b: compared.append(len(a)) or real(signatures, a, b))
+    a = texts(20, 100)
+    c = found([changed(t, 0.01, i) for i in range(30) for t in a])
+    assert c.exact_duplicates + c.near_duplicates == 580
+    assert sum(compared) < 2 * 600  # all bands together would be 16 * 580 * 2
+
+
+def test_memory_a_row_is_small(tmp_path):
+    """Eight bytes a row stay; the rest is a part of fixed size."""
+    import tracemalloc
+
+    draw, peaks = np.random.default_rng(0), {}
+    for n in (100_000, 400_000):
+        finder = Finder(tmp_path / str(n))
+        for _ in range(0, n, 10_000):
+            finder.add(
+                draw.integers(0, 1 << 64, 10_000, dtype=np.uint64),
+                draw.integers(0, 1 << 32, (10_000, PERMUTATIONS), dtype=np.uint32),
+            )
+        tracemalloc.start()
+        near = finder.clusters().near
+        held_out_rows(near, 500, 0)
+        peaks[n] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert (peaks[400_000] - peaks[100_000]) / 300_000 < 20
 
 
 def test_estimated_similarity_is_the_shingles_jaccard():
@@ -125,3 +249,10 @@ def test_the_split_never_cuts_a_cluster_and_follows_the_seed():
     assert held_out_rows(near, 20, 1).tolist() != held_out_rows(near, 20, 2).tolist()
     assert held_out_rows(np.zeros(10, np.int64), 3, 0).tolist() == []
     assert len(held_out_rows(np.arange(10), 10, 0)) == 9
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.text(st.sampled_from(" \t\n\r\v\f\x1c\x1d\x1e\x1f\x00aBZz09.,!?_~é\x85\xa0ſ東"), max_size=30))
+def test_normalised_takes_bytes_and_characters_for_the_same(said):
+    plain = " ".join(said.translate(clusters._PUNCTUATION).lower().split()) or said
+    assert normalised(Conversation((Message("user", said),), Origin("f", 1))) == plain

@@ -25,6 +25,9 @@ class Stub:
         self.max_length, self.overlength, self.learn = max_length, overlength, learn
         self.fingerprint = f"stub {max_length} {overlength} {learn}"
 
+    def close(self):
+        pass
+
     def examples_many(self, conversations):
         return [self.one(c) for c in conversations]
 
@@ -120,7 +123,7 @@ def test_the_store_holds_what_the_renderer_gave_in_the_order_of_the_files(tmp_pa
         ("b.jsonl", 4),
         ("a.jsonl", 1),
     ]
-    assert p.train.index["source"].tolist() == [0] * 5 + [1] * 5
+    assert p.train.column("source").tolist() == [0] * 5 + [1] * 5
 
 
 def test_too_many_refused_rows_stop_with_reasons_counts_and_places(tmp_path, stub):
@@ -157,18 +160,120 @@ def test_all_faults_of_all_sources_at_once(tmp_path, stub):
     assert not [f for f in (tmp_path / "cache" / "prepared").iterdir() if f.is_dir()]  # nothing half made stays
 
 
-def test_workers_change_nothing(tmp_path, stub, monkeypatch):
+METHODS = [
+    pytest.param("fork", marks=pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")),
+    "spawn",
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_change_nothing(tmp_path, stub, monkeypatch, method):
+    monkeypatch.setattr(prepare_module, "_start_method", lambda: method)
     monkeypatch.setattr(prepare_module, "INLINE_ROWS", 100)
     monkeypatch.setattr(prepare_module.sources, "CHUNK_ROWS", 40)
     bad = [{"foo": 1}, {"question": "merge", "answer": "x"}, {"question": "twice", "answer": "z"}]
     train = [write(tmp_path / "a.jsonl", rows(150) + bad), write(tmp_path / "b.jsonl", rows(150, 1, 500) + bad, "junk\n")]
     one = run(tmp_path, stub, train, "one", workers=1, max_refused=0.5)
     started = []
-    real = multiprocessing.get_context("spawn").Process.start
-    monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", lambda self: started.append(1) or real(self))
+    real = multiprocessing.get_context(method).Process.start
+    monkeypatch.setattr(multiprocessing.get_context(method).Process, "start", lambda self: started.append(1) or real(self))
     two = run(tmp_path, stub, train, "two", workers=2, max_refused=0.5)
     assert len(started) == 2
     assert one.fingerprint == two.fingerprint and content(one) == content(two)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+def test_a_forked_worker_has_the_renderer_with_all_it_has_seen(tmp_path, stub, monkeypatch):
+    monkeypatch.setattr(prepare_module, "_start_method", lambda: "fork")
+    monkeypatch.setattr(prepare_module, "INLINE_ROWS", 10)
+    monkeypatch.setattr(prepare_module.sources, "CHUNK_ROWS", 10)
+    made = []
+    prepare(
+        Data(train=write(tmp_path / "a.jsonl", rows(100)), workers=2),
+        lambda: made.append(1) or stub(),  # cannot be pickled
+        seed=0,
+        cache_dir=tmp_path / "c",
+    )
+    assert made == [1]
+
+
+def test_workers_are_forked_only_where_that_is_safe(monkeypatch):
+    import threading
+
+    monkeypatch.setattr(prepare_module.threading, "active_count", lambda: 1)
+    for system, method in (("linux", "fork"), ("darwin", "spawn"), ("win32", "spawn")):
+        monkeypatch.setattr(prepare_module.sys, "platform", system)
+        assert prepare_module._start_method() == method
+    monkeypatch.undo()
+    monkeypatch.setattr(prepare_module.sys, "platform", "linux")
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    assert prepare_module._start_method() == "spawn"
+    end.set()
+    thread.join()
+
+
+def test_auto_gives_each_worker_enough_to_be_worth_its_start(monkeypatch):
+    monkeypatch.setattr(prepare_module.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    for method, some in (("fork", 4), ("spawn", 1)):
+        monkeypatch.setattr(prepare_module, "_start_method", lambda method=method: method)
+        sizes = (0, 900_000, 4_200_000, 1 << 40)
+        assert [prepare_module._workers("auto", size) for size in sizes] == [1, 1, some, prepare_module.MAX_WORKERS]
+        assert prepare_module._workers(0, 1 << 40) == 1 and prepare_module._workers(3, 0) == 3
+
+
+def test_the_bar_starts_no_thread_so_that_workers_can_be_forked(tmp_path, stub, monkeypatch):
+    import io
+    import threading
+
+    from rich.console import Console
+
+    seen, real = [], prepare_module._process
+    monkeypatch.setattr(prepare_module, "_process", lambda *a: seen.append(threading.active_count()) or real(*a))
+    out, before = io.StringIO(), threading.active_count()
+    path = write(tmp_path / "a.jsonl", rows(30))
+    prepare(Data(train=path), stub, seed=0, cache_dir=tmp_path / "c", progress=Console(file=out, force_terminal=True))
+    assert seen == [before] and "preparing 30 rows" in out.getvalue()
+
+
+ORPHANS = """
+import os, sys, time
+from pathlib import Path
+from stub_for_prepare import Stub
+from tunesmith.config.schema import Data
+from tunesmith.data import prepare as p
+
+def slow(chunk, renderer, real=p._process):
+    print(os.getpid(), flush=True)
+    time.sleep(0.2)
+    return real(chunk, renderer)
+
+p._start_method, p.INLINE_ROWS, p.sources.CHUNK_ROWS = lambda: "fork", 10, 10
+p._process = slow
+p.prepare(Data(train=sys.argv[1], workers=2), Stub, seed=0, cache_dir=Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path, stub):
+    import subprocess
+    import sys
+
+    path = write(tmp_path / "a.jsonl", rows(5_000))
+    paths = os.pathsep.join([str(tmp_path / "lib"), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", ORPHANS, path, str(tmp_path / "c")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    pids: set[str] = set()
+    while len(pids) < 3:  # the parent's own, then those of both workers
+        pids.add(process.stdout.readline())
+    process.kill()
+    process.stdout.read()  # comes to its end only when nobody has the pipe open any more
+    process.wait()
 
 
 def test_a_worker_that_dies_is_an_error_with_a_fix(tmp_path, stub, monkeypatch):
@@ -299,6 +404,109 @@ def test_a_crash_leaves_nothing_that_is_trusted(tmp_path, stub, monkeypatch):
         run(tmp_path, stub, path)
     monkeypatch.undo()
     assert not [f for f in (tmp_path / "cache" / "prepared").iterdir() if f.is_dir() and not f.name.startswith(".")]
+
+
+@pytest.fixture
+def cache(tmp_path, stub, monkeypatch):
+    """`make(n)` prepares the n-th data set; `age` moves its last use into the past; `kept` tells which are there."""
+    monkeypatch.setattr(prepare_module, "CACHE_BYTES", 40_000)
+
+    class Cache:
+        root, folders = tmp_path / "c" / "prepared", {}
+
+        def make(self, n, console=None):
+            path = write(tmp_path / f"{n}.jsonl", rows(30, n))
+            p = prepare(Data(train=path), stub, seed=0, cache_dir=tmp_path / "c", model=f"m{n}", progress=console)
+            self.folders[p.folder.name] = n
+            return p
+
+        def age(self, *prepared):
+            for days, p in enumerate(reversed(prepared), 1):
+                os.utime(p.folder, (1e9 - 86_400 * days,) * 2)
+
+        def kept(self):
+            return sorted(self.folders[f.name] for f in self.root.iterdir() if f.is_dir())
+
+    return Cache()
+
+
+def size_of(p):
+    return sum(f.stat().st_size for f in p.folder.rglob("*"))
+
+
+def test_a_full_cache_loses_what_was_used_longest_ago_and_says_so(cache, monkeypatch, capsys):
+    import gc
+
+    from rich.console import Console
+
+    first, second, third = (cache.make(n) for n in range(3))
+    monkeypatch.setattr(prepare_module, "CACHE_BYTES", int(3.5 * size_of(first)))
+    cache.age(first, second, third)
+    cache.make(0)  # taken from the cache: this is a use
+    del first, second, third
+    gc.collect()
+    cache.make(3, Console(width=300))
+    assert cache.kept() == [0, 2, 3]
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1 and "removed the 1 prepared data set used longest ago" in told and str(cache.root) in told
+    cache.make(4, Console(width=300))
+    assert cache.kept() == [0, 3, 4] and "removed the 1" in capsys.readouterr().out
+    cache.make(3, Console(width=300))
+    assert not capsys.readouterr().out
+
+
+def test_what_is_in_use_is_not_pruned(cache, monkeypatch):
+    """Here, and in another process."""
+    import subprocess
+    import sys
+
+    monkeypatch.setattr(prepare_module, "CACHE_BYTES", 0)
+    monkeypatch.setattr(prepare_module, "CACHE_GRACE", 0)
+    used, other = cache.make(0), cache.make(1)
+    theirs = other.folder
+    code = (
+        "import sys; from pathlib import Path; from tunesmith.config.schema import Data; from tunesmith.data import prepare\n"
+        "p = prepare._load(Path(sys.argv[1]), Data(train='x')); print(len(p.train), flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(theirs)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert int(process.stdout.readline()) == 28
+    cache.age(used, other)
+    del other
+    made = cache.make(2)
+    assert cache.kept() == [0, 1, 2]  # the last one is what was just made
+    assert [len(p.train[0].ids) > 0 for p in (used, made)] == [True, True]
+    process.communicate(b"")
+    del used
+    cache.make(3)
+    assert cache.kept() == [2, 3]
+
+
+def test_what_was_used_within_the_hour_is_not_pruned(cache, monkeypatch):
+    monkeypatch.setattr(prepare_module, "CACHE_BYTES", 0)
+    for n in range(3):
+        cache.make(n)
+    assert cache.kept() == [0, 1, 2]
+
+
+def test_a_crash_while_pruning_leaves_no_half_entry(cache, monkeypatch):
+    import tunesmith.files
+
+    monkeypatch.setattr(prepare_module, "CACHE_BYTES", 0)
+    cache.age(cache.make(0))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tunesmith.files.os, "rmdir", stop)
+    with pytest.raises(KeyboardInterrupt):
+        cache.make(1)
+    monkeypatch.undo()
+    monkeypatch.setattr(prepare_module, "CACHE_BYTES", 0)
+    visible = [f for f in cache.root.iterdir() if f.is_dir() and not f.name.startswith(".")]
+    assert len(visible) == 1 and not prepare_module.verify(visible[0])
+    assert len(cache.make(0).train) == 28  # made again
 
 
 def test_lengths_are_read_without_a_tokenizer(tmp_path, stub):

@@ -3,7 +3,9 @@
 import csv
 import gzip
 import json
+import re
 import zlib
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from tunesmith.data import sources
+from tunesmith.data import formats, sources
 from tunesmith.data.sources import Refused, Row, chunks, find, rows
 from tunesmith.errors import DataError
 
@@ -257,6 +259,61 @@ def test_gzip_bomb_stops_at_the_cap(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl.gz", gzip.compress(b'{"text": "' + b"x" * (8 << 20) + b'"}\n'))
     with pytest.raises(DataError, match="unpacks to more than"):
         list(rows(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("a.csv", " Question ,\ufeffANSWER\u00a0, Note "),
+        ("a.csv", '\ufeff"\ufeffquestion", Answer,Note'),
+        ("a.csv", "QUESTION;answer\t;Note"),
+        ("a.tsv.gz", "Question\tAnswer \t Note"),
+    ],
+)
+def test_columns_are_known_by_name_however_they_are_written(tmp_path, name, header):
+    mark = "\t" if ".tsv" in name else ";" if ";" in header else ","
+    content = f"{header}\n{mark.join('QAN')}\n".encode()
+    files = find(write(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content))
+    (chunk,) = chunks(files)
+    assert [r.value for r in sources.parse(chunk)] == [
+        {"question": "Q", "answer": "A", "Note": "N"}
+    ]  # not a known one: as it stands
+    told = [note for note in files.notes if note.startswith("column")]
+    assert told and all(note.endswith(("'question'", "'answer'", "'Note'")) for note in told)
+
+
+def test_columns_as_they_should_be_are_not_noted(tmp_path):
+    files = find(write(tmp_path / "a.csv", "question,answer,Note\n1,2,3\n"))
+    assert len(list(chunks(files))) == 1 and not files.notes
+
+
+@pytest.mark.parametrize(
+    ("header", "both"),
+    [
+        ("Question,answer,question ", "'Question' and 'question '"),
+        ("answer,\ufeffAnswer", "'answer' and '\\ufeffAnswer'"),
+        ("Foo, Foo", "'Foo' and ' Foo'"),
+        ("question,question", "'question' and 'question'"),
+    ],
+)
+def test_two_columns_that_become_one_are_an_error_that_names_both(tmp_path, header, both):
+    path = write(tmp_path / "a.csv", f"{header}\n1,2,3\n")
+    with pytest.raises(DataError) as e:
+        list(rows(path))
+    assert e.value.what.startswith(f"{path}: ") and both in e.value.what and "rename one of them" in e.value.fix
+
+
+def test_other_columns_may_differ_in_case_alone(tmp_path):
+    assert values(write(tmp_path / "a.csv", "text,Foo,foo\n1,2,3\n")) == [{"text": "1", "Foo": "2", "foo": "3"}]
+
+
+def test_every_key_that_a_format_reads_is_a_known_column():
+    source = Path(formats.__file__).read_text()
+    read = set(re.findall(r"""(?:value\.get\(|value\[|get\("tools", value\.get\()"(\w+)\"""", source)) - {"file", "line", "kind"}
+    first = {k for names in re.findall(r"_first\(value((?:, \"\w+\")+)\)", source) for k in re.findall(r"\w+", names)}
+    groups = [group for f in formats.FORMATS.values() for group in f.keys] + [group for group, _ in formats.REFUSED_KEYS]
+    assert len(read) > 8 and len(first) > 4
+    assert read | first | set(formats.MEDIA).union(*groups) <= sources.COLUMNS
 
 
 def test_csv_records_keep_their_first_line_number(tmp_path):

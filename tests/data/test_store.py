@@ -40,11 +40,11 @@ def test_what_goes_in_comes_out(tmp_path, sizes):
         got = store[k]
         assert got.ids.tolist() == e.ids.tolist() and got.learn.tolist() == e.learn.tolist()
         assert got.origin == Origin(f"f{i % 3}.jsonl", e.origin.line)
-        assert int(store.index["last"][k]) == max(np.flatnonzero(e.learn), default=0)
-        assert int(store.index["source"][k]) == i % 2
+        assert int(store.column("last")[k]) == max(np.flatnonzero(e.learn), default=0)
+        assert int(store.column("source")[k]) == i % 2
     assert store.lengths.tolist() == [len(e.ids) for e, _ in flat]
     assert store.trained.tolist() == [int(e.learn.sum()) for e, _ in flat]
-    assert store.index["row"].tolist() == list(range(len(flat)))
+    assert store.column("row").tolist() == list(range(len(flat)))
 
 
 def test_subset_and_indexing(tmp_path):

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
 
 import numpy as np
 
@@ -21,9 +23,12 @@ from tunesmith.types import Conversation
 WORDS = 5  # units in a shingle
 PERMUTATIONS, BANDS = 64, 16  # 16 bands of 4: a pair of similarity 0.7 is found with probability 0.99, one of 0.3 with 0.12
 NEAR = 0.7  # share of equal MinHash values from which two rows are called near duplicates
+PART_ROWS, PARTS = 1 << 16, 16  # rows sorted at once (some 60 bytes each), but no more parts than these: time stays linear
 LONG_UNITS = 16  # bytes per word from which a text is taken to have no spaces (Chinese, Japanese, Thai): its units are characters
 
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
+_BLANK = string.punctuation + "\x1c\x1d\x1e\x1f"  # the last four are white space to str.split, and not to bytes.split
+_ASCII = bytes.maketrans((_BLANK + string.ascii_uppercase).encode(), (" " * len(_BLANK) + string.ascii_lowercase).encode())
 _BASE = np.uint64(0x9E3779B97F4A7C15 | 1)
 _INVERSE = np.uint64(pow(int(_BASE), -1, 1 << 64))
 _draw = np.random.default_rng(20240229)  # the permutations: any fixed odd multipliers do
@@ -37,6 +42,8 @@ def normalised(c: Conversation) -> str:
     A text of punctuation alone stays as it is.
     """
     said = "\n".join(m.content for m in c.messages if m.role != "system") or c.messages[0].content
+    if said.isascii():  # the same in one pass over bytes
+        return b" ".join(said.encode().translate(_ASCII).split()).decode() or said
     return " ".join(said.translate(_PUNCTUATION).lower().split()) or said
 
 
@@ -55,37 +62,38 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
     lengths_N = np.fromiter(map(len, encoded), np.int64, len(encoded))
     ends_N = np.cumsum(lengths_N)
     starts_N = ends_N - lengths_N
-    row_B = np.repeat(np.arange(len(texts)), lengths_N)
 
     space = data_B == 32
-    first_of_word = ~space & np.concatenate([[True], space[:-1]])
-    first_of_char = (data_B & 0xC0) != 0x80
-    words_N = np.add.reduceat(first_of_word.astype(np.int64), starts_N)
+    unit_B = ~space
+    unit_B[1:] &= space[:-1]  # the first of each word
+    words_N = _counts(unit_B, ends_N)
     spaceless_N = lengths_N > LONG_UNITS * np.maximum(words_N, 1)
-    unit_B = np.where(spaceless_N[row_B], first_of_char & ~space, first_of_word)
+    if spaceless_N.any():
+        first_of_char = (data_B & 0xC0) != 0x80
+        unit_B = np.where(np.repeat(spaceless_N, lengths_N), first_of_char & ~space, unit_B)
     unit_B[starts_N] = True
 
     # a shingle runs from its unit to the beginning of the WORDS-th unit behind it, or to the end of a shorter row
     at_U = np.flatnonzero(unit_B)
-    row_U = row_B[at_U]
-    behind_U = np.minimum(np.arange(len(at_U)) + WORDS, len(at_U))
-    same_U = np.append(row_U, -1)[behind_U] == row_U
-    end_U = np.where(same_U, np.append(at_U, 0)[behind_U], ends_N[row_U])
-    order_U = np.arange(len(at_U)) - np.searchsorted(row_U, row_U)  # 0 for a row's first unit
-    count_U = np.bincount(row_U, minlength=len(texts))[row_U]
-    keep_U = order_U <= np.maximum(count_U - WORDS, 0)  # no shingle shorter than WORDS units, but one for a short row
-    start_S, end_S, row_S = at_U[keep_U], end_U[keep_U], row_U[keep_U]
+    count_N = _counts(unit_B, ends_N)
+    first_N = np.cumsum(count_N) - count_N
+    shingles_N = np.maximum(count_N - WORDS, 0) + 1  # none shorter than WORDS units, but one for a short row
+    begin_N = np.cumsum(shingles_N) - shingles_N
+    unit_S = np.arange(shingles_N.sum()) + np.repeat(first_N - begin_N, shingles_N)
+    start_S = at_U[unit_S]
+    end_S = np.append(at_U, 0)[np.minimum(unit_S + WORDS, len(at_U))]
+    last_N = begin_N + shingles_N - 1
+    end_S[last_N] = ends_N
 
     # polynomial hash of every span from prefix sums, modulo 2^64: sum(byte * base^i) / base^start
     with np.errstate(over="ignore"):
-        power_B = np.cumprod(np.full(len(data_B), _BASE))
-        prefix = np.concatenate([np.zeros(1, np.uint64), np.cumsum((data_B.astype(np.uint64) + np.uint64(1)) * power_B)])
-        back_B = np.cumprod(np.full(len(data_B), _INVERSE))
+        power_B, back_B = _powers(len(data_B))
+        prefix = np.zeros(len(data_B) + 1, np.uint64)
+        np.cumsum((data_B + np.uint64(1)) * power_B, out=prefix[1:])
         span_S = (prefix[end_S] - prefix[start_S]) * back_B[start_S]
         span_S ^= span_S >> np.uint64(31)
         span_S *= np.uint64(0xBF58476D1CE4E5B9)
         hash_S = (span_S >> np.uint64(32)).astype(np.uint32)
-        begin_N = np.searchsorted(row_S, np.arange(len(texts)))
         out = np.empty((len(texts), PERMUTATIONS), np.uint32)
         mixed_S = np.empty_like(hash_S)
         for p in range(PERMUTATIONS):
@@ -95,55 +103,159 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
     return out
 
 
+def _counts(flag_B: np.ndarray, ends_N: np.ndarray) -> np.ndarray:
+    """How many bytes of each text are flagged."""
+    return np.diff(np.searchsorted(np.flatnonzero(flag_B), ends_N), prepend=0)
+
+
+_kept_powers = (np.zeros(0, np.uint64),) * 2
+
+
+def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """base^1 .. base^size, and the same of its inverse. Up to 8 MiB of them are remembered: a chunk of rows takes half of that."""
+    global _kept_powers
+    if len(_kept_powers[0]) < size:
+        powers = np.cumprod(np.full(size, _BASE)), np.cumprod(np.full(size, _INVERSE))
+        if size > 1 << 19:
+            return powers
+        _kept_powers = powers
+    return _kept_powers[0][:size], _kept_powers[1][:size]
+
+
 @dataclass(frozen=True)
 class Clusters:
-    """`exact` and `near` give each row the number of the first row it equals, or nearly equals: int64 [N]."""
+    """`exact` and `near` give each row the number of the first row it equals, or nearly equals: uint32 [N]."""
 
     exact: np.ndarray
     near: np.ndarray
 
+    def among(self, rows: int) -> Clusters:
+        """The same of the first `rows` rows alone: a cluster that has any of them is named after one of them."""
+        return Clusters(self.exact[:rows], self.near[:rows])
+
     @property
     def exact_duplicates(self) -> int:
         """Rows that repeat an earlier one."""
-        return int((self.exact != np.arange(len(self.exact))).sum())
+        return len(self.exact) - len(_firsts(self.exact))
 
     @property
     def near_duplicates(self) -> int:
         """Rows that nearly repeat an earlier one, exact repeats not counted."""
-        return int((self.near != np.arange(len(self.near))).sum()) - self.exact_duplicates
+        return len(self.near) - len(_firsts(self.near)) - self.exact_duplicates
 
 
-def cluster(hashes: np.ndarray, signatures: np.ndarray) -> Clusters:
-    """Rows into clusters. `signatures` [N, P] may be memory-mapped: one band's columns are in memory at a time."""
-    n = len(hashes)
-    _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
-    exact = first[which].astype(np.int64)
-    lead = np.flatnonzero(exact == np.arange(n))  # one row of each exact group
-    pairs_a, pairs_b = [np.flatnonzero(exact != np.arange(n))], [exact[exact != np.arange(n)]]
-    width = PERMUTATIONS // BANDS
-    for band in range(BANDS):
-        key = np.zeros(len(lead), np.uint64)
-        for column in range(band * width, (band + 1) * width):
-            key = key * _BASE + signatures[lead, column]
-        order = np.argsort(key, kind="stable")
-        heads = np.flatnonzero(np.append(True, key[order][1:] != key[order][:-1])[: len(order)])
-        head_of = np.repeat(heads, np.diff(np.append(heads, len(order))))
-        here = np.arange(len(order))
-        later = here > head_of  # each row against the first of its bucket and against the one before it
-        for other in (head_of, here - 1):
-            a, b = lead[order[here[later]]], lead[order[other[later]]]
-            close = _alike(signatures, a, b)
-            pairs_a.append(a[close])
-            pairs_b.append(b[close])
-    return Clusters(exact, _components(n, np.concatenate(pairs_a), np.concatenate(pairs_b)))
+class Finder:
+    """Collects rows on disk, 392 bytes each, and then clusters them: in memory are 8 bytes a row and what one part of them takes.
+
+    Rows whose keys are equal are brought together a part of the keys at a time, so that a part can be sorted in memory; each part
+    is a pass over that file of keys. Only candidates that no band before has joined are compared, and only their signatures read:
+    in a file of copies each row is compared once, and not in 16 bands.
+    """
+
+    def __init__(self, folder: Path):
+        folder.mkdir()
+        self.rows = 0
+        self._exact, self._signatures = folder / "exact.bin", folder / "signatures.bin"
+        self._bands = [folder / f"band{b:02}.bin" for b in range(BANDS)]
+        self._files = [path.open("wb") for path in (self._exact, self._signatures, *self._bands)]
+
+    def add(self, hashes_N: np.ndarray, signatures_NP: np.ndarray) -> None:
+        """The next rows: their `text_hashes` and `signatures`."""
+        assert self.rows + len(hashes_N) < 1 << 32, "rows are counted in 32 bits"
+        for file, column in zip(self._files, (hashes_N, signatures_NP, *_band_keys(signatures_NP)), strict=True):
+            file.write(column.tobytes())
+        self.rows += len(hashes_N)
+
+    def clusters(self) -> Clusters:
+        """Of all rows added. To be called once."""
+        for file in self._files:
+            file.close()
+        exact = np.arange(self.rows, dtype=np.uint32)
+        for rows, head in self._buckets(self._exact):
+            exact[rows] = rows[head]
+        near = exact.copy()
+        with self._signatures.open("rb", buffering=0) as signatures:
+            for band in self._bands:
+                for rows, head in self._buckets(band, exact):
+                    later = np.flatnonzero(head < np.arange(len(rows)))
+                    third = later[head[later] < later - 1]
+                    _join(near, rows[later], rows[head[later]], signatures)  # each row against the first of its bucket
+                    _join(near, rows[third], rows[third - 1], signatures)  # and against the one before it
+        for some in _blocks(self.rows):
+            near[some] = _roots(near, near[some])
+        return Clusters(exact, near)
+
+    def _buckets(self, path: Path, exact: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows sorted by key and number, and for each the place of the first with its key, for each part of the keys. With `exact`:
+        only one row of those that are equal."""
+        parts = min(PARTS, -(-self.rows // PART_ROWS))
+        for part in range(parts):
+            rows, keys = [], []
+            with path.open("rb") as f:
+                for some in _blocks(self.rows):
+                    key = np.fromfile(f, np.uint64, some.stop - some.start)
+                    here = ((key >> np.uint64(32)) * np.uint64(parts)) >> np.uint64(32) == part
+                    if exact is not None:
+                        here &= exact[some] == np.arange(some.start, some.stop, dtype=np.uint32)
+                    rows.append((np.flatnonzero(here) + some.start).astype(np.uint32))
+                    keys.append(key[here])
+            key = np.concatenate(keys)
+            order = np.argsort(key, kind="stable")
+            key = key[order]
+            heads = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: len(key)])
+            yield np.concatenate(rows)[order], np.repeat(heads, np.diff(np.append(heads, len(key))))
 
 
-def _alike(signatures: np.ndarray, a: np.ndarray, b: np.ndarray, block: int = 1 << 16) -> np.ndarray:
-    """Whether the rows of each pair are near duplicates, a block of pairs at a time."""
-    out = np.zeros(len(a), bool)
-    for i in range(0, len(a), block):
-        out[i : i + block] = (signatures[a[i : i + block]] == signatures[b[i : i + block]]).mean(1) >= NEAR
-    return out
+def _band_keys(signatures_NP: np.ndarray) -> np.ndarray:
+    """One 64-bit key for the values of each band, uint64 [BANDS, N]."""
+    values = signatures_NP.reshape(-1, BANDS, PERMUTATIONS // BANDS).T
+    key = np.zeros(values.shape[1:], np.uint64)
+    for value in values:
+        key = key * _BASE + value
+    return key
+
+
+def _blocks(rows: int, size: int = 1 << 16) -> Iterator[slice]:
+    """Rows a block at a time, for what would take memory for each of them."""
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def _firsts(label: np.ndarray) -> np.ndarray:
+    """Rows that are the first of their cluster, uint32."""
+    rows = (np.arange(some.start, some.stop, dtype=np.uint32) for some in _blocks(len(label)))
+    return np.concatenate([np.zeros(0, np.uint32), *(some[label[some] == some] for some in rows)])
+
+
+def _roots(label: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The first row of each one's cluster, where `label` leads from row to earlier row."""
+    while not np.array_equal(up := label[rows], rows):
+        rows = up
+    return rows
+
+
+def _join(label: np.ndarray, a: np.ndarray, b: np.ndarray, signatures: FileIO, size: int = 1 << 12) -> None:
+    """Join the clusters of those pairs whose signatures are alike. Pairs that are in one cluster are not looked at."""
+    for some in _blocks(len(a), size):
+        left, right = _roots(label, a[some]), _roots(label, b[some])
+        label[a[some]], label[b[some]] = left, right  # the way is shorter next time
+        apart = np.flatnonzero(left != right)
+        if not len(apart):
+            continue
+        close = apart[_alike(signatures, a[some][apart], b[some][apart])]
+        roots, which = np.unique(np.concatenate([left[close], right[close]]), return_inverse=True)
+        label[roots] = roots[_components(len(roots), which[: len(close)], which[len(close) :])]
+
+
+def _alike(signatures: FileIO, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Whether the rows of each pair are near duplicates. They are read one by one: pages of a memory map that are touched all over
+    would stay in memory, 256 bytes a row."""
+    rows, which = np.unique(np.concatenate([a, b]), return_inverse=True)
+    found = np.empty((len(rows), PERMUTATIONS), np.uint32)
+    width, into = found.itemsize * PERMUTATIONS, memoryview(found).cast("B")
+    for k, row in enumerate(rows.tolist()):
+        signatures.seek(row * width)
+        signatures.readinto(into[k * width : (k + 1) * width])
+    return (found[which[: len(a)]] == found[which[len(a) :]]).mean(1) >= NEAR
 
 
 def _components(n: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -163,14 +275,19 @@ def _components(n: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def held_out_rows(near: np.ndarray, wanted: int, seed: int) -> np.ndarray:
     """Rows to hold out: whole clusters in random order, as many as fit in `wanted` rows. Sorted row numbers, never all rows."""
-    roots, which, sizes = np.unique(near, return_inverse=True, return_counts=True)
+    roots = _firsts(near)
     if len(roots) < 2 or wanted < 1:
         return np.zeros(0, np.int64)
+    sizes = np.zeros(len(near), np.uint32)
+    for some in _blocks(len(near)):
+        np.add.at(sizes, near[some], 1)
+    np.random.default_rng([seed, 0x5EED]).shuffle(roots)
     chosen, left = [], min(wanted, len(near) - 1)
-    for root in np.random.default_rng([seed, 0x5EED]).permutation(len(roots)):
+    for root in roots:
         if sizes[root] <= left:
             chosen.append(root)
-            left -= sizes[root]
+            left -= int(sizes[root])
         if not left:
             break
-    return np.flatnonzero(np.isin(which, chosen))
+    of = [some.start + np.flatnonzero(np.isin(near[some], chosen)) for some in _blocks(len(near))]
+    return np.concatenate(of)

@@ -2,9 +2,10 @@
 
     files -> chunks of rows -> (here or in worker processes: parse, format, render, hash) -> one store, in the order of the files
 
-Memory is flat: token ids go to disk as they come, what stays is some tens of bytes a row. The result is the same whatever the
-number of workers. The cache is found by content: the sha256 of every file, the renderer's fingerprint, the settings that matter and
-this code's VERSION. A cache that is damaged or half written is made again, never trusted.
+Memory is flat: what there is of each row goes to disk as it comes, and what stays is some ten bytes a row. The result is the same
+whatever the number of workers. The cache is found by content: the sha256 of every file, the renderer's fingerprint, the settings
+that matter and this code's VERSION. A cache that is damaged or half written is made again, never trusted; beyond CACHE_BYTES what
+was used longest ago is removed.
 """
 
 from __future__ import annotations
@@ -17,25 +18,33 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import types
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from multiprocessing import connection, util
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from tunesmith.config.schema import Data
 from tunesmith.data import clusters, formats, sources
 from tunesmith.data.render import Rendered, RowRefused
 from tunesmith.data.sources import Chunk, Files, Refused, Row, find, parse, raise_all
-from tunesmith.data.store import ExampleStore, Packed, StoreWriter
+from tunesmith.data.store import INDEX, ExampleStore, Packed, StoreWriter
 from tunesmith.errors import DataError
 from tunesmith.files import folder_atomic, remove_folder, sha256, sha256_file, verify, write_atomic
 from tunesmith.types import Conversation, Example
@@ -43,11 +52,13 @@ from tunesmith.types import Conversation, Example
 if TYPE_CHECKING:
     from rich.console import Console
 
-VERSION = 1  # raise it when the same rows would be prepared differently
-INLINE_ROWS = 2_000  # rows prepared here before workers are thought of
-INLINE_BYTES = 8 << 20  # with `workers: auto`, size of all files from which workers are worth their start (a tokenizer each: 1-3 s)
+VERSION = 2  # raise it when the same rows would be prepared differently
+INLINE_ROWS = 500  # rows prepared here before workers are started: a forked one begins with what these taught the tokenizer
+BYTES_A_WORKER = {"fork": 1 << 20, "spawn": 4 << 20}  # `workers: auto`: files for each, that it is worth its start (0.2 or 1-3 s)
 HELD_OUT_MOST = 500  # rows a held-out share takes at most
 MAX_WORKERS = 16
+CACHE_BYTES = 20 << 30  # beyond it, what was used longest ago is removed
+CACHE_GRACE = 3_600  # seconds for which an entry that was used stays in any case: another process may be about to open it
 REASONS_KEPT, EXAMPLES_KEPT = 200, 3
 
 
@@ -58,6 +69,8 @@ class Renders(Protocol):
     def fingerprint(self) -> str: ...
 
     def examples_many(self, conversations: Sequence[Conversation]) -> Sequence[Rendered | RowRefused]: ...
+
+    def close(self) -> None: ...
 
 
 # ---- the account ---------------------------------------------------------------------------------------------------------------
@@ -169,7 +182,7 @@ class Prepared:
     @property
     def epoch_size(self) -> int:
         """Examples in an epoch, the same in each."""
-        counts = np.bincount(self.train.index["source"], minlength=len(self.weights))
+        counts = np.bincount(self.train.column("source"), minlength=len(self.weights))
         return int(sum(int(w) * n + _part(w, n) for w, n in zip(self.weights, counts.tolist(), strict=True)))
 
     def epoch(self, seed: int, epoch: int) -> np.ndarray:
@@ -179,7 +192,7 @@ class Prepared:
         draw = np.random.default_rng([seed, epoch, 0xE70C])
         chosen = []
         for source, weight in enumerate(self.weights):
-            own = np.flatnonzero(self.train.index["source"] == source)
+            own = np.flatnonzero(self.train.column("source") == source)
             chosen += [own] * int(weight) + [draw.permutation(own)[: _part(weight, len(own))]]
         return draw.permutation(np.concatenate(chosen))
 
@@ -198,7 +211,7 @@ class Prepared:
                 f"mend these rows (all are listed in {self.folder / 'refused.jsonl'})"
                 + (f", or set data.max_refused: {np.ceil(share * 1000) / 1000:.3g} to go on without them" if share < 0.999 else ""),
             )
-        if not self.train.trained.sum():
+        if sum(s.trained for s in account.sources) == self.held_out.trained.sum():
             raise DataError(f"no token to train on in {account.rows:,} rows", "look at what each row became: tunesmith check")
         return self
 
@@ -240,7 +253,7 @@ def prepare(
 
     make_renderer: picklable (functools.partial of an imported function), as each worker process builds its own renderer with it.
     renderer: one that `make_renderer` made already, so that it is not made again here.
-    progress: a terminal that shows a bar.
+    progress: where a bar is shown if it is a terminal, and a line told when old entries of the cache are removed.
     model: the checkpoint's folder, under which `cached_lengths` finds the result.
     strict: raise when too many rows are refused or nothing is trained (`Prepared.require`); `check` says False.
     Raises DataError with all faults of all files at once.
@@ -250,10 +263,14 @@ def prepare(
     key = _fingerprint(data, renderer.fingerprint, seed, found)
     root = cache_folder(cache_dir)
     folder = root / key[:32]
-    if not (folder.is_dir() and not verify(folder)):
+    with suppress(FileNotFoundError):
+        os.utime(folder)  # used now: `_prune` of another process leaves it alone while it is verified
+    if built := not (folder.is_dir() and not verify(folder)):
         with _bar(found, progress) as report:
             _build(folder, data, renderer, seed, found, report, make_renderer)
     prepared = _load(folder, data, key)
+    if built:
+        _prune(root, progress)
     if model:
         write_atomic(root / f"latest-{_question(data, model, seed)}.json", json.dumps({"folder": folder.name}), durable=False)
     return prepared.require(data.max_refused) if strict else prepared
@@ -293,7 +310,71 @@ def _load(folder: Path, data: Data, fingerprint: str = "") -> Prepared:
     is_held = np.zeros(len(store), bool)
     is_held[held] = True
     account = Account.load(folder / "account.json")
-    return Prepared(folder, fingerprint, store.subset(np.flatnonzero(~is_held)), store.subset(held), account, data)
+    prepared = Prepared(folder, fingerprint, store.subset(np.flatnonzero(~is_held)), store.subset(held), account, data)
+    _hold(prepared)
+    return prepared
+
+
+# ---- the cache's size ----------------------------------------------------------------------------------------------------------
+
+
+def _hold(prepared: Prepared) -> None:
+    """Keep its entry from being pruned for as long as `prepared` lives: a lock that users share, freed however a process ends.
+    Windows needs none: there a folder with open or mapped files cannot be renamed.
+    """
+    if fcntl is not None:
+        fd = os.open(prepared.folder / "manifest.json", os.O_RDONLY)
+        weakref.finalize(prepared, os.close, fd)
+        with suppress(OSError):  # a file system without locks: `_free` never takes one there either, and nothing is pruned
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+@contextmanager
+def _free(entry: Path) -> Iterator[bool]:
+    """Whether nobody uses the entry, and nobody can begin to inside."""
+    if fcntl is None:
+        yield True
+        return
+    try:
+        fd = os.open(entry / "manifest.json", os.O_RDONLY)
+    except FileNotFoundError:  # another process was quicker, or a crash in the middle of a copy: `prepare` makes it again
+        yield False
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError:
+        free = False
+    try:
+        yield free
+    finally:
+        os.close(fd)
+
+
+def _prune(root: Path, console: Console | None) -> None:
+    """Remove the entries used longest ago until the cache holds at most CACHE_BYTES; none that is in use or was within CACHE_GRACE.
+
+    A crash leaves an entry whole or hidden under another name, which `_clear_leftovers` removes.
+    """
+    entries = []
+    for path in root.iterdir():
+        if re.fullmatch("[0-9a-f]{32}", path.name):
+            with suppress(FileNotFoundError):  # another process was quicker
+                entries.append((path.stat().st_mtime, sum(p.stat().st_size for p in path.rglob("*")), path))
+    excess, removed = sum(size for _, size, _ in entries) - CACHE_BYTES, []
+    for used, size, path in sorted(entries):
+        if excess <= 0 or time.time() - used < CACHE_GRACE:
+            break
+        with _free(path) as free:
+            if free:
+                with suppress(FileNotFoundError, PermissionError):  # gone already; in use (Windows)
+                    remove_folder(path)
+                    excess -= size
+                    removed.append(size)
+    if removed and console is not None:
+        sets = f"{len(removed)} prepared data set{'s' if len(removed) > 1 else ''}"
+        limit = f"more than {CACHE_BYTES / 1e9:.3g} GB were kept"
+        console.print(f"cache: removed the {sets} used longest ago ({sum(removed) / 1e9:.3g} GB) from {root}: {limit}")
 
 
 # ---- one chunk -----------------------------------------------------------------------------------------------------------------
@@ -392,14 +473,47 @@ _worker: Renders | None = None
 def _start_worker(make_renderer: Callable[[], Renders]) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this one
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process has its parent's handlers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is parallel enough
     gc.disable()  # see _no_collector
     _worker = make_renderer()
+    util.Finalize(None, _worker.close, exitpriority=0)  # a forked process runs no atexit; its template process must not outlive it
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end its workers; they would wait for rows for ever and keep open what they inherited."""
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _work(chunk: Chunk) -> _Result:
     assert _worker is not None, "a worker has no renderer"
     return _process(chunk, _worker)
+
+
+def _start_method() -> str:
+    """How workers start: `fork` where that is safe, else `spawn`.
+
+    A forked worker has the tokenizer and its memory of words already, which cost a spawned one 1 to 3 s. But a fork copies locks
+    that other threads hold, so it needs a process with no other Python thread (threads of libraries hold none that a worker
+    takes), and on macOS the system's own libraries do not survive it.
+    """
+    return "fork" if sys.platform == "linux" and threading.active_count() == 1 else "spawn"
+
+
+@contextmanager
+def _one_thread_in_tokenizers() -> Iterator[None]:
+    """Else a forked worker says on stderr that it turned the threads off."""
+    was = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if was is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = was
 
 
 @contextmanager
@@ -430,10 +544,8 @@ def _without_main() -> Iterator[None]:
 def _workers(wanted: int | str, size: int) -> int:
     if wanted != "auto":
         return max(1, int(wanted))
-    if size < INLINE_BYTES:
-        return 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, MAX_WORKERS)
+    return max(1, min(usable, MAX_WORKERS, size // BYTES_A_WORKER[_start_method()]))
 
 
 Tagged = tuple[int, Chunk]
@@ -452,11 +564,12 @@ def _results(
     else:
         return
     waiting: deque[tuple[int, Chunk, Future[_Result]]] = deque()
-    context = multiprocessing.get_context("spawn")  # a fork copies locks that other threads hold
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (make_renderer,))
+    method = _start_method()
+    make = (lambda: renderer) if method == "fork" else make_renderer
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker, (make,))
     try:
         for source, chunk in chunks:
-            with _without_main():  # any of the first calls may start a process
+            with _one_thread_in_tokenizers(), _without_main():  # any of the first calls may start a process
                 waiting.append((source, chunk, pool.submit(_work, chunk)))
             if len(waiting) > 3 * workers:  # so that the reader does not run ahead of the workers
                 yield _next(waiting)
@@ -525,11 +638,10 @@ def _fill(temp: Path, data: Data, renderer: Renders, seed: int, found: list[File
     held_source = len(data.train) if isinstance(data.held_out, str) else -1
     account = Account([SourceAccount(f.label, n == held_source, skipped=list(f.skipped)) for n, f in enumerate(found)])
     faults: list[DataError] = []
-    used_rows, used_sources, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint16)], [np.zeros(0, np.uint64)]
     writer, done = StoreWriter(temp / "store"), 0
     workers = _workers(data.workers, sum(f.size for f in found))
-    refused_path, signature_path = temp / "refused.jsonl", temp / "signatures.bin"
-    with refused_path.open("w", encoding="utf-8") as refused_file, signature_path.open("wb") as signature_file:
+    finder, used_path = clusters.Finder(temp / "clusters"), temp / "clusters" / "used.bin"  # used: their row numbers, uint32
+    with (temp / "refused.jsonl").open("w", encoding="utf-8") as refused_file, used_path.open("wb") as used_file:
         for number, chunk, result in _results(_tagged(found, faults), renderer, make_renderer, workers):
             _book(account.sources[number], result, chunk.file)
             for i, r in result.refused:
@@ -537,12 +649,9 @@ def _fill(temp: Path, data: Data, renderer: Renders, seed: int, found: list[File
                 entry = {**place, "reason": r.reason, "begins": r.preview}
                 refused_file.write(json.dumps(entry) + "\n")
             account.overlong += result.overlong[: 100_000 - len(account.overlong)]
-            result.packed.index["row"] += done
-            writer.append(result.packed, file=chunk.file, source=number)
-            signature_file.write(result.signatures.tobytes())
-            used_rows.append(result.used + done)
-            used_sources.append(np.full(len(result.used), number, np.uint16))
-            hashes.append(result.hashes)
+            writer.append(result.packed, file=chunk.file, source=number, row=done)
+            finder.add(result.hashes, result.signatures)
+            used_file.write((result.used + done).astype(np.uint32).tobytes())
             done += result.rows
             report(chunk, done)
     raise_all(faults)
@@ -551,14 +660,23 @@ def _fill(temp: Path, data: Data, renderer: Renders, seed: int, found: list[File
         source.notes = dict(files.notes)
         assert source.rows == source.used + source.fixed + source.truncated + source.refused, "a row is in no class, or in two"
 
-    rows, of = np.concatenate(used_rows), np.concatenate(used_sources)
-    held = _choose(account, data, seed, np.concatenate(hashes), signature_path, rows, of, held_source)
-    signature_path.unlink()
-    store = ExampleStore(temp / "store")
-    np.save(temp / "held_out.npy", np.flatnonzero(np.isin(store.index["row"], held)), allow_pickle=False)
+    chosen = _choose(account, data, seed, finder)
+    held = np.memmap(used_path, np.uint32, "r")[chosen] if len(chosen) else np.zeros(0, np.uint32)
+    shutil.rmtree(temp / "clusters")
+    np.save(temp / "held_out.npy", _examples_of(temp / "store", held), allow_pickle=False)
     _write_conversations(temp / "held_out.jsonl", found, held)
     account.held_out_rows = len(held)
     account.save(temp / "account.json")
+
+
+def _examples_of(store: Path, rows: np.ndarray) -> np.ndarray:
+    """Positions of the examples of these rows. The index is read, not mapped: mapped pages would count as memory."""
+    at, found = 0, [np.zeros(0, np.int64)]
+    with (store / "index.bin").open("rb") as f:
+        while len(index := np.fromfile(f, INDEX, 1 << 16)):
+            found.append(at + np.flatnonzero(np.isin(index["row"], rows)))
+            at += len(index)
+    return np.concatenate(found)
 
 
 def _book(source: SourceAccount, result: _Result, file: str) -> None:
@@ -595,30 +713,18 @@ def _shared(a: str, b: str) -> str:
     return "".join(x if x == y else "N" for x, y in zip(left, right, strict=False)) if len(left) == len(right) else a
 
 
-def _choose(account: Account, data: Data, seed: int, hashes, signature_path: Path, rows, of, held_source: int) -> np.ndarray:
-    """Count duplicates and choose the held-out rows: row numbers, sorted."""
-    if not len(rows):
-        return np.zeros(0, np.int64)
-    signatures = np.memmap(signature_path, np.uint32, "r", shape=(len(rows), clusters.PERMUTATIONS))
-    found = clusters.cluster(hashes, signatures)
-    train = of != held_source
-    if held_source >= 0:
-        first_of_train = clusters.Clusters(_first(found.exact[train]), _first(found.near[train]))
-        exact = np.isin(found.exact[~train], found.exact[train])
-        near = np.isin(found.near[~train], found.near[train])
+def _choose(account: Account, data: Data, seed: int, finder: clusters.Finder) -> np.ndarray:
+    """Count duplicates and choose the held-out rows: which of the rows that are used, sorted."""
+    found = finder.clusters()
+    train = sum(s.rows - s.refused for s in account.sources if not s.held_out)  # rows of the held-out file come behind them
+    among = found.among(train)
+    account.exact_duplicates, account.near_duplicates = among.exact_duplicates, among.near_duplicates
+    if isinstance(data.held_out, str):
+        exact, near = found.exact[train:] < train, found.near[train:] < train
         account.overlap_exact, account.overlap_near = int(exact.sum()), int((near & ~exact).sum())
-        account.exact_duplicates, account.near_duplicates = first_of_train.exact_duplicates, first_of_train.near_duplicates
-        return rows[~train]
-    account.exact_duplicates, account.near_duplicates = found.exact_duplicates, found.near_duplicates
-    share = float(data.held_out)
-    wanted = min(HELD_OUT_MOST, max(1, round(share * len(rows)))) if share else 0
-    return rows[clusters.held_out_rows(found.near, wanted, seed)]
-
-
-def _first(labels: np.ndarray) -> np.ndarray:
-    """Groups of equal labels as positions of their first member."""
-    _, first, which = np.unique(labels, return_index=True, return_inverse=True)
-    return first[which]
+        return np.arange(train, finder.rows)
+    wanted = min(HELD_OUT_MOST, max(1, round(data.held_out * train))) if data.held_out else 0
+    return clusters.held_out_rows(found.near, wanted, seed)
 
 
 def _write_conversations(path: Path, found: list[Files], held: np.ndarray) -> None:
@@ -649,11 +755,11 @@ def _bar(found: list[Files], console: Console | None) -> Iterator[Callable[[Chun
     sizes = {str(p): p.stat().st_size for f in found for p in f.paths}
     read: dict[str, int] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:  # no thread: see _start_method
         task = progress.add_task("preparing", total=max(1, sum(sizes.values())))
 
         def report(chunk: Chunk, rows: int) -> None:
             read[chunk.file] = chunk.position
-            progress.update(task, completed=sum(read.values()), description=f"preparing {rows:,} rows")
+            progress.update(task, completed=sum(read.values()), description=f"preparing {rows:,} rows", refresh=True)
 
         yield report

@@ -245,6 +245,10 @@ class Renderer:
         every other program that reads the folder."""
         self.tokenizer.save(folder, self.templates)
 
+    def close(self) -> None:
+        """End the template's process. The next rendering starts a fresh one."""
+        self._sandbox.close()
+
     def describe(self) -> str:
         """One line: which template, what is learned, what stops an answer."""
         self._vet()

@@ -91,7 +91,7 @@ def check_report(prepared: Prepared, renderer: Renderer, show: int | None = None
     Raises DataError when there is no row `show`.
     """
     account, data = prepared.account, prepared.data
-    index = np.concatenate([prepared.train.index, prepared.held_out.index])
+    stores = (prepared.train, prepared.held_out)
     fault = None
     try:
         prepared.require(data.max_refused)
@@ -108,8 +108,8 @@ def check_report(prepared: Prepared, renderer: Renderer, show: int | None = None
         train=len(prepared.train),
         tokens=int(prepared.train.lengths.sum()),
         trained=int(prepared.train.trained.sum()),
-        lengths=index["length"].astype(np.int64),
-        last=index["last"].astype(np.int64),
+        lengths=np.concatenate([s.lengths for s in stores]),
+        last=np.concatenate([s.column("last") for s in stores]).astype(np.int64),
         max_length=data.max_length,
         overlength=data.overlength,
         held_out=held,
@@ -137,12 +137,12 @@ def _show(prepared: Prepared, renderer: Renderer, row: int | None) -> Iterator[S
     train = prepared.train
     if row is None:
         for at in sorted({int(i) for i in np.linspace(0, len(train) - 1, min(3, len(train)))} if len(train) else ()):
-            yield Shown(f"row {int(train.index['row'][at]) + 1}, {train.origin(at)}", _runs(train[at], renderer))
+            yield Shown(f"row {int(train.column('row')[at]) + 1}, {train.origin(at)}", _runs(train[at], renderer))
         return
     if not 1 <= row <= prepared.account.rows:
         raise DataError(f"there is no row {row}", f"rows are counted from 1 to {prepared.account.rows:,}")
     for store, name in ((train, "trained"), (prepared.held_out, "held out")):
-        for at in np.flatnonzero(store.index["row"] == row - 1):
+        for at in np.flatnonzero(store.column("row") == row - 1):
             yield Shown(f"row {row}, {store.origin(int(at))}, {name}", _runs(store[int(at)], renderer))
     with (prepared.folder / "refused.jsonl").open(encoding="utf-8") as f:
         for line in f:

@@ -29,7 +29,7 @@ from tunesmith.types import Origin
 
 MAX_ROW = 32 << 20  # characters of one row
 MAX_DEPTH = 64  # nesting of one JSON row
-CHUNK_ROWS, CHUNK_CHARS = 256, 4 << 20
+CHUNK_ROWS, CHUNK_CHARS = 512, 4 << 20
 TEXT_PIECE = 64 << 10  # a raw text file is cut at blank lines into pieces of about this size, so that a share of it can be held out
 BLOCK = 1 << 20
 BOMB_FROM, BOMB_RATIO, BOMB_MAX = 64 << 20, 20, 4 << 30  # gzip: real text packs 3x to 10x
@@ -54,6 +54,15 @@ ONE_ROW_KEYS = {
     "tools",
     "chosen",
 }
+# fmt: off
+COLUMNS = frozenset((
+    "messages", "conversation", "conversations", "tools", "functions", "instruction", "input", "output", "response", "system",
+    "system_prompt", "context", "history", "question", "answer", "query", "prompt", "completion", "inputs", "targets", "text",
+    "label", "input_ids", "message_tree_id", "role", "chosen", "rejected", "chosen_messages", "rejected_messages", "response_j",
+    "response_k", "preferred_output", "non_preferred_output", "image", "images", "audio", "audios", "video", "videos",
+))
+# fmt: on
+"""Keys that formats.py reads of a row: a table's column is found by them however its name is capitalised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +290,7 @@ def _grouped(path: Path, notes: Counter[str]) -> Iterator[Chunk]:
         elif suffix in (".jsonl", ".json"):
             raw, items = True, _lines(f, path)
         elif suffix in (".csv", ".tsv"):
-            raw, items = False, _csv(f, path, suffix)
+            raw, items = False, _csv(f, path, suffix, notes)
         else:
             raw, items = False, _text(f, path)
         lines: list[int] = []
@@ -584,7 +593,7 @@ def _elements(stream: _Stream, path: Path, notes: Counter[str]) -> Iterator[Item
 # ---- tables and text -----------------------------------------------------------------------------------------------------------
 
 
-def _csv(f: BinaryIO, path: Path, suffix: str) -> Iterator[Item]:
+def _csv(f: BinaryIO, path: Path, suffix: str, notes: Counter[str]) -> Iterator[Item]:
     """One row a record, its keys from the first line. An empty cell is an empty string."""
     csv.field_size_limit(MAX_ROW)
     name, text = str(path), _decoded(f, path)
@@ -592,12 +601,11 @@ def _csv(f: BinaryIO, path: Path, suffix: str) -> Iterator[Item]:
     mark = "\t" if suffix == ".tsv" else ";" if "," not in first and ";" in first else ","
     reader = csv.reader(_chain(first, text), delimiter=mark, strict=True)
     try:
-        keys = next(reader, [])
+        header = next(reader, [])
     except csv.Error as e:
         _fault(path, f"the header cannot be read ({e})", "mend the first line; it names the columns")
-    keys = [k.strip() for k in keys]
-    if len(set(keys)) != len(keys):
-        _fault(path, f"two columns have one name ({', '.join(keys)})", "rename one of them in the first line")
+    keys = _columns(header, path)
+    notes.update(f"column {h!r} read as {k!r}" for h, k in zip(header, keys, strict=True) if h != k)
     while True:
         line = reader.line_num + 1
         try:
@@ -621,6 +629,22 @@ def _csv(f: BinaryIO, path: Path, suffix: str) -> Iterator[Item]:
             yield line, Refused(Origin(name, line), "a zero character (NUL) in the text"), 0
         else:
             yield line, dict(zip(keys, cells, strict=True)), sum(map(len, cells))
+
+
+def _columns(header: list[str], path: Path) -> list[str]:
+    """A header's names without space and byte order marks around them, and those of COLUMNS in lower case."""
+    keys: dict[str, str] = {}
+    for name in header:
+        key = re.sub(r"^[\s\ufeff]+|[\s\ufeff]+$", "", name)
+        key = key.lower() if key.lower() in COLUMNS else key
+        if key in keys:
+            _fault(
+                path,
+                f"two columns have one name: {keys[key]!r} and {name!r} are both read as {key!r}",
+                "rename one of them in the first line, or take it out",
+            )
+        keys[key] = name
+    return list(keys)
 
 
 def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +22,7 @@ from tunesmith.types import Example, Origin
 
 INDEX = np.dtype(
     [
+        ("start", "<u8"),  # where its first token stands in ids.bin
         ("length", "<u4"),  # tokens
         ("trained", "<u4"),  # tokens that are targets
         ("last", "<u4"),  # position of the last target: what collate keeps
@@ -35,7 +37,10 @@ PARTS = ("ids.bin", "learn.bin", "index.bin")
 
 @dataclass(frozen=True)
 class Packed:
-    """Some examples as flat arrays, as a worker hands them over: ids uint32 [T], learn bool [T], index INDEX [N]."""
+    """Some examples as flat arrays, as a worker hands them over: ids uint32 [T], learn bool [T], index INDEX [N].
+
+    What the index says of the whole store (`start`, `row`, `file`, `source`) is settled when they are appended to one.
+    """
 
     ids: np.ndarray
     learn: np.ndarray
@@ -43,7 +48,7 @@ class Packed:
 
     @classmethod
     def of(cls, examples: Sequence[Example], rows: Sequence[int]) -> Packed:
-        """`rows[i]` is the row number of `examples[i]`. `file` and `source` are left at 0."""
+        """`rows[i]` is the row number of `examples[i]`, counted from the first of them."""
         index = np.zeros(len(examples), INDEX)
         if not examples:
             return cls(np.zeros(0, np.uint32), np.zeros(0, bool), index)
@@ -68,11 +73,16 @@ class StoreWriter:
         self.folder, self.files = folder, dict[str, int]()
         self._ids, self._learn, self._index = ((folder / p).open("wb") for p in PARTS)
         self._bits = np.zeros(0, bool)  # fewer than 8 that do not fill a byte yet
+        self._tokens = 0
 
-    def append(self, packed: Packed, *, file: str, source: int) -> None:
-        """Add examples that all come from one file of one source."""
+    def append(self, packed: Packed, *, file: str, source: int, row: int = 0) -> None:
+        """Add examples that all come from one file of one source; their rows are counted on from `row`."""
+        lengths = packed.index["length"].astype(np.uint64)
+        packed.index["start"] = np.uint64(self._tokens) + np.cumsum(lengths) - lengths
         packed.index["file"] = self.files.setdefault(file, len(self.files))
         packed.index["source"] = source
+        packed.index["row"] += np.uint32(row)
+        self._tokens += len(packed.ids)
         bits = np.concatenate([self._bits, packed.learn])
         whole = len(bits) // 8 * 8
         self._bits = bits[whole:]
@@ -95,10 +105,10 @@ class StoreWriter:
 class ExampleStore(Sequence[Example]):
     """Examples that lie on disk; `subset` gives some of them without copying. Raises DataError for a damaged folder.
 
-    `.index` is the INDEX table [N]; `.lengths` and `.trained` are its columns as int64 [N].
+    Memory: nothing for the whole store, 8 bytes an example for a subset of it.
     """
 
-    def __init__(self, folder: Path, chosen: np.ndarray | None = None):
+    def __init__(self, folder: Path):
         try:
             meta: dict[str, Any] = json.loads((folder / "store.json").read_text())
             files, sizes = list(meta["files"]), dict(meta["sizes"])
@@ -109,31 +119,39 @@ class ExampleStore(Sequence[Example]):
             raise DataError(
                 f"{folder}: the store's files have other sizes than were written", "delete the folder; it is made again"
             )
-        self.folder, self.files, self._chosen = folder, files, chosen
-        self._ids = _mapped(folder / "ids.bin", np.dtype("<u4"))
-        self._learn = _mapped(folder / "learn.bin", np.dtype("u1"))
-        self._all = np.fromfile(folder / "index.bin", INDEX)
-        self._starts = np.concatenate([[0], np.cumsum(self._all["length"], dtype=np.int64)])
-        self.index = self._all if chosen is None else self._all[chosen]
-        self._file, self._line = self.index["file"], self.index["line"]
+        self.folder, self.files = folder, files
+        self._ids, self._learn, self._index = (
+            _mapped(folder / p, dtype) for p, dtype in zip(PARTS, (np.dtype("<u4"), np.dtype("u1"), INDEX), strict=True)
+        )
+        self._chosen: np.ndarray | None = None  # of a subset: positions in the whole store
 
     def subset(self, chosen: np.ndarray) -> ExampleStore:
         """The examples at `chosen` (positions in this store), as a store of their own."""
-        return ExampleStore(self.folder, chosen if self._chosen is None else self._chosen[chosen])
+        part = copy(self)
+        part._chosen = chosen if self._chosen is None else self._chosen[chosen]
+        return part
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self._index if self._chosen is None else self._chosen)
+
+    def column(self, name: str) -> np.ndarray:
+        """One column of the INDEX table [N]."""
+        column = self._index[name]
+        return column if self._chosen is None else column[self._chosen]
 
     @property
     def lengths(self) -> np.ndarray:
-        return self.index["length"].astype(np.int64)
+        """Tokens of each example, int64 [N]."""
+        return self.column("length").astype(np.int64)
 
     @property
     def trained(self) -> np.ndarray:
-        return self.index["trained"].astype(np.int64)
+        """Of these, how many are targets, int64 [N]."""
+        return self.column("trained").astype(np.int64)
 
     def origin(self, i: int) -> Origin:
-        return Origin(self.files[self._file[i]], int(self._line[i]))
+        entry = self._index[i if self._chosen is None else self._chosen[i]]
+        return Origin(self.files[entry["file"]], int(entry["line"]))
 
     def __getitem__(self, i):  # type: ignore[override]
         if isinstance(i, slice):
@@ -141,10 +159,10 @@ class ExampleStore(Sequence[Example]):
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         i = int(i) % len(self)
-        at = i if self._chosen is None else int(self._chosen[i])
-        start, end = int(self._starts[at]), int(self._starts[at + 1])
-        bits = np.unpackbits(self._learn[start // 8 : (end + 7) // 8])[start % 8 : start % 8 + end - start]
-        return Example(self._ids[start:end].astype(np.int32), bits.astype(bool), self.origin(i))
+        start, length, _, _, _, line, file, _ = self._index[i if self._chosen is None else self._chosen[i]].item()
+        skip, end = start % 8, start + length
+        bits = np.unpackbits(self._learn[start // 8 : (end + 7) // 8])[skip : skip + length]
+        return Example(self._ids[start:end].astype(np.int32), bits.view(bool), Origin(self.files[file], line))
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
