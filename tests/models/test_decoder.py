@@ -219,3 +219,13 @@ def test_a_tied_head_is_the_embedding_through_casts_and_moves():
     model = model_of("gemma").float().to("cpu")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert len(list(model.parameters())) == len(set(map(id, model.parameters())))
+
+
+def test_rows_of_the_embedding_may_lie_elsewhere():
+    """Only where nothing else reads them: a tied head is the same matrix."""
+    untied, tied = model_of("plain"), model_of("biased")
+    assert not tied.requires_grad_(False).embedding_to_host()
+    assert not untied.requires_grad_(True).embedding_to_host()
+    assert untied.requires_grad_(False).embedding_to_host() and untied.embedding_device.type == "cpu"
+    untied.model.norm.to("meta"), untied.model.embed_tokens.to("cpu")
+    assert untied.embed(torch.arange(3)).device.type == "meta"  # where the layers are, whatever holds the rows

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tunesmith.models.cache import KVCache
 from tunesmith.models.fast import FastLayers
 from tunesmith.models.linear import Linear
-from tunesmith.ops.attention import Layout, attention
+from tunesmith.ops.attention import Layout, attention, to_device
 from tunesmith.ops.rms_norm import rms_norm
 from tunesmith.ops.rotary import rotate, tables
 from tunesmith.ops.swiglu import swiglu
@@ -159,6 +159,29 @@ class Decoder(nn.Module):
         if self.spec.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def embedding_to_host(self) -> bool:
+        """Keep the embedding's rows in main memory: a step reads a few thousand of them, the device holds V x D for nothing.
+
+        False, and nothing moves, where the head is the same matrix or rows of it are trained.
+        """
+        if self.spec.tied or type(self.model.embed_tokens) is not nn.Embedding or self.model.embed_tokens.weight.requires_grad:
+            return False
+        self.model.embed_tokens.to("cpu")
+        return True
+
+    @property
+    def embedding_device(self) -> torch.device:
+        """Where `hidden` looks its tokens up: tokens that are there already are not moved."""
+        embedding = self.model.embed_tokens
+        return getattr(embedding, "base", embedding).weight.device
+
+    def embed(self, tokens_T: Tensor) -> Tensor:
+        """The tokens' rows [T, D], on the device of the layers."""
+        there, device = self.embedding_device, self.model.norm.weight.device
+        if there == device:
+            return self.model.embed_tokens(tokens_T)
+        return to_device(self.model.embed_tokens(tokens_T.to(there)), device)
+
     @property
     def vocab(self) -> int:
         return self.spec.vocab
@@ -192,7 +215,7 @@ class Decoder(nn.Module):
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Tensor:
                 return cache.attend(layer, q, k, v, layout, *how)
 
-        x = self.model.embed_tokens(tokens_T)
+        x = self.embed(tokens_T)
         if self.spec.scale_embeddings:  # the factor is rounded to the model's dtype first: sqrt(3072) is 55.5 in bf16
             x = x * torch.tensor(self.spec.dim**0.5, dtype=x.dtype)
         if noise is not None:

@@ -80,6 +80,11 @@ class Fallback(nn.Module):
         return "; ".join(self.notes)
 
     @property
+    def embedding_device(self) -> torch.device:
+        """Where its tokens are looked up."""
+        return next(self.hf.parameters()).device
+
+    @property
     def vocab(self) -> int:
         head = self.hf.get_output_embeddings()
         return getattr(head, "base", head).weight.shape[0]

@@ -24,7 +24,8 @@ Noise = Callable[[Tensor], Tensor]
 def batch_loss(model: nn.Module, batch: Batch, device: torch.device, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
     """(sum over trained tokens in nats, differentiable scalar; each labelled row's loss, detached [L])."""
     layout = Layout.of(np.diff(batch.cu_seqlens).tolist(), device)
-    tokens, rows, labels = (to_device(torch.from_numpy(a), device) for a in (batch.tokens, batch.rows, batch.labels))
+    rows, labels = (to_device(torch.from_numpy(a), device) for a in (batch.rows, batch.labels))
+    tokens = to_device(torch.from_numpy(batch.tokens), model.embedding_device)
     x_LD = model.hidden(tokens, layout, rows=rows, noise=noise)
     if head := model.plain_head():
         weight, softcap = head
