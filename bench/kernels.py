@@ -13,7 +13,7 @@ import argparse
 import torch
 from triton.testing import do_bench
 
-from tunesmith.ops import backend, fp8, int8, linear_ce, nf4, rms_norm, rotary, swiglu
+from tunesmith.ops import backend, fp8, int8, linear_ce, low_rank, nf4, rms_norm, rotary, swiglu
 
 D, F, QKV, VOCAB = 4096, 14336, 6144, 32000
 
@@ -87,6 +87,22 @@ def cases(t: int):
     if hardware:
         yield "rms_norm.forward_fp8", 5 * t * D, lambda: rms_norm.forward_fp8(x, weight, 1e-5)
         yield "swiglu.forward_fp8", 7 * t * F, lambda: swiglu.forward_fp8(both)
+        low, b = randn(t, 64)[:, :32], randn(2 * F, 64)[:, :32]
+        low_da, a_FR, both8, a8 = randn(t, 64)[:, :16], randn(16, F).t(), fp8.empty_rows(both), fp8.empty_rows(a)
+        yield "swiglu.forward + low", 6 * t * F, lambda: swiglu.forward(both, a, low=(low, b))
+        yield "  to e4m3 too", 7 * t * F, lambda: swiglu.forward(both, a, low=(low, b), quantised=a8)
+        yield "swiglu.backward_ + low", 12 * t * F, lambda: swiglu.backward_(a, both, low=(low, b), low_da=(low_da, a_FR))
+        yield (
+            "  to e4m3 too",
+            14 * t * F,
+            lambda: swiglu.backward_(a, both, low=(low, b), low_da=(low_da, a_FR), quantised=both8),
+        )
+        parts = [randn(t, n, 128) for n in (32, 8, 8)]
+        yield "rotary.split", 4 * t * QKV, lambda: rotary.split(fused, 32, cos, sin, *parts)
+        yield "rotary.split + low", 4 * t * QKV, lambda: rotary.split(fused, 32, cos, sin, *parts, (low, b[:QKV]))
+        x8 = fp8.empty_rows(x)
+        yield "rms_norm.backward to e4m3 too", 9 * t * D, lambda: rms_norm.backward(h, x, weight, rstd, x, x, x8)
+        yield f"low_rank.add_ {D}", 4 * t * D, lambda: low_rank.add_(x, (low, b[:D]))
         yield f"fp8.quantise_rows {D}", 3 * t * D, lambda: fp8.quantise_rows(x)
         yield f"fp8.quantise_rows {2 * F}", 6 * t * F, lambda: fp8.quantise_rows(both)
     labels = torch.randint(VOCAB, (1024,), device="cuda")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tunesmith.ops import backend, fp8, int8, linear_ce, nf4, rms_norm, rotary, swiglu
+from tunesmith.ops import backend, fp8, int8, linear_ce, low_rank, nf4, rms_norm, rotary, swiglu
 
 pytestmark = pytest.mark.gpu
 T, D, F = 8192, 4096, 14336  # Mistral-7B, 4 x 2048 tokens
@@ -142,6 +142,49 @@ def test_swiglu_with_e4m3():
         a, a8, scale = swiglu.forward_fp8(both)
         wanted8, wanted = fp8.reference_quantise_rows(a)
         assert torch.equal(a, swiglu.forward(both)) and torch.equal(scale, wanted) and same_bytes(a8, wanted8)
+
+
+@needs_fp8
+def test_low_rank_parts_are_added_in_the_kernels():
+    """To the last bits as if they had been added in bf16 first; the same again to the bit; e4m3 as of what was written."""
+    rows = 3000
+    both, da = randn(rows, 2 * F), randn(rows, F)
+    low, b = randn(rows, 64)[:, :32], randn(2 * F, 64, scale=0.2)[:, :32]
+    low_da, a = randn(rows, 80)[:, 64:], randn(16, F, scale=0.2).t()
+    whole, whole_da = low_rank.reference_added(both, (low, b)), low_rank.reference_added(da, (low_da, a))
+    room = fp8.empty_rows(da)
+    out = swiglu.forward(both, poisoned(rows, F), low=(low, b), quantised=room)
+    close_in_norm(out, swiglu.forward(whole))
+    wanted8, wanted = fp8.reference_quantise_rows(out)
+    assert torch.equal(room[1], wanted) and same_bytes(room[0], wanted8)
+    again, again_da, room = both.clone(), da.clone(), fp8.empty_rows(both)
+    swiglu.backward_(again_da, again, low=(low, b), low_da=(low_da, a), quantised=room)
+    assert torch.equal(again_da, out)
+    wanted8, wanted = fp8.reference_quantise_rows(again)
+    assert torch.equal(room[1], wanted) and same_bytes(room[0], wanted8)
+    swiglu.backward_(da, both, low=(low, b), low_da=(low_da, a))
+    assert torch.equal(both, again)
+    swiglu.backward_(whole_da, whole)
+    close_in_norm(both, whole)
+    qkv, angle = randn(rows, 48 * 128), torch.rand(rows, 64, device="cuda") * 1e4
+    parts, wanted = ([poisoned(rows, n, 128) for n in (32, 8, 8)] for _ in "ab")
+    low, b = randn(rows, 64)[:, :48], randn(48 * 128, 64, scale=0.2)[:, :48]
+    rotary.split(qkv, 32, angle.cos(), angle.sin(), *parts, (low, b))
+    rotary.split(low_rank.reference_added(qkv, (low, b)), 32, angle.cos(), angle.sin(), *wanted)
+    for x, y in zip(parts, wanted, strict=True):
+        close_in_norm(x, y)
+    x, weight, dh = randn(rows, D), randn(D), randn(rows, D)
+    _, rstd = rms_norm.forward(x, weight, 1e-5)
+    room = fp8.empty_rows(x)
+    dx = rms_norm.backward(dh, x, weight, rstd, x, quantised=room)
+    within(dx, rms_norm.backward(dh, x, weight, rstd, x))
+    wanted8, wanted = fp8.reference_quantise_rows(dx)
+    assert torch.equal(room[1], wanted) and same_bytes(room[0], wanted8)
+
+
+def close_in_norm(a, b):
+    """A sum that lies at the middle of two numbers rounds either way, and then one part in 256 differs: seldom."""
+    assert a.isfinite().all() and ((a.float() - b.float()).norm() / b.float().norm()).item() < 1e-3
 
 
 @needs_fp8

@@ -62,16 +62,26 @@ def call_all(
         a = swiglu.forward(both)
         int8.dequantise_groups(*int8.quantise_groups(both), both)
         swiglu.backward_(a, both)
+        low, b, a_fr = torch.randn(tokens, 64, dtype=dtype)[:, :32], torch.randn(2 * f, 64, dtype=dtype)[:, :32], torch.randn(16, f, dtype=dtype).t()
+        swiglu.forward(both, a, low=(low, b))
+        swiglu.backward_(a, both, low=(low, b), low_da=(low[:, :16], a_fr))
+        swiglu.backward_(a, both, low=(low, b))
         logits = torch.randn(tokens, v, dtype=dtype)
         linear_ce.softmax_ce_(logits, torch.zeros(tokens, dtype=torch.int64))
         linear_ce.softmax_ce_(logits, torch.zeros(tokens, dtype=torch.int64), gradient=False)
         if fp8:
             rms_norm.forward_fp8(x, weight, 1e-5)
+            rms_norm.backward(h, x, weight, rstd, x, x, fp8_rows(x))
             swiglu.forward_fp8(both)
+            swiglu.forward(both, a, low=(low, b), quantised=fp8_rows(a))
+            swiglu.backward_(a, both, low=(low, b), low_da=(low[:, :16], a_fr), quantised=fp8_rows(both))
             quantise_rows(x), quantise_rows(both)
     angle = torch.zeros(tokens, 64)
     parts = [torch.empty(tokens, n, 128, dtype=dtype) for n in (32, 8, 8)]
     rotary.split(torch.randn(tokens, 48 * 128, dtype=dtype), 32, angle, angle, *parts)
+    of_qkv = torch.randn(tokens, 64, dtype=dtype), torch.randn(48 * 128, 64, dtype=dtype)
+    rotary.split(torch.randn(tokens, 48 * 128, dtype=dtype), 32, angle, angle, *parts, of_qkv)
+    rotary.split(torch.randn(tokens, 48 * 128, dtype=dtype), 32, angle[:, :20], angle[:, :20], *parts, of_qkv)
     rotary.join(*parts, angle[:, :20], angle[:, :20], torch.empty(tokens, 48 * 128 + 64, dtype=dtype)[:, : 48 * 128])
     a, b = torch.randn(16, width), torch.randn(width, 16)
     matrix = torch.empty(2 * width + 64, width + 64, dtype=dtype)
@@ -80,11 +90,12 @@ def call_all(
     x, low = torch.randn(tokens, width, dtype=dtype), torch.randn(tokens, 64, dtype=dtype)
     low_rank.residual(x, low, matrix[:width, width:], torch.empty_like(x))
     low_rank.residual(x, low, matrix[:width, width:], torch.empty_like(x), x)
+    low_rank.add_(x, (low[:, :16], matrix[2 * width : 2 * width + 16, :width].t()))
     rotary.rotate_(torch.randn(tokens, 48, 128, dtype=dtype)[:, :32], angle, angle)
     rotary.rotate_into(h[:, None, :21], angle[:, :10], angle[:, :10], torch.empty(tokens, 1, 21, dtype=dtype), inverse=True)
 
 
-quantise_rows = fp8.quantise_rows
+quantise_rows, fp8_rows = fp8.quantise_rows, fp8.empty_rows
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), *sys.argv[2:])

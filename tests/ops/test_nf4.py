@@ -149,7 +149,7 @@ def test_offsets_of_parts_that_lie_side_by_side(kernels):
     assert torch.equal(nf4.decode(q, torch.empty_like(wanted)), wanted)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (5, 70), (4, 128), (3, 1072)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 70), (4, 128), (3, 1072), (130, 192)], ids=str)
 def test_the_kernels_decode_to_e4m3_and_transposed(kernels, padded, same_e4m3, shape):
     for q in stores(shape, kernels):
         rows, columns = nf4.absmax_rows_columns(q)

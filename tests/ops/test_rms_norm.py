@@ -110,3 +110,15 @@ def test_the_norm_quantises_what_it_gives(kernels, padded, same_e4m3, dtype):
     assert torch.equal(h, plain[0]) and torch.equal(rstd, plain[1])
     assert torch.equal(scale, fp8.reference_quantise_rows(h)[1])
     assert same_e4m3(h8, h.float() * (1 / scale))
+
+
+@pytest.mark.parametrize("dtype", ON_THIS)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (3, 1024), (0, 8)], ids=str)
+def test_the_backward_quantises_what_it_gives(kernels, padded, same_e4m3, shape, dtype):
+    x, weight, dh, residual = inputs(shape, dtype, kernels)
+    _, rstd = op.forward(x, weight, 1e-5)
+    x8, scale = room = fp8.empty_rows(x)
+    dx = op.backward(padded(dh), padded(x), weight, rstd, residual, quantised=room)
+    assert torch.equal(dx, op.backward(dh, x, weight, rstd, residual))
+    assert torch.equal(scale, fp8.reference_quantise_rows(dx)[1])
+    assert not x.numel() or same_e4m3(x8, dx.float() * (1 / scale))

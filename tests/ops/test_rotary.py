@@ -130,3 +130,19 @@ def test_split_and_join_are_rotations_of_the_parts(mode, heads, kv, width, half)
     assert torch.equal(parts[2], v)
     assert_close(back[:, :n], qkv, atol=1e-5, rtol=1e-5)
     assert back[:, n:].isnan().all()
+
+
+@pytest.mark.parametrize("mode", ["reference", pytest.param("triton", marks=pytest.mark.skipif(backend.triton is None, reason="no triton"))])
+@pytest.mark.parametrize(("tokens", "heads", "kv", "width", "half"), [(7, 4, 2, 8, 4), (70, 3, 1, 10, 3), (5, 5, 5, 40, 17)])
+def test_split_adds_a_low_rank_part_first(mode, tokens, heads, kv, width, half):
+    torch.manual_seed(0)
+    n = (heads + 2 * kv) * width
+    qkv, angle = torch.randn(tokens, n + 3)[:, :n], torch.randn(tokens, half)
+    low, b, cos, sin = torch.randn(tokens, 8)[:, :5], torch.randn(n, 5), angle.cos(), angle.sin()
+    parts = [torch.full((tokens, h, width), math.nan) for h in (heads, kv, kv)]
+    with backend.use(mode):
+        op.split(qkv, heads, cos, sin, *parts, (low, b))
+    q, k, v = (qkv + low @ b.t()).unflatten(-1, (-1, width)).split([heads, kv, kv], 1)
+    assert_close(parts[0], reference(q, cos, sin), rtol=1e-5, atol=1e-5)
+    assert_close(parts[1], reference(k, cos, sin), rtol=1e-5, atol=1e-5)
+    assert_close(parts[2], v, rtol=1e-5, atol=1e-5)

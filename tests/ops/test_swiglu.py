@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tunesmith.ops import fp8
+from tunesmith.ops import fp8, low_rank
 from tunesmith.ops import swiglu as op
 from tunesmith.ops.swiglu import reference, swiglu
 
@@ -98,3 +98,59 @@ def test_the_activation_is_quantised_with_its_row(kernels, padded, same_e4m3, sh
     assert torch.equal(a, op.forward(both))
     assert torch.equal(scale, fp8.reference_quantise_rows(a)[1])
     assert same_e4m3(a8, a.float() * (1 / scale))
+
+
+def low_parts(rows, columns, ranks, dtype, device, turned=False):
+    g = torch.Generator().manual_seed(3)
+    low, b = torch.randn(rows, ranks + 5, generator=g), torch.randn(columns, ranks + 3, generator=g)
+    low, b = low.to(device, dtype)[:, :ranks], b.to(device, dtype)[:, :ranks]
+    return low, b.t().contiguous().t() if turned else b
+
+
+@pytest.mark.parametrize("dtype", ON_THIS)
+@pytest.mark.parametrize("shape", [(1, 1, 3), (5, 33, 16), (70, 150, 32), (3, 40, 100), (0, 8, 4)], ids=str)
+def test_a_low_rank_part_is_added_in_the_kernels(kernels, padded, same_e4m3, shape, dtype):
+    """As if gate_up + low B^T and da + low A^T had been written first, in the same dtype."""
+    rows, width, ranks = shape
+    both, da = inputs((rows, width), dtype, kernels)
+    low, low_da = low_parts(rows, 2 * width, ranks, dtype, kernels), low_parts(rows, width, ranks // 2 + 1, dtype, kernels, True)
+    whole, whole_da = low_rank.reference_added(both, low), low_rank.reference_added(da, low_da)
+    rough = dict(rtol=4 * near(dtype)["rtol"], atol=2e-4 if dtype == torch.float32 else 0.25)  # a sum of products that rounds over
+    room = fp8.empty_rows(da)
+    a = op.forward(padded(both), low=low, quantised=room)
+    assert_close(a, op.forward(whole), **rough)
+    assert torch.equal(op.forward(both, low=low), a)
+    assert torch.equal(room[1], fp8.reference_quantise_rows(a)[1])
+    assert not rows or same_e4m3(room[0], a.float() * (1 / room[1]))
+    for given, given_da in ((low, low_da), (None, low_da), (low, None)):
+        found, found_da = padded(both), padded(da)
+        room = fp8.empty_rows(both)
+        op.backward_(found_da, found, low=given, low_da=given_da, quantised=room)
+        wanted, wanted_da = (both if given is None else whole).clone(), (da if given_da is None else whole_da).clone()
+        op.backward_(wanted_da, wanted)
+        assert_close(found, wanted, **rough)
+        assert_close(found_da, wanted_da, **rough)
+        assert torch.equal(room[1], fp8.reference_quantise_rows(found)[1])
+
+
+def test_plain_torch_adds_the_low_rank_part(padded):
+    both, da = inputs((5, 33), torch.float32, "cpu")
+    low, low_da = low_parts(5, 66, 4, torch.float32, "cpu"), low_parts(5, 33, 2, torch.float32, "cpu", True)
+    whole, whole_da = both + low[0] @ low[1].t(), da + low_da[0] @ low_da[1].t()
+    assert_close(op.forward(both, low=low), op.forward(whole))
+    room = fp8.empty_rows(both)
+    op.backward_(da, both, low=low, low_da=low_da, quantised=room)
+    op.backward_(whole_da, whole)
+    assert_close(both, whole), assert_close(da, whole_da)
+    assert all(torch.equal(p.float(), q.float()) for p, q in zip(room, fp8.reference_quantise_rows(both), strict=True))
+
+
+def test_rows_are_quantised_in_spans_that_stay_in_cache(kernels, monkeypatch):
+    monkeypatch.setattr(op, "IN_CACHE", 1)
+    both, da = inputs((130, 20), torch.float32, kernels)
+    low = low_parts(130, 40, 4, torch.float32, kernels)
+    once, spans = fp8.empty_rows(da), fp8.empty_rows(da)
+    a = op.forward(both, low=low, quantised=spans)
+    monkeypatch.setattr(op, "IN_CACHE", 1 << 30)
+    assert torch.equal(op.forward(both, low=low, quantised=once), a)
+    assert torch.equal(once[1], spans[1]) and torch.equal(once[0].float(), spans[0].float())

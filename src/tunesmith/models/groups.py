@@ -12,7 +12,8 @@ lives in such a matrix for good, its linears' weights being views of it, and so 
 
 With `fp8` both products of the base run in e4m3 (ops/fp8.py): the weight with one static scale an output for the forward, and once
 more transposed with one an input for the backward, because the hardware wants the summed dimension contiguous on both sides;
-activations and gradients with one scale a token. The adapters stay in 16 bits beside it.
+activations and gradients with one scale a token. The adapters stay in 16 bits beside it, and their products are left to the kernels
+that read those of the base (`OpenedFp8`).
 
 Shape letters: T tokens, K inputs, N outputs of all parts, R their ranks added up and padded.
 """
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from tunesmith.models.linear import Linear, NF4Linear
 from tunesmith.ops import backend, fp8, nf4
 from tunesmith.ops import low_rank as low_rank_op
+from tunesmith.ops.low_rank import Low
 
 
 def low_rank(module: nn.Module) -> tuple[Tensor, Tensor, float] | None:
@@ -126,7 +128,8 @@ class Group:
         if self.fp8 is not None:
             for key in ((0, False), (0, True)):
                 self.scratch.take(key, self.outputs, self.inputs, fp8.E4M3, self.device)
-            self.scratch.take(("low", 0), self.extra, self.inputs + self.outputs, self.dtype, self.device)
+            shape = self.extra, self.inputs + self.outputs
+            self.scratch.take(("low", self.inputs, self.outputs), *shape, self.dtype, self.device)
         elif self.kept is None:
             self.scratch.take(0, *self._shape, self.dtype, self.device)
 
@@ -155,6 +158,10 @@ class Group:
                 self._place(matrix[n:, :k], matrix[:n, k:])
 
         return backend.Recorded(fill) if backend.triton_for(matrix) and matrix.is_cuda else fill
+
+    def room(self, x_TK: Tensor) -> fp8.Rows | None:
+        """Where a producer puts e4m3 of what this group's product reads; None where that is in 16 bits."""
+        return None if self.fp8 is None else fp8.empty_rows(x_TK)
 
     def gradients(self, x_TK: Tensor, dy_TNR: Tensor, low_TR: Tensor, into: list[Tensor] | None) -> list[Tensor]:
         """Gradients of A and B of each part, float32, in the order of `parameters`; added to `into` where it is given."""
@@ -223,7 +230,7 @@ class Opened:
             return x_TK.new_empty(len(x_TK), 0)
         return torch.mm(x_TK, self.a_RK.t(), out=out)
 
-    def up(self, x_TKR: Tensor, out: Tensor) -> None:
+    def up(self, x_TKR: Tensor, out: Tensor, x8: None = None) -> None:
         """out = x W^T + low B^T + bias, x and low side by side."""
         weight = self.matrix[: self.group.outputs].t()
         if self.group.bias is None:
@@ -231,7 +238,10 @@ class Opened:
         else:
             torch.addmm(self.group.bias, x_TKR, weight, out=out)
 
-    def add(self, base_TN: Tensor, x_TK: Tensor, low_TR: Tensor, out: Tensor) -> None:
+    def rest(self, low_TR: Tensor) -> None:
+        """Nothing is left to add."""
+
+    def add(self, base_TN: Tensor, x_TK: Tensor, low_TR: Tensor, out: Tensor, x8: None = None) -> None:
         """out = base + x W^T + low B^T; a new tensor, base stays."""
         if self.group.extra:  # the low-rank product brings the residual along: no pass more than copying it would take
             low_rank_op.residual(base_TN, low_TR, self.b_NR, out)
@@ -245,7 +255,7 @@ class Opened:
         """dy B [T, R]"""
         return torch.mm(dy_TN, self.b_NR, out=out)
 
-    def back(self, dy_TNR: Tensor, out: Tensor) -> None:
+    def back(self, dy_TNR: Tensor, out: Tensor, dy8: None = None) -> None:
         """out = dy W + low_back (scale A), both side by side."""
         torch.mm(dy_TNR, self.matrix[:, : self.group.inputs], out=out)
 
@@ -268,7 +278,10 @@ def _extremes(base: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 class OpenedFp8:
-    """As Opened, its products of the base in e4m3. W or W^T is decoded when it is asked for."""
+    """As Opened, its products of the base in e4m3. W or W^T is decoded when it is asked for.
+
+    `up` and `back` leave the low-rank part out and answer it; `add` brings it along. `x8`, `dy8`: what a producer put into `room`.
+    """
 
     def __init__(self, group: Group, slot: int):
         self.group, self.slot = group, slot
@@ -278,7 +291,9 @@ class OpenedFp8:
     def again(self) -> OpenedFp8:
         """The adapters as they are now; nothing decoded yet."""
         group = self.group
-        flat = group.scratch.take(("low", self.slot), group.extra, group.inputs + group.outputs, group.dtype, group.device).view(-1)
+        # a place for each shape: what one group left to add is added when the next is open already
+        shape = group.extra, group.inputs + group.outputs
+        flat = group.scratch.take(("low", group.inputs, group.outputs), *shape, group.dtype, group.device).view(-1)
         self.a_RK = flat[: group.extra * group.inputs].view(group.extra, group.inputs)
         self.b_NR = flat[group.extra * group.inputs :].view(group.outputs, group.extra)
         self.decoded = {}
@@ -289,24 +304,30 @@ class OpenedFp8:
     def _fill(self, name: object, into: Tensor, body: Callable[[], object], *read: Tensor) -> None:
         place = into.data_ptr(), *(t.data_ptr() for t in read)
         if name not in self.fills or self.fills[name][0] != place:
-            self.fills[name] = place, backend.Recorded(body) if backend.triton_for(into) and into.is_cuda else body
+            dense = name != "low" and any(isinstance(b, Linear) for b in self.group.bases)  # torch's casts need room of their own
+            recorded = into.is_cuda and not dense and bool(backend.triton_for(into))
+            self.fills[name] = place, backend.Recorded(body) if recorded else body
         self.fills[name][1]()
 
     low, low_back = Opened.low, Opened.low_back
 
-    def up(self, x_TKR: Tensor, out: Tensor) -> None:
-        """out = x W^T + low B^T + bias"""
+    def up(self, x_TKR: Tensor, out: Tensor, x8: fp8.Rows | None = None) -> Low | None:
+        """out = x W^T + bias; left to add: low B^T"""
         k, group = self.group.inputs, self.group
-        fp8.matmul(*fp8.quantise_rows(x_TKR[:, :k]), self._decoded(False), group.fp8.of_N, out=out)
-        if group.extra:
-            out.addmm_(x_TKR[:, k:], self.b_NR.t())
+        fp8.matmul(*(x8 or fp8.quantise_rows(x_TKR[:, :k])), self._decoded(False), group.fp8.of_N, out=out)
         if group.bias is not None:
             out.add_(group.bias)
+        return self.rest(x_TKR[:, k:])
 
-    def add(self, base_TN: Tensor, x_TK: Tensor, low_TR: Tensor, out: Tensor) -> None:
+    def rest(self, low_TR: Tensor) -> Low | None:
+        """low and B without the columns that only pad them"""
+        rank = self.group.rank
+        return (low_TR[:, :rank], self.b_NR[:, :rank]) if rank else None
+
+    def add(self, base_TN: Tensor, x_TK: Tensor, low_TR: Tensor, out: Tensor, x8: fp8.Rows | None = None) -> None:
         """out = base + x W^T + low B^T"""
         group = self.group
-        y = fp8.matmul(*fp8.quantise_rows(x_TK), self._decoded(False), group.fp8.of_N, out_dtype=out.dtype)
+        y = fp8.matmul(*(x8 or fp8.quantise_rows(x_TK)), self._decoded(False), group.fp8.of_N, out_dtype=out.dtype)
         if group.extra:
             low_rank_op.residual(base_TN, low_TR, self.b_NR, out, extra=y)
         else:
@@ -314,12 +335,11 @@ class OpenedFp8:
         if group.bias is not None:
             out.add_(group.bias)
 
-    def back(self, dy_TNR: Tensor, out: Tensor) -> None:
-        """out = dy W + low_back (scale A)"""
+    def back(self, dy_TNR: Tensor, out: Tensor, dy8: fp8.Rows | None = None) -> Low | None:
+        """out = dy W; left to add: low_back (scale A)"""
         n, group = self.group.outputs, self.group
-        fp8.matmul(*fp8.quantise_rows(dy_TNR[:, :n]), self._decoded(True), group.fp8.of_K, out=out)
-        if group.extra:
-            out.addmm_(dy_TNR[:, n:], self.a_RK)
+        fp8.matmul(*(dy8 or fp8.quantise_rows(dy_TNR[:, :n])), self._decoded(True), group.fp8.of_K, out=out)
+        return (dy_TNR[:, n : n + group.rank], self.a_RK[: group.rank].t()) if group.rank else None
 
     def _decoded(self, turned: bool) -> Tensor:
         """W [N, K], or turned W^T [K, N]; each once."""

@@ -19,6 +19,7 @@ from tunesmith.ops.backend import jit, tl
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 TINY = 1e-12  # the floor under a scale, so that a row of zeros does not divide by zero
+Rows = tuple[Tensor, Tensor]  # e4m3 [T, K], contiguous, and the scale [T, 1] of each row
 WHOLE = 16384  # values of a row that 16 warps hold in registers, 32 a thread; longer rows are read twice, the second time from L2
 
 
@@ -43,19 +44,20 @@ def reference_quantise_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     return (wide * (1 / scale)).to(E4M3), scale
 
 
-def quantise_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """As `reference_quantise_rows`; rows may be strided."""
+def quantise_rows(x_TK: Tensor, out: Rows | None = None) -> Rows:
+    """As `reference_quantise_rows`, into `out` where it is given; rows may be strided."""
+    x8_TK, scale = empty_rows(x_TK) if out is None else out
     if not backend.triton_for(x_TK, backend.NEEDS_FP8):
-        return reference_quantise_rows(x_TK)
+        found = reference_quantise_rows(x_TK)
+        return x8_TK.copy_(found[0]), scale.copy_(found[1])
     rows, columns = x_TK.shape
-    x8_TK, scale = empty_rows(x_TK)
     block = min(backend.round_up(columns), WHOLE)
     if rows:
         _quantise_rows_kernel[(rows,)](x_TK, x8_TK, scale, x_TK.stride(0), columns, BLOCK=block, num_warps=backend.warps_for(block))
     return x8_TK, scale
 
 
-def empty_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+def empty_rows(x_TK: Tensor) -> Rows:
     """Room for what `quantise_rows` gives."""
     x8_TK = torch.empty(x_TK.shape, dtype=E4M3, device=x_TK.device)
     return x8_TK, torch.empty(len(x_TK), 1, dtype=torch.float32, device=x_TK.device)

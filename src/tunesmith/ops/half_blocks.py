@@ -11,7 +11,9 @@ strings the halves together, so that a checkpointed layer keeps x alone and comp
 `reference` is the definition by autograd, and the half-blocks must equal it, forward and gradients, under every policy.
 
 The linears come as groups that share an input (models/groups.py): `group.open()` gives the dense weights for as long as they are
-needed, with each adapter's A as extra rows and B as extra columns, so that a base and its low-rank part are one GEMM.
+needed, with each adapter's A as extra rows and B as extra columns, so that a base and its low-rank part are one GEMM. In FP8 they
+are not: there a product is the base's alone, and `up` and `back` answer what is still to be added (`Low`; None in 16 bits), which the
+kernel that reads the product next adds in registers. Inputs of such a product come as e4m3 from the kernel that makes them (`room`).
 
 Shape letters: T tokens, L chosen rows, D model width, F MLP width, Q query heads, K key/value heads, H head width, R rank of a group.
 """
@@ -25,7 +27,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tunesmith.ops import attention, int8, rms_norm, rotary, swiglu
+from tunesmith.ops import attention, int8, low_rank, rms_norm, rotary, swiglu
+from tunesmith.ops.fp8 import Rows
+from tunesmith.ops.low_rank import Low
 
 SAVED = {  # what a level keeps, by name; all else is made again. `low_*` are A x (2 bytes a rank and token), `rstd_*` 4 bytes a row
     "keep": ("x", "rstd_1", "q", "k", "v", "out", "lse", "low_qkv", "low_o", "mid", "rstd_2", "gate_up", "low_gate_up", "low_down"),
@@ -41,10 +45,11 @@ class Opened(Protocol):
     """A group's weights while they lie dense. N outputs, K inputs."""
 
     def low(self, x_TK: Tensor, out: Tensor | None = None) -> Tensor: ...  # scale A x  [T, R]
-    def up(self, x_TKR: Tensor, out: Tensor) -> None: ...  # out = W x + B low + bias, from x and low side by side
-    def add(self, base_TN: Tensor, x_TK: Tensor, low_TR: Tensor, out: Tensor) -> None: ...  # out = base + W x + B low
+    def up(self, x_TKR: Tensor, out: Tensor, x8: Rows | None = None) -> Low | None: ...  # out = W x + B low + bias, x beside low
+    def rest(self, low_TR: Tensor) -> Low | None: ...  # what `up` answered for this low
+    def add(self, base_TN: Tensor, x_TK: Tensor, low_TR: Tensor, out: Tensor, x8: Rows | None = None) -> None: ...  # base + W x + B low
     def low_back(self, dy_TN: Tensor, out: Tensor | None = None) -> Tensor: ...  # B^T dy  [T, R]
-    def back(self, dy_TNR: Tensor, out: Tensor) -> None: ...  # out = W^T dy + (scale A)^T low_back, from both side by side
+    def back(self, dy_TNR: Tensor, out: Tensor, dy8: Rows | None = None) -> Low | None: ...  # W^T dy + (scale A)^T low_back
 
 
 class Group(Protocol):
@@ -53,6 +58,7 @@ class Group(Protocol):
     parameters: Sequence[Tensor]  # A, B of each adapter, in the order in which `gradients` answers
 
     def open(self, slot: int = 0) -> Opened: ...
+    def room(self, x_TK: Tensor) -> Rows | None: ...  # where a producer puts e4m3 of x for the product; None if it is in 16 bits
     def gradients(self, x_TK: Tensor, dy_TNR: Tensor, low_TR: Tensor, into: list[Tensor] | None) -> list[Tensor]: ...
 
 
@@ -167,14 +173,17 @@ def _attention_in(halves: Halves, run: Pass, keep: dict[str, Tensor], tile: int)
     weights = group.open()
     for at in _spans(len(x), tile):
         normed, qkv = x.new_empty(at.stop - at.start, width + group.extra), x.new_empty(at.stop - at.start, group.outputs)
-        _put(keep, "rstd_1", at, rms_norm.forward(x[at], halves.norm_1, halves.eps, out=normed[:, :width])[1])
+        normed8 = group.room(normed[:, :width])
+        _put(keep, "rstd_1", at, rms_norm.forward(x[at], halves.norm_1, halves.eps, normed[:, :width], normed8)[1])
         if group.extra:
             keep["low_qkv"][at] = weights.low(normed[:, :width], out=normed[:, width:])
-        weights.up(normed, out=qkv)
+        rest = weights.up(normed, out=qkv, x8=normed8)
         if halves.norm_q is not None:
+            low_rank.add_(qkv, rest)
+            rest = None
             for norm, part in ((halves.norm_q, qkv[:, : ends[0]]), (halves.norm_k, qkv[:, ends[0] : ends[1]])):
                 part.copy_(rms_norm.forward(part.reshape(-1, h), norm, halves.eps)[0].view(part.shape))
-        rotary.split(qkv, halves.heads, run.cos[at], run.sin[at], q[at], k[at], v[at])
+        rotary.split(qkv, halves.heads, run.cos[at], run.sin[at], q[at], k[at], v[at], rest)
     keep["q"], keep["k"], keep["v"] = q, k, v
 
 
@@ -203,29 +212,31 @@ def _mlp(halves: Halves, keep: dict[str, Tensor], tile: int, level: str) -> Tens
     for at in spans:
         n, weights = at.stop - at.start, opened[0] if opened else up.open()
         gate_up = keep["gate_up"][at, : up.outputs] if level == "keep" else mid.new_empty(n, up.outputs)
-        _gate_up(halves, weights, mid[at], keep, at, gate_up)
+        rest = _gate_up(halves, weights, mid[at], keep, at, gate_up)[1]
         if level == "int8":
             codes.append(int8.quantise_groups(gate_up))
         act = mid.new_empty(n, hidden)
-        swiglu.forward(gate_up, act)
-        del gate_up
+        swiglu.forward(gate_up, act, low=rest, quantised=(act8 := down.room(act)))
+        del gate_up, rest
         weights = opened[1] if opened else down.open()
         _put(keep, "low_down", at, weights.low(act))
-        weights.add(mid[at], act, keep["low_down"][at], out=y[at])
+        weights.add(mid[at], act, keep["low_down"][at], out=y[at], x8=act8)
     if codes:
         keep["codes"], keep["scales"] = (torch.cat(parts) if several else parts[0] for parts in zip(*codes, strict=True))
     return y
 
 
-def _gate_up(halves: Halves, weights: Opened, mid: Tensor, keep: dict[str, Tensor], at: slice, out: Tensor) -> Tensor:
-    """One tile's gate and up into `out`; returns norm(mid) with low beside it."""
+def _gate_up(
+    halves: Halves, weights: Opened, mid: Tensor, keep: dict[str, Tensor], at: slice, out: Tensor
+) -> tuple[Tensor, Low | None]:
+    """One tile's gate and up into `out`; returns norm(mid) with low beside it, and what `out` still lacks."""
     width, group = mid.shape[1], halves.gate_up
     normed = mid.new_empty(len(mid), width + group.extra)
-    _put(keep, "rstd_2", at, rms_norm.forward(mid, halves.norm_2, halves.eps, out=normed[:, :width])[1])
+    normed8 = group.room(normed[:, :width])
+    _put(keep, "rstd_2", at, rms_norm.forward(mid, halves.norm_2, halves.eps, normed[:, :width], normed8)[1])
     if group.extra:
         keep["low_gate_up"][at] = weights.low(normed[:, :width], out=normed[:, width:])
-    weights.up(normed, out=out)
-    return normed
+    return normed, weights.up(normed, out=out, x8=normed8)
 
 
 # ---- backward ------------------------------------------------------------------------------------------------------------------
@@ -238,16 +249,19 @@ def _backward(dy, halves, run, rows, keep, tile, need_x) -> tuple[Tensor | None,
             _attention_in(halves, run, keep, tile)
             keep["out"], keep["lse"] = attention.forward(keep["q"], keep["k"], keep["v"], run.layout, halves.scale, halves.window)
         _attention_out(halves, rows, keep)
-    dmid, of_gate_up, of_down = _mlp_backward(dy, halves, keep, tile)
-    dx, of_qkv, of_o = _attention_backward(dmid, halves, run, rows, keep, tile, need_x)
+    dmid, dmid8, of_gate_up, of_down = _mlp_backward(dy, halves, keep, tile)
+    dx, of_qkv, of_o = _attention_backward(dmid, dmid8, halves, run, rows, keep, tile, need_x)
     return dx, [*of_qkv, *of_o, *of_gate_up, *of_down]
 
 
-def _mlp_backward(dy: Tensor, halves: Halves, keep: dict[str, Tensor], tile: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """(gradient of mid with room for o's B^T dy beside it [L, D + R], of gate_up's parameters, of down's)."""
+def _mlp_backward(
+    dy: Tensor, halves: Halves, keep: dict[str, Tensor], tile: int
+) -> tuple[Tensor, Rows | None, list[Tensor], list[Tensor]]:
+    """(gradient of mid with room for o's B^T dy beside it [L, D + R], its e4m3, of gate_up's parameters, of down's)."""
     mid, width, up, down = keep.pop("mid"), halves.norm_2.shape[0], halves.gate_up, halves.down
     spans, hidden = list(_spans(len(mid), tile)), up.outputs // 2
     dmid = mid.new_empty(len(mid), width + halves.o.extra)
+    dmid8 = halves.o.room(dmid[:, :width])
     of_up, of_down = None, None
     opened = (up.open(0), down.open(1)) if len(spans) > 1 else None
     again = "gate_up" not in keep and "codes" not in keep
@@ -255,25 +269,25 @@ def _mlp_backward(dy: Tensor, halves: Halves, keep: dict[str, Tensor], tile: int
         keep["rstd_2"], keep["low_gate_up"] = _float(mid, len(mid)), mid.new_empty(len(mid), up.extra)
     whole = keep.pop("gate_up", None)
     for at in spans:
-        of_again = opened[0] if opened else None
         n, weights = at.stop - at.start, opened[1] if opened else down.open()
         dout, dact = mid.new_empty(n, width + down.extra), mid.new_empty(n, hidden)
         dout[:, :width] = dy[at]
         if down.extra:
             weights.low_back(dout[:, :width], out=dout[:, width:])
-        weights.back(dout, out=dact)
+        rest_dact = weights.back(dout, out=dact)
+        weights = opened[0] if opened else up.open()
         gate_up = whole[at] if whole is not None else mid.new_empty(n, up.outputs + up.extra)
         both, normed = gate_up[:, : up.outputs], None
         if again:
-            of_again = of_again or up.open()
-            normed = _gate_up(halves, of_again, mid[at], keep, at, both)
+            normed = _gate_up(halves, weights, mid[at], keep, at, both)[0]
         elif whole is None:
             int8.dequantise_groups(keep["codes"][at], keep["scales"][at], both)
-        swiglu.backward_(dact, both)  # dact is silu(gate) * up now, both is their gradients
+        both8 = up.room(both)
+        swiglu.backward_(dact, both, low=weights.rest(keep["low_gate_up"][at]), low_da=rest_dact, quantised=both8)
+        # dact is silu(gate) * up now, both is their gradients
         if down.parameters:
             of_down = down.gradients(dact, dout, keep["low_down"][at], of_down)
-        del dout, dact
-        weights = of_again or up.open()
+        del dout, dact, rest_dact
         if up.extra:
             weights.low_back(both, out=gate_up[:, up.outputs :])
         if up.parameters:
@@ -282,12 +296,13 @@ def _mlp_backward(dy: Tensor, halves: Halves, keep: dict[str, Tensor], tile: int
                 rms_norm.forward(mid[at], halves.norm_2, halves.eps, out=normed)
             of_up = up.gradients(normed[:, :width], gate_up, keep["low_gate_up"][at], of_up)
         dnormed = mid.new_empty(n, width)
-        weights.back(gate_up, out=dnormed)
-        rms_norm.backward(dnormed, mid[at], halves.norm_2, keep["rstd_2"][at], dy[at], out=dmid[at, :width])
-    return dmid, of_up or [], of_down or []
+        low_rank.add_(dnormed, weights.back(gate_up, out=dnormed, dy8=both8))
+        of_tile = None if dmid8 is None else (dmid8[0][at], dmid8[1][at])
+        rms_norm.backward(dnormed, mid[at], halves.norm_2, keep["rstd_2"][at], dy[at], dmid[at, :width], of_tile)
+    return dmid, dmid8, of_up or [], of_down or []
 
 
-def _attention_backward(dmid_DR, halves, run, rows, keep, tile, need_x) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+def _attention_backward(dmid_DR, dmid8, halves, run, rows, keep, tile, need_x) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """(dx or None, gradients of qkv's parameters, of o's)."""
     x, h, group, width = keep["x"], halves.head_dim, halves.qkv, halves.norm_1.shape[0]
     out, weights = keep.pop("out"), halves.o.open()
@@ -296,7 +311,7 @@ def _attention_backward(dmid_DR, halves, run, rows, keep, tile, need_x) -> tuple
     if halves.o.extra:
         weights.low_back(dmid, out=dmid_DR[:, width:])
     dout = torch.empty_like(flat)
-    weights.back(dmid_DR, out=dout)
+    low_rank.add_(dout, weights.back(dmid_DR, out=dout, dy8=dmid8))
     of_o = halves.o.gradients(flat, dmid_DR, keep["low_o"], None) if halves.o.parameters else []
     if rows is not None:
         dout = torch.zeros_like(out).flatten(1).index_copy_(0, rows, dout)
@@ -322,7 +337,7 @@ def _attention_backward(dmid_DR, halves, run, rows, keep, tile, need_x) -> tuple
             of_qkv = group.gradients(normed[:, :width], dqkv, keep["low_qkv"][at], of_qkv)
         if need_x:
             dnormed = x.new_empty(n, width)
-            weights.back(dqkv, out=dnormed)
+            low_rank.add_(dnormed, weights.back(dqkv, out=dnormed))
             rms_norm.backward(dnormed, x[at], halves.norm_1, keep["rstd_1"][at], dmid[at], out=dx[at])
     return dx, of_qkv or [], of_o
 
@@ -335,7 +350,7 @@ def _back_to_qkv(grads, halves, run, at, weights, normed, keep, out) -> None:
         raw = out.new_empty(len(out), halves.qkv.outputs)
         if halves.qkv.extra:
             normed[:, halves.norm_1.shape[0] :] = keep["low_qkv"][at]
-        weights.up(normed, out=raw)
+        low_rank.add_(raw, weights.up(normed, out=raw))
     rotary.join(*(g[at] for g in grads), run.cos[at], run.sin[at], out[:, : halves.qkv.outputs])
     if raw is not None:
         for norm, columns in ((halves.norm_q, slice(0, ends[0])), (halves.norm_k, slice(*ends))):

@@ -17,6 +17,7 @@ from tunesmith.ops import backend
 from tunesmith.ops.backend import tl
 
 Part = tuple[Tensor, Tensor, float, slice, slice]  # A [r, K], B [n, r], scale, its rows of N, its columns of R
+Low = tuple[Tensor, Tensor]  # low [T, R] and B [N, R], of any strides: low B^T is still to be added to an FP8 product [T, N]
 TILE, ROWS = 1024, 64  # numbers of a row of A, or rows of B, that one program lays
 
 
@@ -55,6 +56,20 @@ def reference_residual(base_TN: Tensor, low_TR: Tensor, b_NR: Tensor, out: Tenso
     out.copy_(base_TN.to(wide) + low_TR.to(wide) @ b_NR.to(wide).t())
 
 
+def reference_added(base_TN: Tensor, low: Low | None) -> Tensor:
+    """base + low B^T, rounded to base's dtype: what a kernel that takes `low` reads in the place of `base_TN`."""
+    if low is None:
+        return base_TN
+    reference_residual(base_TN, *low, out := torch.empty_like(base_TN))
+    return out
+
+
+def add_(base_TN: Tensor, low: Low | None) -> None:
+    """As `reference_added`, in place: for what no later kernel reads first."""
+    if low is not None:
+        residual(base_TN, *low, base_TN)
+
+
 def residual(base_TN: Tensor, low_TR: Tensor, b_NR: Tensor, out: Tensor, extra: Tensor | None = None) -> None:
     """As `reference_residual`, plus `extra` [T, N] where it is given, in one pass.
 
@@ -71,10 +86,20 @@ def residual(base_TN: Tensor, low_TR: Tensor, b_NR: Tensor, out: Tensor, extra: 
         return
     grid = (-(-t // 64), -(-n // 128))
     _residual[grid](
-        base_TN, low_TR, b_NR, out, out if extra is None else extra, t, n, r, base_TN.stride(0), low_TR.stride(0), b_NR.stride(0),
-        out.stride(0), 0 if extra is None else extra.stride(0), EXTRA=extra is not None, ROWS=64, COLUMNS=128,
-        RANKS=min(64, max(16, _power(r))), CHUNKS=-(-r // 64), IEEE=base_TN.dtype == torch.float32, num_warps=4,
+        base_TN, low_TR, b_NR, out, out if extra is None else extra, t, n, base_TN.stride(0),
+        out.stride(0), 0 if extra is None else extra.stride(0), r, low_TR.stride(0), *b_NR.stride(), EXTRA=extra is not None,
+        ROWS=64, COLUMNS=128, **blocks(r, low_TR.dtype), num_warps=4,
     )  # fmt: skip
+
+
+def arguments(low: Low | None, other: Tensor) -> tuple:
+    """What `product` takes of `low`; `other` stands where there is none, and is not read."""
+    return (other, other, 0, 0, 0, 0) if low is None else (*low, low[0].shape[1], low[0].stride(0), *low[1].stride())
+
+
+def blocks(ranks: int, dtype: torch.dtype) -> dict:
+    """The constants of `product`. Ranks beyond 64 take several turns."""
+    return dict(RANKS=min(64, max(16, _power(ranks))), CHUNKS=-(-ranks // 64), IEEE=dtype == torch.float32)
 
 
 def _power(n: int) -> int:
@@ -107,7 +132,24 @@ def _place(a0, b0, a1, b1, a2, b2, a_out, b_out, inputs, outputs, ranks, a_strid
 
 
 @backend.jit
-def _residual(base_p, low_p, b_p, out_p, extra_p, t, n, r, base_s, low_s, b_s, out_s, extra_s, EXTRA: tl.constexpr,
+def product(low_p, b_p, row, column, rows, columns, r, low_s, b_n, b_r, RANKS: tl.constexpr, CHUNKS: tl.constexpr,
+            IEEE: tl.constexpr):  # fmt: skip
+    """low B^T at these rows and columns, fp32; `rows` and `columns` say which of them there are."""
+    total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        rank = chunk * RANKS + tl.arange(0, RANKS)
+        low = tl.load(low_p + row[:, None] * low_s + rank[None, :], mask=rows[:, None] & (rank < r)[None, :], other=0.0)
+        mask = columns[None, :] & (rank < r)[:, None]
+        b = tl.load(b_p + column.to(tl.int64)[None, :] * b_n + rank[:, None] * b_r, mask=mask, other=0.0)
+        if IEEE:
+            total = tl.dot(low, b, total, input_precision="ieee")
+        else:
+            total = tl.dot(low, b, total)
+    return total
+
+
+@backend.jit
+def _residual(base_p, low_p, b_p, out_p, extra_p, t, n, base_s, out_s, extra_s, r, low_s, b_n, b_r, EXTRA: tl.constexpr,
               ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, CHUNKS: tl.constexpr,
               IEEE: tl.constexpr):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -117,13 +159,5 @@ def _residual(base_p, low_p, b_p, out_p, extra_p, t, n, r, base_s, low_s, b_s, o
     total = tl.load(base_p + row[:, None] * base_s + column[None, :], mask=there, other=0.0).to(tl.float32)
     if EXTRA:
         total += tl.load(extra_p + row[:, None] * extra_s + column[None, :], mask=there, other=0.0).to(tl.float32)
-    for chunk in tl.static_range(CHUNKS):
-        rank = chunk * RANKS + tl.arange(0, RANKS)
-        low = tl.load(low_p + row[:, None] * low_s + rank[None, :], mask=rows[:, None] & (rank < r)[None, :], other=0.0)
-        mask = columns[None, :] & (rank < r)[:, None]
-        b = tl.load(b_p + column.to(tl.int64)[None, :] * b_s + rank[:, None], mask=mask, other=0.0)
-        if IEEE:
-            total += tl.dot(low, b, input_precision="ieee")
-        else:
-            total += tl.dot(low, b)
+    total += product(low_p, b_p, row, column, rows, columns, r, low_s, b_n, b_r, RANKS, CHUNKS, IEEE)
     tl.store(out_p + row[:, None] * out_s + column[None, :], total.to(out_p.dtype.element_ty), mask=there)

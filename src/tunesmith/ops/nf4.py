@@ -230,19 +230,23 @@ def decode_fp8_transposed(q: NF4, scale_K: Tensor, out: Tensor) -> Tensor:
     assert out.shape == (columns, rows) and out.stride(1) == 1
     tiles = -(-rows // TILE_N) * -(-columns // TILE_K)
     _decode_transposed_kernel[(tiles,)](
-        *_buffers(q, nibbles), scale_K, out, rows, columns, out.stride(0), *_format(q), NIBBLES=nibbles, TILE_N=TILE_N,
-        TILE_K=TILE_K, num_warps=8, enable_fp_fusion=False,
+        *_buffers(q, nibbles), 1 / scale_K, out, rows, columns, out.stride(0), *_format(q), NIBBLES=nibbles,
+        SHARE=q.block // nibbles if columns % q.block == 0 and TILE_K % q.block == 0 else 1, TILE_N=TILE_N, TILE_K=TILE_K,
+        DEEP=DEEP, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
 def reference_decode_fp8(q: NF4, scale_N: Tensor) -> Tensor:
-    """e4m3 [N, K]: the fp32 weight times the fp32 reciprocal of its row's scale, rounded to nearest even by torch's cast.
+    """e4m3 [N, K]: the code's value times (absmax of its block times the reciprocal of its row's scale), all fp32, rounded to nearest
+    even by torch's cast.
 
-    Times the reciprocal, not divided: an IEEE division a weight would cost more than reading it. The two differ in the last bit of
-    fp32, which the 4 bits that are kept see about once in a million weights.
+    Times the reciprocal and block by block: a division or a second product a weight would cost more than reading it. What differs
+    is the last bits of fp32, which the 4 bits that are kept see about once in a million weights.
     """
-    return (dequantise(q) * (1 / scale_N)[:, None]).to(torch.float8_e4m3fn)
+    index = torch.stack([q.codes >> 4, q.codes & 15], -1).flatten()[: q.numel].long().view(q.shape)
+    size = absmax_of(q).repeat_interleave(q.block)[: q.numel].view(q.shape) * (1 / scale_N)[:, None]
+    return (code_map(q.codes.device)[index] * size).to(torch.float8_e4m3fn)
 
 
 def reference_decode_fp8_transposed(q: NF4, scale_K: Tensor) -> Tensor:
@@ -268,11 +272,17 @@ def absmax_rows_columns(q: NF4) -> tuple[Tensor, Tensor]:
 # ---- Triton ---------------------------------------------------------------------------------------------------------------------
 # A thread reads a word of codes and writes its weights as one 16-byte store: 8 codes become 8 numbers of 16 bits, 16 become 16 of
 # e4m3. So what a thread reads is what it writes, nothing crosses threads, and reads and writes both run over whole lines. A code's
-# value is a gather from a table of 16 fp32: one line, always in the first cache. Launched without fused multiply-add, which would
-# round map * nested + offset once where the format rounds twice.
+# value is gathered from a table of 16 fp32 that a program lays into shared memory, whose addresses are 32 bits wide: of 5 instructions
+# a look-up that leaves 4. Launched without fused multiply-add, which would round map * nested + offset once where the format rounds
+# twice.
+#
+# To e4m3 these kernels are bound by their instructions, not by memory (compiled for sm_90: 21 a weight at first, 9.8 now), so a thread
+# has two words, a row's scale is multiplied into its blocks', and reciprocals come ready made.
 
 TILE = 2048  # weights a program of 4 warps: 16 a thread; divides the 4096 and 14336 columns of Mistral-7B
-TILE_N, TILE_K = 128, 64  # rows and columns of a transposed tile: 128 bytes of a row of the result, a sector (32 bytes) of codes
+WARPS_FP8 = 2  # to e4m3: 32 a thread
+TILE_N, TILE_K = 128, 128  # rows and columns of a transposed tile: 128 bytes of a row of the result, two sectors of codes
+DEEP, WARPS = 4, 4  # see its kernel
 
 
 def _decode(q: NF4, scale_N: Tensor | None, out: Tensor) -> Tensor:
@@ -287,8 +297,9 @@ def _decode(q: NF4, scale_N: Tensor | None, out: Tensor) -> Tensor:
     tile = min(TILE, backend.round_up(columns))
     chunks = -(-columns // tile)
     _decode_kernel[(rows * chunks,)](
-        *_buffers(q, nibbles), q.absmax if scale_N is None else scale_N, out, columns, 0 if whole else out.stride(0), chunks,
-        *_format(q), SCALED=scale_N is not None, NIBBLES=nibbles, WORDS=max(1, tile // nibbles), enable_fp_fusion=False,
+        *_buffers(q, nibbles), q.absmax if scale_N is None else 1 / scale_N, out, columns, 0 if whole else out.stride(0), chunks,
+        *_format(q), SCALED=scale_N is not None, NIBBLES=nibbles, WORDS=max(1, tile // nibbles),
+        num_warps=4 if scale_N is None else WARPS_FP8, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -330,7 +341,7 @@ def _block_scale(block, mask, absmax, nested_absmax, nested_map, offset,
 
 
 @jit
-def _decode_kernel(words, absmax, nested_absmax, nested_map, offset, table, scale, out, columns, stride, chunks,
+def _decode_kernel(words, absmax, nested_absmax, nested_map, offset, table, inverse, out, columns, stride, chunks,
                    BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr,
                    SCALED: tl.constexpr, NIBBLES: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
     """WORDS words of one row, [WORDS, NIBBLES] weights; `stride` between rows of `out`."""
@@ -345,34 +356,45 @@ def _decode_kernel(words, absmax, nested_absmax, nested_map, offset, table, scal
     block = (start // BLOCK).to(tl.int32) + ((start % BLOCK).to(tl.int32) + word * NIBBLES) // BLOCK
     size = _block_scale(block, here, absmax, nested_absmax, nested_map, offset, NESTED_BLOCK, NESTED, OFFSETS)
     shift = (nibble ^ 1) * 4  # little-endian: a byte's high nibble comes first
-    code = (packed[:, None] >> shift[None, :].to(packed.dtype)) & 15
-    value = tl.load(table + code.to(tl.int32)) * size[:, None]
     if SCALED:
-        value = value * tl.div_rn(1.0, tl.load(scale + row))
+        size = size * tl.load(inverse + row)
+    code = (packed[:, None] >> shift[None, :].to(packed.dtype)) & 15
+    value = tl.gather(tl.load(table + tl.arange(0, 16)), tl.reshape(code.to(tl.int32), [WORDS * NIBBLES]), 0)
+    value = tl.reshape(value, [WORDS, NIBBLES]) * size[:, None]
     at = word[:, None] * NIBBLES + nibble[None, :]
     tl.store(out + row * stride + first + at, value.to(out.dtype.element_ty), at < left)
 
 
 @jit
-def _decode_transposed_kernel(words, absmax, nested_absmax, nested_map, offset, table, scale, out, rows, columns, stride,
+def _decode_transposed_kernel(words, absmax, nested_absmax, nested_map, offset, table, inverse, out, rows, columns, stride,
                               BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr,
-                              NIBBLES: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr):  # fmt: skip
-    """A tile [TILE_N, TILE_K] of the weight; its stores run along N, so the compiler turns it in shared memory, as bytes."""
+                              NIBBLES: tl.constexpr, SHARE: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+                              DEEP: tl.constexpr):  # fmt: skip
+    """A tile of the weight as [DEEP, TILE_N / DEEP, TILE_K]: threads lie along the last two, so a thread holds DEEP neighbours of a
+    column, which cross shared memory as one word. `SHARE`: words of one scale.
+    """
+    WORDS: tl.constexpr = TILE_K // NIBBLES
+    LINES: tl.constexpr = TILE_N // DEEP
     tiles_k = tl.cdiv(columns, TILE_K)
     first_n = tl.program_id(0) // tiles_k * TILE_N
     first_k = tl.program_id(0) % tiles_k * TILE_K
-    n = first_n + tl.arange(0, TILE_N)
-    word = first_k // NIBBLES + tl.arange(0, TILE_K // NIBBLES)
-    here = (n < rows)[:, None] & (word * NIBBLES < columns)[None, :]
-    flat = n.to(tl.int64)[:, None] * (columns // NIBBLES) + word[None, :]  # in words
-    packed = tl.load(words + flat, here, other=0)
-    block = (flat // (BLOCK // NIBBLES)).to(tl.int32)
-    size = _block_scale(block, here, absmax, nested_absmax, nested_map, offset, NESTED_BLOCK, NESTED, OFFSETS)
+    n = first_n + tl.arange(0, LINES)[None, :, None] * DEEP + tl.arange(0, DEEP)[:, None, None]
+    line = n.to(tl.int64) * (columns // NIBBLES)  # in words
+    word = first_k // NIBBLES + tl.arange(0, WORDS)[None, None, :]
+    packed = tl.load(words + line + word, (n < rows) & (word * NIBBLES < columns), other=0)
+    word = first_k // NIBBLES + tl.arange(0, WORDS // SHARE)[None, None, :] * SHARE
+    block = ((line + word) // (BLOCK // NIBBLES)).to(tl.int32)
+    size = _block_scale(block, (n < rows) & (word * NIBBLES < columns), absmax, nested_absmax, nested_map, offset,
+                        NESTED_BLOCK, NESTED, OFFSETS)  # fmt: skip
+    size = tl.reshape(tl.broadcast_to(size[:, :, :, None], [DEEP, LINES, WORDS // SHARE, SHARE]), [DEEP, LINES, WORDS])
     shift = (tl.arange(0, NIBBLES) ^ 1) * 4
-    code = (packed[:, :, None] >> shift[None, None, :].to(packed.dtype)) & 15
-    value = tl.load(table + code.to(tl.int32)) * size[:, :, None]
-    value = tl.reshape(value, [TILE_N, TILE_K])
+    code = (packed[:, :, :, None] >> shift[None, None, None, :].to(packed.dtype)) & 15
+    flat = tl.reshape(code.to(tl.int32), [TILE_N * TILE_K])
+    value = tl.gather(tl.load(table + tl.arange(0, 16)), flat, 0)
+    value = tl.reshape(value, [DEEP, LINES, WORDS, NIBBLES]) * size[:, :, :, None]
     k = first_k + tl.arange(0, TILE_K)
-    value = value * tl.div_rn(1.0, tl.load(scale + k, k < columns, other=1.0))[None, :]
-    to = out + k.to(tl.int64)[None, :] * stride + n[:, None]
-    tl.store(to, value.to(out.dtype.element_ty), (n < rows)[:, None] & (k < columns)[None, :])
+    value = tl.reshape(value, [DEEP, LINES, TILE_K]) * tl.load(inverse + k, k < columns, other=1.0)[None, None, :]
+    turned = tl.reshape(tl.permute(value.to(out.dtype.element_ty), [2, 1, 0]), [TILE_K, TILE_N])
+    n_out = first_n + tl.arange(0, TILE_N)
+    to = out + k.to(tl.int64)[:, None] * stride + n_out[None, :]
+    tl.store(to, turned, (k < columns)[:, None] & (n_out < rows)[None, :])

@@ -61,29 +61,32 @@ class _RMSNorm(torch.autograd.Function):
 # Shape letters: T tokens, D width. Rows may be strided, the last dimension is contiguous.
 
 
-def forward(x_TD: Tensor, weight_D: Tensor, eps: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(h_TD as `reference`, rstd_T fp32). Writes into `out` when given."""
-    if backend.triton_for(x_TD):
-        return _forward(x_TD, weight_D, eps, out)[:2]
+def forward(x_TD: Tensor, weight_D: Tensor, eps: float, out: Tensor | None = None,
+            quantised: fp8.Rows | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(h_TD as `reference`, rstd_T fp32). Writes into `out` when given, and h as e4m3 into `quantised`, as `fp8.quantise_rows`."""
+    if backend.triton_for(x_TD, backend.NEEDS if quantised is None else backend.NEEDS_FP8):
+        return _forward(x_TD, weight_D, eps, out, quantised or ())[:2]
     wide = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
     rstd_T = torch.rsqrt(wide.square().mean(-1) + eps)
     h_TD = weight_D * (wide * rstd_T[:, None]).to(x_TD.dtype)
+    if quantised is not None:
+        fp8.quantise_rows(h_TD, quantised)
     return (h_TD if out is None else out.copy_(h_TD)), rstd_T
 
 
 def backward(dh_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, residual_TD: Tensor | None = None,
-             out: Tensor | None = None) -> Tensor:  # fmt: skip
+             out: Tensor | None = None, quantised: fp8.Rows | None = None) -> Tensor:  # fmt: skip
     """The gradient that reaches x, in x's dtype: through the norm, plus `residual_TD` that flows past it; fp32 inside,
-    rounded once. `out` may be `dh_TD` or `residual_TD` itself.
+    rounded once, and as e4m3 into `quantised` where that is given. `out` may be `dh_TD` or `residual_TD` itself.
     """
-    if backend.triton_for(x_TD):
+    if backend.triton_for(x_TD, backend.NEEDS if quantised is None else backend.NEEDS_FP8):
         out = torch.empty_like(x_TD) if out is None else out
         residual = dh_TD if residual_TD is None else residual_TD
         (rows, width), block = x_TD.shape, backend.round_up(x_TD.shape[1])
         if rows:
             _backward_kernel[(rows,)](
-                dh_TD, x_TD, weight_D, rstd_T, residual, out, dh_TD.stride(0), x_TD.stride(0), residual.stride(0), out.stride(0),
-                width, RESIDUAL=residual_TD is not None, BLOCK=block, num_warps=backend.warps_for(block),
+                dh_TD, x_TD, weight_D, rstd_T, residual, out, *(quantised or (out, rstd_T)), dh_TD.stride(0), x_TD.stride(0),
+                residual.stride(0), out.stride(0), width, RESIDUAL=residual_TD is not None, FP8=quantised is not None, BLOCK=block, num_warps=backend.warps_for(block),
             )  # fmt: skip
         return out
     wide, rstd = x_TD.to(rstd_T.dtype), rstd_T[:, None]
@@ -91,15 +94,15 @@ def backward(dh_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, resi
     dx_TD = rstd * (g - wide * rstd * ((g * wide).mean(-1, keepdim=True) * rstd))
     if residual_TD is not None:
         dx_TD += residual_TD
+    if quantised is not None:
+        fp8.quantise_rows(dx_TD.to(x_TD.dtype), quantised)
     return dx_TD.to(x_TD.dtype) if out is None else out.copy_(dx_TD)
 
 
 def forward_fp8(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(h_TD, rstd_T, h8_TD e4m3, scale [T, 1] fp32): `forward`, and its result quantised as `fp8.quantise_rows` does."""
-    if backend.triton_for(x_TD, backend.NEEDS_FP8):
-        return _forward(x_TD, weight_D, eps, None, fp8.empty_rows(x_TD))
-    h_TD, rstd_T = forward(x_TD, weight_D, eps)
-    return h_TD, rstd_T, *fp8.reference_quantise_rows(h_TD)
+    quantised = fp8.empty_rows(x_TD)
+    return *forward(x_TD, weight_D, eps, quantised=quantised), *quantised
 
 
 # ---- Triton: a row a program, held in registers (up to 16384 wide: 32 values a thread) ----------------------------------------
@@ -140,8 +143,8 @@ def _forward_kernel(x, weight, out, rstd, h8, scale, x_stride, out_stride, width
 
 
 @jit
-def _backward_kernel(dh, x, weight, rstd, residual, out, dh_stride, x_stride, residual_stride, out_stride, width,
-                     RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _backward_kernel(dh, x, weight, rstd, residual, out, dx8, scale, dh_stride, x_stride, residual_stride, out_stride, width,
+                     RESIDUAL: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """dx = rstd (g - xhat mean(g xhat)) + residual, where g = dh weight. Reads the row before it writes: `out` may be an input."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -154,3 +157,8 @@ def _backward_kernel(dh, x, weight, rstd, residual, out, dh_stride, x_stride, re
     if RESIDUAL:
         dx += tl.load(residual + row * residual_stride + at, here, other=0).to(tl.float32)
     tl.store(out + row * out_stride + at, dx.to(out.dtype.element_ty), here)
+    if FP8:
+        dx = dx.to(out.dtype.element_ty).to(tl.float32)
+        s = scale_of(tl.max(size_bits(tl.where(here, dx, 0.0)), 0))
+        tl.store(scale + row, s)
+        tl.store(dx8 + row * width + at, (dx * tl.div_rn(1.0, s)).to(dx8.dtype.element_ty), here)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tunesmith.ops import backend
+from tunesmith.ops import backend, low_rank
 from tunesmith.ops.backend import jit, tl
+from tunesmith.ops.low_rank import Low, product
 
 
 class Rope(Protocol):
@@ -114,8 +115,16 @@ def _rotate_kernel(x, cos, sin, out, heads, half, x_token, x_head, out_token, ou
     tl.store(to + half, (b * c + a * s).to(out.dtype.element_ty), here)
 
 
-def split(qkv_TN: Tensor, heads: int, cos_TR: Tensor, sin_TR: Tensor, q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> None:
-    """A projection's output -> q and k rotated, v as it is, each in its place (contiguous). One launch on a GPU."""
+def split(qkv_TN: Tensor, heads: int, cos_TR: Tensor, sin_TR: Tensor, q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor,
+          low: Low | None = None) -> None:  # fmt: skip
+    """A projection's output -> q and k rotated, v as it is, each in its place (contiguous). One launch on a GPU.
+
+    `low`: what an FP8 product still lacks (ops/low_rank.py), added first and rounded.
+    """
+    if low is not None:
+        if backend.triton_for(qkv_TN):
+            return _split_low(qkv_TN, heads, cos_TR, sin_TR, q_TQH, k_TKH, v_TKH, low)
+        qkv_TN = low_rank.reference_added(qkv_TN, low)
     _split_or_join(qkv_TN, heads, cos_TR, sin_TR, (q_TQH, k_TKH, v_TKH), join=False)
 
 
@@ -139,6 +148,55 @@ def _split_or_join(whole_TN: Tensor, heads: int, cos: Tensor, sin: Tensor, parts
             whole_TN, q, k, v, cos, sin, heads, kv, width, half, whole_TN.stride(0), cos.stride(0), JOIN=join,
             HEADS=backend.round_up(heads + 2 * kv), HALF=size, REST=2 * half < width, num_warps=4,
         )  # fmt: skip
+
+
+def _split_low(qkv_TN: Tensor, heads: int, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor, low: Low) -> None:
+    (tokens, kv, width), half = k.shape, cos.shape[-1]
+    size = max(16, backend.round_up(max(half, width - 2 * half)))
+    if tokens:
+        _split_low_kernel[(-(-tokens // 64), heads + 2 * kv)](
+            qkv_TN, q, k, v, cos, sin, tokens, heads, kv, width, half, qkv_TN.stride(0), cos.stride(0),
+            *low_rank.arguments(low, q), ROWS=64, HALF=size, REST=2 * half < width, **low_rank.blocks(low[0].shape[1], q.dtype),
+            num_warps=4,
+        )  # fmt: skip
+
+
+@jit
+def _split_low_kernel(whole, q, k, v, cos, sin, tokens, heads, kv, width, half, stride, cos_stride, low, b, r, low_s, b_n, b_r,
+                      ROWS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, RANKS: tl.constexpr, CHUNKS: tl.constexpr,
+                      IEEE: tl.constexpr):  # fmt: skip
+    """One head of ROWS tokens: pairs (x[i], x[i + half]) as two tiles [ROWS, HALF], each with its share of low B^T."""
+    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    head, i = tl.program_id(1), tl.arange(0, HALF)
+    there, across = token < tokens, i < half
+    here = there[:, None] & across[None, :]
+    dtype = q.dtype.element_ty
+    at = head * width + i
+    source = whole + token[:, None] * stride + at[None, :]
+    x = tl.load(source, here, other=0).to(tl.float32)
+    y = tl.load(source + half, here, other=0).to(tl.float32)
+    x += product(low, b, token, at, there, across, r, low_s, b_n, b_r, RANKS, CHUNKS, IEEE)
+    y += product(low, b, token, at + half, there, across, r, low_s, b_n, b_r, RANKS, CHUNKS, IEEE)
+    x = x.to(dtype).to(tl.float32)
+    y = y.to(dtype).to(tl.float32)
+    is_v = head >= heads + kv
+    angle = token[:, None] * cos_stride + i[None, :]
+    c = tl.load(cos + angle, here, other=0).to(tl.float32).to(dtype).to(tl.float32)
+    s = tl.load(sin + angle, here, other=0).to(tl.float32).to(dtype).to(tl.float32)
+    c = tl.where(is_v, 1.0, c)
+    s = tl.where(is_v, 0.0, s)
+    at_q = q + token[:, None] * heads * width + head * width + i[None, :]
+    at_k = k + token[:, None] * kv * width + (head - heads) * width + i[None, :]
+    at_v = v + token[:, None] * kv * width + (head - heads - kv) * width + i[None, :]
+    place = tl.where(head < heads, at_q, tl.where(is_v, at_v, at_k))
+    tl.store(place, (x * c - y * s).to(dtype), here)
+    tl.store(place + half, (y * c + x * s).to(dtype), here)
+    if REST:
+        beyond = 2 * half + i < width
+        at_rest = there[:, None] & beyond[None, :]
+        z = tl.load(source + 2 * half, at_rest, other=0).to(tl.float32)
+        z += product(low, b, token, at + 2 * half, there, beyond, r, low_s, b_n, b_r, RANKS, CHUNKS, IEEE)
+        tl.store(place + 2 * half, z.to(dtype), at_rest)
 
 
 @jit
