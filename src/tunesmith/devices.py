@@ -74,7 +74,17 @@ def parse_device(text: str) -> Device:
             raise ConfigError(f"--gpu {text}: no memory", "name a card (4090, a100-40, h200), a size (24GB) or cpu")
         if found[1]:
             return replace(_cpu(), total=size, free=size, local=False, name=f"a CPU with {found[2]} GB")
-        return Device(f"a GPU with {found[2]} GB", "cuda", size, size, UNKNOWN_TFLOPS, UNKNOWN_BANDWIDTH, True, guessed=True, link=UNKNOWN_LINK)
+        return Device(
+            f"a GPU with {found[2]} GB",
+            "cuda",
+            size,
+            size,
+            UNKNOWN_TFLOPS,
+            UNKNOWN_BANDWIDTH,
+            True,
+            guessed=True,
+            link=UNKNOWN_LINK,
+        )
     if plain in CARDS:
         card = CARDS[plain]
         size = round(card.gib * GIB)

@@ -16,7 +16,12 @@ from functools import cached_property
 from tunesmith.spec import Spec
 
 Level = str
-LEVELS: tuple[Level, ...] = ("keep", "recompute", "attention", "checkpoint")  # exact, richest first; int8 only where it is asked for
+LEVELS: tuple[Level, ...] = (
+    "keep",
+    "recompute",
+    "attention",
+    "checkpoint",
+)  # exact, richest first; int8 only where it is asked for
 WHOLE = 1 << 30  # tokens of a tile: all at once
 TILES = (WHOLE, 4096)  # on an H200 tiles of 4,096 tokens cost no time that could be measured
 SAVED: dict[Level, tuple[str, ...]] = {
@@ -74,9 +79,7 @@ class Shape:
             "gate_up": (2 * s.hidden, s.dim, ("gate_up_proj",) if s.fused else ("gate_proj", "up_proj")),
             "down": (s.dim, s.hidden, ("down_proj",)),
         }
-        return {
-            name: (n, k, _padded(sum(self.ranks.get(p, 0) for p in linears), k)) for name, (n, k, linears) in parts.items()
-        }
+        return {name: (n, k, _padded(sum(self.ranks.get(p, 0) for p in linears), k)) for name, (n, k, linears) in parts.items()}
 
     @cached_property
     def saved(self) -> dict[str, int]:
@@ -143,10 +146,16 @@ class Shape:
             inside, after = inside + s.dim, after + 2 * s.hidden  # gradients in e4m3
         own = 0 if level == "keep" else save["gate_up"] * (1 + several)  # a tile's gate and up; the tile before still holds its own
         mlp = tokens * (2 * d + r["o"] + made) + t * (own + max(inside, after) + several * d)
-        there = {"keep": save["gate_up"] + save["mid"], "int8": save["codes"] + save["scales"] + save["mid"], "recompute": save["mid"]}
+        there = {
+            "keep": save["gate_up"] + save["mid"],
+            "int8": save["codes"] + save["scales"] + save["mid"],
+            "recompute": save["mid"],
+        }
         needed = {"attention": qkv + save["low_qkv"], "checkpoint": qkv + save["out"] + save["lse"]}
         # dy, dmid twice (rows chosen at the top), dout twice, dq dk dv; the kernel's float32 dq and its dk, dv for all query heads
-        attention = tokens * (3 * d + r["o"] + 2 * q + (q + 2 * kv) + (4 * q // w + 2 * q) + needed.get(level, 0) - there.get(level, 0))
+        attention = tokens * (
+            3 * d + r["o"] + 2 * q + (q + 2 * kv) + (4 * q // w + 2 * q) + needed.get(level, 0) - there.get(level, 0)
+        )
         return max(mlp, attention) + self.scratch(several, cached)
 
     # -- what is computed twice --
