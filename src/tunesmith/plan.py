@@ -58,8 +58,8 @@ HALF_EFFICIENCY = 0.55  # of the card's rate over everything a step does: 0.54 t
 FP8_GAIN = 1.4  # of the products of the base in e4m3
 HALF_LAYER_SECONDS = 2.8e-3  # a layer's pass cannot be launched faster yet: 1 x 2,048 checkpointed takes 265 ms for 32 x 3 of them
 DECODE_BYTES = {"bf16": 2.6, "fp8": 1.6}  # of memory traffic a weight: codes and scales read, the dense weight written
-TILE_TAX = 1.005  # of time: under what could be measured, so that tiles are not taken for nothing
-UNHIDDEN = 0.05  # of what the link takes, even where a layer takes longer: at the ends, and in the device's own bandwidth
+TILE_TAX, OFFLOAD_TAX = 1.005, 1.02  # of time, more than was measured: neither is to be taken for nothing
+UNHIDDEN = 0.03  # of what the link takes, even where a layer takes longer: at the ends, and in the device's own bandwidth
 HOST_SHARE = 0.5  # of main memory that may be pinned
 WORTH = 0.002  # of its time that a plan may give away for a GiB less: near ties go to the leaner one
 
@@ -258,7 +258,7 @@ def make_plan(
         layers=best.layers, path="composed" if job.composed_because else "half-blocks", path_why=job.composed_because,
         compute="fp8" if job.fp8 else job.dtype, weight_cache=job.cache_of_weights if best.cached else 0,
         micro_batch_tokens=best.tokens, longest=job.rows.longest, steps=job.steps, tokens=round(job.trained_tokens),
-        budget=float(budget), least=job.leanest.needs, minutes=best.minutes, measured=measured.where if measured else "",
+        budget=float(budget), least=job.least, minutes=best.minutes, measured=measured.where if measured else "",
         components=(*best.components, *job.host(best), *job.disk()), choices=choices,
         advice=tuple(_advice(job, best, budget)), notes=tuple(_notes(job, config)),
     )  # fmt: skip
@@ -675,14 +675,20 @@ class _Job:
         """Bytes: kept on the device, what comes and goes beside it at the fullest instant, sample answers beyond both, overhead.
 
         The backward begins at the top, so what the `high` layers keep is gone when the `low` ones, whose backward takes more, begin.
+        Of what is offloaded two layers' sets are on the device (the next is fetched while one is used), in the forward three (two
+        are leaving while the next is made).
         """
         shape, n_low = self.shape, self.spec.layers - n_high
         sets = [part.offload * shape.kept(part.level) * tokens for part in (low, high)]
         stay = [(not part.offload) * shape.kept(part.level) * tokens for part in (low, high)]
         resident = n_low * stay[0] + n_high * stay[1]
         back = [shape.backward(part.level, tokens, part.tile, cached) for part in (low, high)]
-        top = resident + back[1] + np.maximum(2 * sets[1], sets[0] + sets[1])  # one layer's set, and the next one's on its way
-        bottom = n_low * stay[0] + back[0] + 2 * sets[0]
+        ahead = [
+            3 * set_bytes + shape.forward(part.level, tokens, part.tile, cached) if part.offload else 0
+            for part, set_bytes in zip((low, high), sets, strict=True)
+        ]
+        top = resident + np.maximum(back[1] + max(2 * sets[1], sets[0] + sets[1]), ahead[1])
+        bottom = n_low * stay[0] + max(back[0] + 2 * sets[0], ahead[0])
         peak = resident + self._loss(tokens, low.tile, cached) + 2 * max(sets)
         peak = np.maximum(peak, np.where(n_high > 0, top, 0))
         peak = np.maximum(peak, np.where(n_low > 0, bottom, 0))
@@ -726,7 +732,7 @@ class _Job:
         moved = sum(n * part.offload * shape.kept(part.level) for n, part in ((n_low, low), (n_high, high)))
         moved = moved / (self.device.link * 1e9) if self.device.link else 0.0
         token = np.maximum(forward / self._half_rate, moved) + np.maximum(backward / self._half_rate, moved)
-        token = (token + 2 * UNHIDDEN * moved) * (TILE_TAX if tokens > low.tile else 1.0)
+        token = (token + 2 * UNHIDDEN * moved) * np.where(moved > 0, OFFLOAD_TAX, 1.0) * (TILE_TAX if tokens > low.tile else 1.0)
         parts = self.steps * max(1.0, self.batch_size * self.rows.mean / tokens)  # micro-batches
         decoded = 0.0
         if self.fp8 or (self.method == "qlora" and not cached):
@@ -814,9 +820,15 @@ class _Job:
 
     @cached_property
     def leanest(self) -> _Way:
+        """With one kind of layers: what is said of a run that does not fit."""
         if not self.composed_because:
-            return self._way(self.table[1].argmin())
+            needs = self.table[1] if self.mix else self.table[1][:, :1]
+            return self._way(needs.argmin() * self.table[1].shape[1])
         return min(self.candidates(), key=lambda way: way.needs)
+
+    @property
+    def least(self) -> float:
+        return self.leanest.needs if self.composed_because else float(self.table[1].min())
 
 
 @dataclass(frozen=True)
@@ -934,7 +946,7 @@ def _knobs(job: _Job, best: _Way) -> Iterator[tuple[str, str, _Job, str]]:
         yield "memory.offload", "true", replace(here, offloads=(True,), mix=()), "as fast where the link keeps up"
     longest = job.rows.longest
     if len(job.levels) == 1 and job.tokens is not None and top.level == "keep" and best.tokens > longest:
-        lean = replace(lean, levels=LEVELS, tokens=longest)
+        lean = replace(here, levels=LEVELS, offloads=job.offloads, mix=(), tokens=longest)
         yield "memory.activations and memory.micro_batch_tokens", "auto", lean, "same result, some slower"
     if best.tokens > longest:
         yield "memory.micro_batch_tokens", str(longest), replace(here, tokens=longest), "same result, some slower"

@@ -128,6 +128,13 @@ class Shape:
         logits = min(tokens, 2 * rows) * s.vocab * w
         return 3 * tokens * s.dim * w + logits + self.scratch(tokens > tile, cached)
 
+    def forward(self, level: Level, tokens: int, tile: int, cached: bool) -> int:
+        """While the MLP runs, beside what the layer keeps: its output, a tile's norm, gate and up, activation."""
+        s, w, several, t = self.spec, self.width, tokens > tile, min(tokens, tile)
+        gate_up = 0 if level == "keep" else 2 * s.hidden * w
+        mid = 0 if "mid" in SAVED[level] else s.dim * w
+        return tokens * (s.dim * w + mid) + t * (s.dim * w + gate_up + s.hidden * w) + self.scratch(several, cached)
+
     def backward(self, level: Level, tokens: int, tile: int, cached: bool) -> int:
         """The fuller of the MLP's and attention's backward in one layer, in bytes."""
         s, w, save = self.spec, self.width, self.saved
