@@ -433,7 +433,7 @@ def test_time_grows_with_rows_and_shrinks_with_the_card_and_says_whether_it_was_
 
 
 def _follow(p, advice, method, budget="auto", **sections):
-    """The plan with one piece of advice followed, everything else as it was planned. With a tiny budget: the least it then needs."""
+    """The plan with one piece of advice followed, all else as it was planned. With a tiny budget: the least it then needs."""
     head, _, tail = advice.key.partition(".")
     (part,) = p.layers  # a plan that does not fit has one kind of layers
     memory = {"activations": part.level, "micro_batch_tokens": p.micro_batch_tokens, "budget_gb": budget,

@@ -674,9 +674,9 @@ class _Job:
     def sizes(self, low: Layers, high: Layers, n_high, tokens: int, cached: bool) -> tuple[Any, Any, Any, Any]:
         """Bytes: kept on the device, what comes and goes beside it at the fullest instant, sample answers beyond both, overhead.
 
-        The backward begins at the top, so what the `high` layers keep is gone when the `low` ones, whose backward takes more, begin.
+        The backward begins at the top: what the `high` layers keep is gone when the `low` ones, whose backward takes more, begin.
         Of what is offloaded two layers' sets are on the device (the next is fetched while one is used), in the forward three (two
-        are leaving while the next is made).
+        leave while the next is made).
         """
         shape, n_low = self.shape, self.spec.layers - n_high
         sets = [part.offload * shape.kept(part.level) * tokens for part in (low, high)]
@@ -719,7 +719,7 @@ class _Job:
         return HOST_SHARE * (self.device.host or 2 * self.device.total)
 
     def half_seconds(self, low: Layers, high: Layers, n_high, tokens: int, cached: bool) -> Any:
-        """Of the whole run: products, attention and all else at one rate, the link where it is slower, launches under small batches."""
+        """Of the whole run: all arithmetic at one rate, the link where it is slower, launches under small batches."""
         s, shape, n_low = self.spec, self.shape, self.spec.layers - n_high
         linear, head, gain = parameters(s).linear, s.vocab * s.dim, FP8_GAIN if self.fp8 else 1.0
         attention = 4 * s.heads * s.head_dim * self.seen  # a layer's forward
@@ -768,11 +768,12 @@ class _Job:
         """All that is open to half-blocks: (low, high, tokens, cached) for each row, and GiB and minutes with 0 .. layers `high`
         ones; infinite where main memory cannot hold what is offloaded. No plan has more than two kinds of layers."""
         kinds = [(level, off) for off in self.offloads for level in self.levels]
-        order = ("checkpoint", "attention", "recompute", "int8", "keep")
-        pairs = [(a, b) for a in kinds for b in kinds
-                 if (order.index(b[0]), not b[1]) > (order.index(a[0]), not a[1]) and b[1] <= a[1]] if len(kinds) > 1 else []  # fmt: skip
-        pairs = [*pairs, *((k, k) for k in kinds)] if not self.mix else [tuple((p.level, p.offload) for p in (self.mix * 2)[:2])]
-        counts = np.arange(self.spec.layers + 1) if not self.mix else np.array([self.mix[1].count if len(self.mix) > 1 else 0])
+        pairs = [(low, high) for low in kinds for high in kinds if low == high or _richer(high, low)]
+        counts = np.arange(self.spec.layers + 1)
+        if self.mix:
+            below, above = self.mix[0], self.mix[-1]
+            pairs = [((below.level, below.offload), (above.level, above.offload))]
+            counts = np.array([above.count if len(self.mix) > 1 else 0])
         caches = (False, True) if self.method == "qlora" and not self.fp8 and self.device.kind == "cuda" else (False,)
         fixed = sum(c.bytes for c in self.fixed() if c.where == "device")
         rows, needs, minutes = [], [], []
@@ -880,6 +881,12 @@ class _Way:
 
     def choice(self, budget: float) -> Choice:
         return Choice(self.job.method, self.activations, self.tokens, self.needs, self.minutes, self.needs <= budget)
+
+
+def _richer(a: tuple[Level, bool], b: tuple[Level, bool]) -> bool:
+    """Whether layers of kind `a` may lie on layers of kind `b`: they keep more, or as much where `b` is offloaded."""
+    size = ("checkpoint", "attention", "recompute", "int8", "keep").index
+    return (size(a[0]), b[1]) > (size(b[0]), a[1]) and a[1] <= b[1]
 
 
 def _no_half_blocks(device: Device, dtype: str, kernels: str) -> str:

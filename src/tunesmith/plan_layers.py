@@ -1,9 +1,9 @@
-"""Layers that run as half-blocks, in numbers: what each level keeps of a token, what a backward holds beside it, what it computes twice.
+"""Layers as half-blocks, in numbers: what each level keeps of a token, what a backward holds beside it, what it computes twice.
 
 The tables follow ops/half_blocks.py (whose SAVED has the same names; a test holds them together, and the bytes against what a pass
 really puts aside) and models/groups.py. plan.py chooses from them. No torch.
 
-Shape letters: T tokens at once, t tokens of an MLP tile, D model width, F MLP width, Q query heads x head width, K the same of keys,
+Shape letters: T tokens at once, t tokens of an MLP tile, D model width, F MLP width, Q query heads x head width, K that of keys,
 R ranks of a group added up and padded, N outputs, V vocabulary.
 """
 
@@ -32,7 +32,7 @@ SAVED: dict[Level, tuple[str, ...]] = {
     "attention": ("x", "out", "lse", "low_down"),
     "checkpoint": ("x", "low_down"),
 }  # fmt: skip
-AGAIN: dict[Level, tuple[str, ...]] = {  # products that the backward computes once more; checkpoint attends once more too, never down
+AGAIN: dict[Level, tuple[str, ...]] = {  # products that a backward computes once more, never down; checkpoint also attends again
     "keep": (), "int8": (), "recompute": ("gate_up",), "attention": ("qkv", "o", "gate_up"), "checkpoint": ("qkv", "o", "gate_up"),
 }  # fmt: skip
 LOGIT_BYTES, GPU_ROWS = 64 << 20, 512  # a chunk of logits (ops/linear_ce.py): so many bytes of 16-bit ones, at least so many rows
@@ -168,7 +168,7 @@ class Shape:
     # -- what is computed twice --
 
     def again(self, level: Level, attention: float) -> tuple[float, float]:
-        """(FLOPs a token and layer in products of the base, in attention) beyond forward and backward once. `attention`: a forward's."""
+        """FLOPs a token and layer beyond forward and backward once: in products, in attention (whose forward's are given)."""
         return sum(2.0 * self.groups[g][0] * self.groups[g][1] for g in AGAIN[level]), attention * (level == "checkpoint")
 
     def decodes(self, level: Level) -> int:

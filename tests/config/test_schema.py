@@ -19,7 +19,8 @@ lora.new_tokens lora.modules_to_save
 train.epochs train.max_steps train.batch_size train.learning_rate train.schedule train.warmup_ratio train.weight_decay
 train.betas train.max_grad_norm train.optimizer train.neftune_alpha train.loraplus_ratio train.deterministic
 eval.every_steps eval.samples eval.sample_tokens eval.keep_best eval.early_stop
-memory.device memory.budget_gb memory.dtype memory.micro_batch_tokens memory.activations memory.offload memory.compute memory.kernels
+memory.device memory.budget_gb memory.dtype memory.micro_batch_tokens memory.activations memory.offload memory.compute
+memory.kernels
 checkpoint.every_steps checkpoint.keep
 log.every_steps log.trackers
 """

@@ -359,8 +359,8 @@ class Train(Section):
     """The gradient's norm is cut to this; 0 turns clipping off."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = key(
         "adamw",
-        wrong="8 bits save 6 bytes a trained weight: much with method: full, a quarter GiB for an adapter of a 7B. They need an NVIDIA "
-        "GPU and bitsandbytes.",
+        wrong="8 bits save 6 bytes a trained weight: much with method: full, a quarter GiB for an adapter of a 7B. They need an "
+        "NVIDIA GPU and bitsandbytes.",
         axolotl="optimizer",
         trl="optim",
         unsloth="optim",
@@ -476,7 +476,7 @@ class Memory(Section):
     """Tokens that go through the model at once; auto takes what fits."""
     activations: Literal["auto", "keep", "int8", "recompute", "attention", "checkpoint"] = key(
         "auto",
-        wrong="keep needs many times the memory of checkpoint, which costs about a third more time; int8 moves gradients by under 1 %.",
+        wrong="keep needs many times the memory of checkpoint, which costs a third more time; int8 moves gradients by under 1 %.",
         axolotl="gradient_checkpointing",
         trl="gradient_checkpointing",
         unsloth="use_gradient_checkpointing",
@@ -496,8 +496,8 @@ class Memory(Section):
     or faster. Results stay the same."""
     compute: Literal["auto", "fp8"] = key(
         "auto",
-        wrong="fp8 is up to 1.4 times as fast and rounds each product by 3.7 %: compare held-out losses with and without. Cards before "
-        "Ada, Hopper and Blackwell refuse it.",
+        wrong="fp8 is up to 1.4 times as fast and rounds each product by 3.7 %: compare held-out losses with and without. Cards "
+        "before Ada, Hopper and Blackwell refuse it.",
         axolotl="fp8",
         unsloth="load_in_fp8",
     )
