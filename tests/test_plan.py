@@ -17,6 +17,7 @@ from tunesmith.config.schema import RunConfig
 from tunesmith.devices import GIB, Device, parse_device
 from tunesmith.errors import DoesNotFit, ModelError
 from tunesmith.plan import METHODS, MICRO_CAP, Measured, _Job, kept, make_plan, nf4_bytes, usual_full_bytes
+from tunesmith.plan_layers import LEVELS, SAVED, WHOLE, Layers, Shape, describe
 from tunesmith.spec import Rope, Spec, linear_shapes
 
 MISTRAL = Spec(
@@ -194,6 +195,150 @@ def test_fixed_sizes_are_the_real_tensors():
     assert (p["adapter"], p["gradients"], p["optimiser"]) == (4 * trained, 4 * trained, 8 * trained)
 
 
+# ---- the same for half-blocks --------------------------------------------------------------------------------------------------
+
+
+def _shape(spec, lora, width=4, store="nf4"):
+    ranks = {n.rpartition(".")[2]: lora.rank for n in linear_shapes(spec)}
+    return Shape(spec, ranks, width, store)
+
+
+@pytest.mark.parametrize("level", SAVED)
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
+def test_a_levels_bytes_are_what_a_pass_puts_aside(family, level, monkeypatch):
+    """In float32 on a CPU, and the names are those of the code."""
+    import torch
+
+    from tunesmith import adapters
+    from tunesmith.models import stash
+    from tunesmith.models.decoder import Decoder
+    from tunesmith.models.fast import FastLayers, policies
+    from tunesmith.models.linear import NF4Linear
+    from tunesmith.ops import half_blocks
+    from tunesmith.ops.attention import Layout
+
+    assert SAVED == half_blocks.SAVED and set(LEVELS) == set(SAVED) - {"int8"}
+    spec, lora, held = FAMILIES[family], config("lora", lora={"rank": 6}).lora, []
+    model = Decoder(spec, linear=lambda i, o, bias: NF4Linear(i, o, bias, dtype=torch.float32), dtype=torch.float32)
+    adapters.attach(model, lora, seed=0)
+    model.fast = FastLayers(model, policies(spec.layers, level))
+    put = stash.Stash.put
+    monkeypatch.setattr(stash.Stash, "put", lambda self, tensors, offload: held.append(tensors) or put(self, tensors, offload))
+    model.hidden(torch.zeros(48, dtype=torch.long), Layout.of([24, 24]))
+    assert len(held) == spec.layers
+    for tensors in held:
+        found = {name: t.numel() * t.element_size() for name, t in tensors.items()}
+        assert found == {name: _shape(spec, lora).saved[name] * 48 for name in SAVED[level]}
+
+
+def test_mistral_keeps_94_568_bytes_a_token_and_layer_but_for_padding():
+    """The count of DESIGN.md: x, q k v, out, lse, mid, gate and up, A x of seven linears at r=16, two rstd. Beside it lies what
+    makes a base and its adapters one product: ranks of a group padded to 64 columns, and 64 more beside gate and up."""
+    shape = _shape(MISTRAL, config().lora, width=2)
+    padding = 2 * sum(r for _, _, r in shape.groups.values()) - 2 * 7 * 16
+    assert (shape.kept("keep") - padding - 2 * 64, padding) == (94_568, 288)
+    assert shape.matrices["gate_up"] == (28_672 + 64) * (4_096 + 64) * 2
+    counted = {level: shape.kept(level) for level in SAVED}
+    assert list(counted.values()) == sorted(counted.values(), reverse=True) and counted["checkpoint"] == 8_192 + 128
+
+
+# One NVIDIA H200, Mistral-7B's shapes, r=16, float32 moments, November 2026: (documents, tokens of each, level, offloaded, tile,
+# compute, GiB that torch had reserved at most, tokens a second). CUDA's context, 0.73 to 0.78 GiB, comes on top.
+MEASURED = [
+    (4, 2048, "keep", False, WHOLE, "auto", 28.47, 17418),
+    (4, 2048, "keep", False, WHOLE, "fp8", 28.47, 23549),
+    (4, 2048, "checkpoint", False, WHOLE, "auto", 8.05, 13112),
+    (4, 2048, "checkpoint", True, 4096, "auto", 6.16, 13118),
+    (4, 2048, "attention", True, 4096, "auto", 6.10, 13158),
+    (4, 2048, "recompute", True, 4096, "auto", 6.45, 14112),
+    (1, 2048, "checkpoint", False, WHOLE, "auto", 5.61, 7730),
+    (1, 2048, "keep", False, WHOLE, "auto", 10.72, None),
+    (1, 8192, "checkpoint", False, 4096, "auto", 8.04, 11181),
+    (1, 8192, "keep", False, WHOLE, "auto", 28.46, 14655),
+]
+
+
+@pytest.mark.parametrize(("documents", "length", "level", "offload", "tile", "compute", "reserved", "rate"), MEASURED)
+def test_half_blocks_take_what_was_measured(monkeypatch, documents, length, level, offload, tile, compute, reserved, rate):
+    """Never 2 % less, never 5 % more; time within 10 %."""
+    monkeypatch.setattr(sys.modules["tunesmith.plan"], "TILES", (tile,))
+    memory = {"activations": level, "offload": offload, "compute": compute, "micro_batch_tokens": documents * length}
+    p = plan(gpu="h200", spec=replace(MISTRAL, window=None), lengths=np.full(1000, length), memory=memory,
+             data={"held_out": 0, "max_length": length}, train={"batch_size": documents}, eval={"samples": 0})  # fmt: skip
+    assert p.path == "half-blocks" and p.layers == (Layers(32, level, offload, tile),) and not p.weight_cache
+    assert -0.02 < p.needs / (reserved + 0.75) - 1 < 0.05
+    assert rate is None or abs(p.tokens / p.minutes / 60 / rate - 1) < 0.1
+
+
+def test_a_budget_between_two_levels_gets_two_kinds_of_layers_and_offloading_is_seen_in_main_memory():
+    rows = {"lengths": np.full(1000, 2048), "train": {"batch_size": 4}, "eval": {"samples": 0}}
+    minutes = []
+    for budget in (9.2, 12, 16, 20, 26, 32):
+        p = plan(gpu="h200", memory={"budget_gb": budget, "offload": False, "micro_batch_tokens": 8192}, **rows)
+        assert p.fits and len(p.layers) <= 2 and sum(part.count for part in p.layers) == 32
+        minutes.append(p.minutes)
+    assert minutes == sorted(minutes, reverse=True) and p.activations == "keep" and minutes[-1] < 0.8 * minutes[0]
+    low, high = plan(gpu="h200", memory={"budget_gb": 20, "offload": False, "micro_batch_tokens": 8192}, **rows).layers
+    assert SAVED[low.level] != SAVED[high.level] and high.level == "keep", "what keeps more lies on top: its backward comes first"
+    moved = plan(gpu="h200", memory={"budget_gb": 7.5, "offload": True, "micro_batch_tokens": 8192}, **rows)
+    assert all(part.offload for part in moved.layers) and moved.host > 3 + 32 * 8192 * 8192 / GIB
+    no_room = replace(parse_device("h200"), host=2 * GIB)
+    assert not any(part.offload for part in plan(gpu=no_room, memory={"budget_gb": 8}, **rows).layers)
+
+
+def test_int8_only_when_asked_and_small_micro_batches_keep_decoded_weights():
+    assert "int8" not in {part.level for gpu in ("8GB", "16GB", "24GB", "h200") for part in plan(gpu=gpu).layers}
+    assert plan(gpu="h200", memory={"activations": "int8"}).activations == "int8"
+    short = plan(gpu="rtx 6000 ada", lengths=np.full(1000, 2048), train={"batch_size": 1})
+    assert short.weight_cache == 32 * sum(_shape(MISTRAL, config().lora, width=2).matrices.values())
+    assert size(short, "decoded weights") == short.weight_cache / GIB and short.fits
+    assert not plan(gpu="rtx 6000 ada", memory={"budget_gb": 12}).weight_cache
+
+
+@pytest.mark.parametrize(("why", "method", "gpu", "spec", "sections"), [
+    ("every weight is trained", "full", "h200", MISTRAL, {}),
+    ("they are for NVIDIA GPUs", "lora", "cpu-64GB", TINY, {}),
+    ("T4 is older than Ampere", "qlora", "t4", MISTRAL, {}),
+    ("memory.dtype is fp32", "qlora", "h200", MISTRAL, {"memory": {"dtype": "fp32"}}),
+    ("memory.kernels is reference", "qlora", "h200", MISTRAL, {"memory": {"kernels": "reference"}}),
+    ("lora.variant is dora", "qlora", "h200", MISTRAL, {"lora": {"variant": "dora"}}),
+    ("lora.dropout is on", "qlora", "h200", MISTRAL, {"lora": {"dropout": 0.1}}),
+    ("lora.modules_to_save names a module inside the layers", "qlora", "h200", MISTRAL,
+     {"lora": {"modules_to_save": ["input_layernorm"]}}),
+    ("it runs through transformers", "qlora", "h200", replace(MISTRAL, foreign=True), {}),
+    ("norms around each branch, norms of 1 + weight, the activation gelu_tanh", "qlora", "h200",
+     replace(MISTRAL, sandwich=True, unit_offset=True, activation="gelu_tanh"), {}),
+])  # fmt: skip
+def test_what_runs_composed_says_why_and_refuses_what_it_cannot(why, method, gpu, spec, sections):
+    p = plan(method, spec, gpu, **sections)
+    assert (p.path, p.path_why) == ("composed", why) and {part.level for part in p.layers} <= {"keep", "checkpoint"}
+    memory = sections.pop("memory", {})
+    for asked in ({"activations": "recompute"}, {"offload": True}):
+        with pytest.raises(ModelError, match=f"{next(iter(asked))}: .* needs the half-blocks, which do not run here: {why[:9]}"):
+            plan(method, spec, gpu, memory=memory | asked, **sections)
+
+
+def test_fp8_and_8_bit_moments_are_refused_by_name_where_they_do_not_run():
+    with pytest.raises(ModelError, match="fp8 does not run on A100 80 GB"):
+        plan(gpu="a100-80", memory={"compute": "fp8"})
+    with pytest.raises(ModelError, match="fp8 needs the half-blocks"):
+        plan(gpu="h200", memory={"compute": "fp8"}, lora={"variant": "dora"})
+    with pytest.raises(ModelError, match="adamw_8bit does not run on a CPU"):
+        plan("lora", TINY, "cpu-64GB", train={"optimizer": "adamw_8bit"})
+    eight, paged = (plan(gpu="h200", train={"optimizer": o}) for o in ("adamw_8bit", "paged_adamw_8bit"))
+    assert size(eight, "optimiser") == pytest.approx(41_943_040 * (2 + 1 / 32) / GIB) and eight.compute == "bf16"
+    assert (
+        paged.host - eight.host == pytest.approx(size(eight, "optimiser"))
+        and plan(gpu="h200", memory={"compute": "fp8"}).compute == "fp8"
+    )
+
+
+def test_layers_in_words():
+    two = (Layers(12, "recompute", True), Layers(20, "keep"))
+    assert describe(two) == "keep 20 layers, recompute 12 offloaded" and describe(two[:1]) == "recompute, offloaded"
+    assert describe((Layers(32, "keep"),)) == "keep"
+
+
 # ---- sums, order, monotony -----------------------------------------------------------------------------------------------------
 
 SPECS = st.sampled_from(
@@ -211,7 +356,7 @@ SPECS = st.sampled_from(
     st.sampled_from(["cuda", "cpu"]),
 )
 def test_more_budget_is_never_slower_and_components_sum_to_needs(spec, method, budget, more, longest, kind):
-    device = Device("d", kind, 512 * GIB, 512 * GIB, 100.0, 1000.0, True)
+    device = Device("d", kind, 512 * GIB, 512 * GIB, 100.0, 1000.0, True, link=25.0 if kind == "cuda" else 0.0)
     lengths = np.linspace(1, longest, 50).astype(int)
     less, more = (plan(method, spec, device, lengths, memory={"budget_gb": b}) for b in (budget, budget * more))
     for p in (less, more):
@@ -249,7 +394,10 @@ def test_what_is_pinned_stays_and_auto_fills_the_rest():
     assert (p.activations, p.micro_batch_tokens) == ("checkpoint", 6000)
     short = plan(gpu="80GB", memory={"micro_batch_tokens": 100}, lengths=np.full(10, 700))
     assert short.micro_batch_tokens == 700 and any("less than the longest row" in n for n in short.notes)
-    assert plan(gpu="h200").activations == "keep" and plan(gpu="9GB").activations == "checkpoint"
+    assert plan(gpu="h200").activations == "keep"
+    lean = plan(gpu="5GB", memory={"activations": "checkpoint"}, eval={"samples": 0})
+    assert (lean.activations, lean.layers) == ("checkpoint, offloaded", (Layers(32, "checkpoint", True, WHOLE),))
+    assert [p.level for p in plan("lora", TINY, "cpu", memory={"budget_gb": 0.01}).layers] == ["checkpoint"]
     assert plan(gpu="cpu-512GB", spec=TINY).micro_batch_tokens <= MICRO_CAP["cpu"]
 
 
@@ -272,7 +420,7 @@ def test_steps_and_tokens_come_from_the_rows():
 
 def test_time_grows_with_rows_and_shrinks_with_the_card_and_says_whether_it_was_measured():
     rows = np.full(200, 400)
-    assert plan(lengths=np.full(2000, 400)).minutes > 4 * plan(lengths=rows).minutes
+    assert plan(lengths=np.full(2000, 400)).minutes > 2.5 * plan(lengths=rows).minutes
     assert plan(lengths=rows, gpu="h200").minutes < plan(lengths=rows, gpu="4090").minutes < plan(lengths=rows, gpu="l4").minutes
     measured = plan(lengths=rows, gpu="h200", measured=Measured(0.7, "an H200"))
     assert measured.minutes < plan(lengths=rows, gpu="h200").minutes and measured.measured == "an H200"
@@ -284,13 +432,17 @@ def test_time_grows_with_rows_and_shrinks_with_the_card_and_says_whether_it_was_
 # ---- advice and words ----------------------------------------------------------------------------------------------------------
 
 
-def _follow(p, advice, method, **sections):
-    """The plan with one piece of advice followed, everything else as it was planned."""
+def _follow(p, advice, method, budget="auto", **sections):
+    """The plan with one piece of advice followed, all else as it was planned. With a tiny budget: the least it then needs."""
     head, _, tail = advice.key.partition(".")
-    memory = {"activations": p.activations, "micro_batch_tokens": p.micro_batch_tokens, **sections.pop("memory", {})}
+    (part,) = p.layers  # a plan that does not fit has one kind of layers
+    memory = {"activations": part.level, "micro_batch_tokens": p.micro_batch_tokens, "budget_gb": budget,
+              **sections.pop("memory", {})}  # fmt: skip
+    if p.path == "half-blocks":
+        memory["offload"] = part.offload
     value = {"[q_proj, v_proj]": ["q_proj", "v_proj"], "[]": []}.get(advice.value, advice.value)
     if advice.value == "auto":
-        memory = {"activations": "auto", "micro_batch_tokens": p.longest}
+        memory = {"activations": "auto", "micro_batch_tokens": p.longest, "budget_gb": budget}
         return plan(method, memory=memory, **sections)
     if advice.key == "method":
         return plan(advice.value, memory=memory, **sections)
@@ -312,7 +464,8 @@ def test_each_piece_of_advice_gains_what_it_says(method, gpu, sections):
     assert not p.fits and p.advice
     for advice in p.advice:
         followed = _follow(p, advice, method, gpu=gpu, **{k: dict(v) for k, v in sections.items()})
-        assert p.needs - followed.needs == pytest.approx(advice.gain, abs=1e-6), advice
+        lean = _follow(p, advice, method, gpu=gpu, **{k: dict(v) for k, v in sections.items()}, budget=0.01)
+        assert p.needs - lean.needs == pytest.approx(advice.gain, abs=1e-6), advice
         assert followed.fits == advice.enough, advice
 
 

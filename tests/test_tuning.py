@@ -1,5 +1,6 @@
 """One run from its file to its folder: all that docs/architecture.md promises is there, and says what is so."""
 
+import functools
 import io
 import json
 import re
@@ -14,9 +15,12 @@ from safetensors.numpy import load_file
 import tunesmith
 from tunesmith import adapters, models, tuning
 from tunesmith.config.load import load
+from tunesmith.config.schema import Memory
 from tunesmith.data.render import build_renderer
 from tunesmith.errors import AdapterError, ConfigError, DataError, DoesNotFit, ModelError, RunError, TrainingFailed
 from tunesmith.evaluate import heldout
+from tunesmith.ops import backend
+from tunesmith.plan_layers import WHOLE, Layers
 from tunesmith.run import Run
 from tunesmith.train import log
 
@@ -300,6 +304,67 @@ def test_checkpointed_activations_change_no_bit(tiny, tmp_path):
     ]
     one, other = (load_file(r.adapter / "adapter_model.safetensors") for r in runs)
     assert all(np.array_equal(one[n], other[n]) for n in one)
+
+
+# ---- half-blocks, which the plan chooses on a GPU --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half_blocks(monkeypatch):
+    """The plan chooses them on this CPU too; `half_blocks` are the layers' policies of each run."""
+    from tunesmith import tuning
+
+    seen, build = [], tuning.build_model
+
+    def spy(*args):
+        model = build(*args)
+        seen.append(model.fast and model.fast.policies)
+        return model
+
+    monkeypatch.setattr(tuning, "plan_for", functools.partial(tuning.plan_for, half_blocks=True))
+    monkeypatch.setattr(tuning, "build_model", spy)
+    return seen
+
+
+def _losses(run) -> list[float]:
+    return [m["loss"] for m in run.metrics() if m["kind"] in ("step", "eval")]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_run_as_half_blocks_has_the_composed_paths_losses(tiny, tmp_path, method, request):
+    composed = tunesmith.train(tiny.config(tmp_path / "composed", method=method), console=quiet())
+    seen = request.getfixturevalue("half_blocks")
+    for level in ("keep", "recompute", "checkpoint"):
+        run = tunesmith.train(tiny.config(tmp_path / level, method=method, memory={"activations": level}), console=quiet())
+        assert [p.level for p in seen[-1]] == [level] * 2
+        found, wanted = _losses(run), _losses(composed)
+        assert len(found) == len(wanted) and max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 1e-5
+        planned = json.loads((run.path / "plan.json").read_text())
+        assert (planned["path"], planned["layers"][0]["level"], planned["activations"]) == ("half-blocks", level, level)
+
+
+def test_a_resumed_run_takes_the_policies_of_its_checkpoint(tiny, tmp_path, half_blocks):
+    """Also those that an out-of-memory has lowered: what goes on is what was left, whatever a new plan would say."""
+    run = tunesmith.train(tiny.config(tmp_path / "run", memory={"activations": "recompute"}), console=quiet())
+    states = [json.loads(p.read_text()) for p in sorted(run.checkpoints.glob("step-*/state.json"))]
+    assert all(s["activations"] == [[2, "recompute", False, WHOLE]] for s in states)
+    model = SimpleNamespace(fast=SimpleNamespace(policies=()), checkpoint_layers=False)
+    mixed = [[1, "checkpoint", True, 4096], [1, "keep", False, WHOLE]]
+    tuning.set_layers(model, [Layers(*part) for part in mixed])
+    assert [p.level for p in model.fast.policies] == ["checkpoint", "keep"] and tuning.layers_of(model, 2) == mixed
+
+
+def test_what_the_adapter_forbids_runs_composed(tiny, tmp_path, half_blocks):
+    tunesmith.train(tiny.config(tmp_path / "run", lora={"dropout": 0.1}), console=quiet())
+    assert half_blocks == [None]
+
+
+@pytest.mark.skipif(backend.INTERPRETED, reason="the interpreter runs them on a CPU")
+def test_kernels_that_cannot_run_are_refused():
+    here = tuning.place(Memory(device="cpu"))
+    with pytest.raises(ModelError, match=r"memory\.kernels: triton cannot run here"):
+        tuning.use_kernels("triton", here)
+    assert tuning.use_kernels("auto", here) == "", "a notice is for those who have a GPU"
 
 
 # ---- merging: what it refuses (its numbers are in oracle/test_training_oracle.py) ----------------------------------------------

@@ -37,6 +37,8 @@ class Device:
     fp8: bool = False
     local: bool = False  # found on this machine
     guessed: bool = False  # its rates are a guess, its memory is not
+    link: float = 0.0  # GB/s each way between it and main memory; 0: it is main memory
+    host: int = 0  # bytes of main memory that are free beside it; 0: not known
 
     def __str__(self) -> str:
         size = self.total / GIB
@@ -50,10 +52,11 @@ class Card(NamedTuple):
     bandwidth: float
     bf16: bool = True
     fp8: bool = False
+    link: float = 25.0  # GB/s each way to main memory: PCIe 4 x16; 50 is PCIe 5 x16, 12 is PCIe 3 x16 or PCIe 4 x8
 
 
 # Rates of a card of which only the memory is known: a slow one of that size, so that the time is no promise.
-UNKNOWN_TFLOPS, UNKNOWN_BANDWIDTH = 60.0, 450.0
+UNKNOWN_TFLOPS, UNKNOWN_BANDWIDTH, UNKNOWN_LINK = 60.0, 450.0, 12.0
 CORE_TFLOPS, CPU_BANDWIDTH = (
     0.05,
     25.0,
@@ -71,11 +74,21 @@ def parse_device(text: str) -> Device:
             raise ConfigError(f"--gpu {text}: no memory", "name a card (4090, a100-40, h200), a size (24GB) or cpu")
         if found[1]:
             return replace(_cpu(), total=size, free=size, local=False, name=f"a CPU with {found[2]} GB")
-        return Device(f"a GPU with {found[2]} GB", "cuda", size, size, UNKNOWN_TFLOPS, UNKNOWN_BANDWIDTH, True, guessed=True)
+        return Device(
+            f"a GPU with {found[2]} GB",
+            "cuda",
+            size,
+            size,
+            UNKNOWN_TFLOPS,
+            UNKNOWN_BANDWIDTH,
+            True,
+            guessed=True,
+            link=UNKNOWN_LINK,
+        )
     if plain in CARDS:
         card = CARDS[plain]
         size = round(card.gib * GIB)
-        return Device(card.name, "cuda", size, size, card.tflops, card.bandwidth, card.bf16, card.fp8)
+        return Device(card.name, "cuda", size, size, card.tflops, card.bandwidth, card.bf16, card.fp8, link=card.link)
     raise ConfigError(f"--gpu {text}: no such card is known", f"{_near(plain)}; or give its memory: 24GB")
 
 
@@ -128,7 +141,8 @@ def read_nvidia_smi(text: str, visible: str | None = None) -> Device | None:
         major = float(capability) if re.fullmatch(r"\d+\.\d+", capability) else 0.0
         bf16, fp8 = (major >= 8, major >= 8.9) if major else (known is None or known.bf16, known is not None and known.fp8)
         rates = (known.tflops, known.bandwidth) if known else (UNKNOWN_TFLOPS, UNKNOWN_BANDWIDTH)
-        return Device(name.removeprefix("NVIDIA "), "cuda", size, left, *rates, bf16, fp8, local=True, guessed=known is None)
+        return Device(name.removeprefix("NVIDIA "), "cuda", size, left, *rates, bf16, fp8, local=True, guessed=known is None,
+                      link=known.link if known else UNKNOWN_LINK, host=_memory()[1])  # fmt: skip
     return None
 
 
@@ -225,27 +239,27 @@ TABLE = (
     Card("RTX 3080", 10, 59.5, 760),
     Card("RTX 3090", 24, 71, 936),
     Card("RTX 3090 Ti", 24, 80, 1008),
-    Card("RTX 4060", 8, 30, 272, fp8=True),
-    Card("RTX 4060 Ti 16 GB", 16, 44, 288, fp8=True),
+    Card("RTX 4060", 8, 30, 272, fp8=True, link=12),
+    Card("RTX 4060 Ti 16 GB", 16, 44, 288, fp8=True, link=12),
     Card("RTX 4070", 12, 58, 504, fp8=True),
     Card("RTX 4070 Ti Super", 16, 88, 672, fp8=True),
     Card("RTX 4080", 16, 97.5, 717, fp8=True),
     Card("RTX 4090", 24, 165, 1008, fp8=True),
     Card("RTX 5060 Ti 16 GB", 16, 47, 448, fp8=True),
-    Card("RTX 5070", 12, 62, 672, fp8=True),
-    Card("RTX 5070 Ti", 16, 88, 896, fp8=True),
-    Card("RTX 5080", 16, 112, 960, fp8=True),
-    Card("RTX 5090", 32, 209, 1792, fp8=True),
-    Card("RTX 2080 Ti", 11, 54, 616, bf16=False),
+    Card("RTX 5070", 12, 62, 672, fp8=True, link=50),
+    Card("RTX 5070 Ti", 16, 88, 896, fp8=True, link=50),
+    Card("RTX 5080", 16, 112, 960, fp8=True, link=50),
+    Card("RTX 5090", 32, 209, 1792, fp8=True, link=50),
+    Card("RTX 2080 Ti", 11, 54, 616, bf16=False, link=12),
     Card("RTX A4000", 16, 77, 448),
     Card("RTX A5000", 24, 111, 768),
     Card("RTX A6000", 48, 155, 768),
     Card("RTX 5000 Ada", 32, 131, 576, fp8=True),
     Card("RTX 6000 Ada", 48, 182, 960, fp8=True),
-    Card("RTX PRO 6000", 96, 503, 1792, fp8=True),
-    Card("T4", 15, 65, 320, bf16=False),
-    Card("V100 16 GB", 16, 125, 900, bf16=False),
-    Card("V100 32 GB", 32, 125, 900, bf16=False),
+    Card("RTX PRO 6000", 96, 503, 1792, fp8=True, link=50),
+    Card("T4", 15, 65, 320, bf16=False, link=12),
+    Card("V100 16 GB", 16, 125, 900, bf16=False, link=12),
+    Card("V100 32 GB", 32, 125, 900, bf16=False, link=12),
     Card("A10", 22.5, 125, 600),
     Card("A10G", 22.5, 70, 600),
     Card("A30", 24, 165, 933),
@@ -255,12 +269,12 @@ TABLE = (
     Card("L4", 22.5, 121, 300, fp8=True),
     Card("L40", 45, 181, 864, fp8=True),
     Card("L40S", 45, 362, 864, fp8=True),
-    Card("H100 PCIe", 79.6, 756, 2039, fp8=True),
-    Card("H100 SXM", 79.6, 989, 3350, fp8=True),
-    Card("H100 NVL", 93.6, 835, 3938, fp8=True),
-    Card("GH200", 95.6, 989, 4000, fp8=True),
-    Card("H200", 140.4, 989, 4800, fp8=True),
-    Card("B200", 179, 2250, 8000, fp8=True),
+    Card("H100 PCIe", 79.6, 756, 2039, fp8=True, link=50),
+    Card("H100 SXM", 79.6, 989, 3350, fp8=True, link=50),
+    Card("H100 NVL", 93.6, 835, 3938, fp8=True, link=50),
+    Card("GH200", 95.6, 989, 4000, fp8=True, link=200),
+    Card("H200", 140.4, 989, 4800, fp8=True, link=55),  # its link: measured, from and to pinned memory
+    Card("B200", 179, 2250, 8000, fp8=True, link=50),
 )
 _NAMED = {_key(card.name): card for card in TABLE}
 CARDS: dict[str, Card] = {  # as a person types it; without a size, the smaller one is meant

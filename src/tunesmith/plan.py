@@ -1,8 +1,9 @@
 """Will it fit, how long will it take, what to lower: from the Spec alone, before a weight is read. No torch, well under a second.
 
-A plan adds up what is on the device when it is fullest: the backward of the top layer of the largest micro-batch. `kept` is the one
-table of what autograd keeps of each token and layer; the constants below it are all that was not counted from the code. The trainer
-takes its micro-batch and activation policy from the same object, so what was printed is what runs.
+A plan adds up what is on the device when it is fullest: a backward of the largest micro-batch. Layers run on one of two paths: as
+half-blocks, whose tables are plan_layers.py, or composed, where `kept` is the one table of what autograd keeps of each token and
+layer. The constants are all that was not counted from the code. The trainer takes its micro-batch and the policy of each layer from
+the same object, so what was printed is what runs.
 
 Shape letters: T tokens at once, D model width, F MLP width, Q query heads, K key/value heads, H head width, V vocabulary, R rank.
 """
@@ -21,15 +22,18 @@ import numpy as np
 from tunesmith.config.schema import Lora, RunConfig
 from tunesmith.devices import GIB, Device, smallest_that_holds
 from tunesmith.errors import DoesNotFit, ModelError
-from tunesmith.spec import Spec, linear_shapes, parameters
+from tunesmith.plan_layers import LEVELS, TILES, WHOLE, Layers, Level, Shape, describe, pinned
+from tunesmith.plan_page import duration, gb, print_plan
+from tunesmith.spec import Spec, half_blocks_refusal, linear_shapes, norm_shapes, parameters
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 Method = Literal["qlora", "lora", "full"]
 Policy = Literal["keep", "checkpoint"]
+Path = Literal["half-blocks", "composed"]
 METHODS: tuple[Method, ...] = ("qlora", "lora", "full")
-POLICIES: tuple[Policy, ...] = ("keep", "checkpoint")
+POLICIES: tuple[Policy, ...] = ("keep", "checkpoint")  # of the composed path
 WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 # ---- what is not counted from the code: estimates, until a device has been measured ----------------------------------------------
@@ -47,6 +51,18 @@ CPU_BF16_SHARE = 0.25  # of a CPU's float32 rate, where no AMX or AVX512-BF16 he
 SPARED = {"cuda": 1.0, "mps": 0.7, "cpu": 0.9}  # share of what is free that a run may take: a CPU's memory is everybody's
 BANDWIDTH_SHARE = 0.7  # of the printed memory bandwidth that a plain copy reaches
 
+# ---- the same for half-blocks, measured on an H200 at Mistral-7B's shapes (tests/test_plan.py has the rows) ----------------------
+WORKSPACES = 100 << 20  # cuBLAS's: 32 MiB for each of the threads that multiply, and its light version's
+HALF_FRAGMENTS = 0.01, 0.08  # of what is kept, of what comes and goes
+HALF_EFFICIENCY = 0.55  # of the card's rate over everything a step does: 0.54 to 0.55 at every level, 2,048 and 8,192 tokens long
+FP8_GAIN = 1.4  # of the products of the base in e4m3
+HALF_LAYER_SECONDS = 2.8e-3  # a layer's pass cannot be launched faster yet: 1 x 2,048 checkpointed takes 265 ms for 32 x 3 of them
+DECODE_BYTES = {"bf16": 2.6, "fp8": 1.6}  # of memory traffic a weight: codes and scales read, the dense weight written
+TILE_TAX, OFFLOAD_TAX = 1.005, 1.02  # of time, more than was measured: neither is to be taken for nothing
+UNHIDDEN = 0.03  # of what the link takes, even where a layer takes longer: at the ends, and in the device's own bandwidth
+HOST_SHARE = 0.5  # of main memory that may be pinned
+WORTH = 0.002  # of its time that a plan may give away for a GiB less: near ties go to the leaner one
+
 # ---- counted from the code -----------------------------------------------------------------------------------------------------
 DECODE_SCRATCH = 10  # bytes a weight while ops/nf4.py decodes, beyond the result ...
 DECODE_CHUNK = {"cuda": 1 << 26, "mps": 1 << 26, "cpu": 1 << 18}  # ... of this many weights at a time
@@ -56,7 +72,8 @@ DECODE_TRAFFIC = (
 LOGIT_BYTES = 64 << 20  # float32 logits of one chunk (ops/linear_ce.py) ...
 LOGIT_COPIES = 2.5  # ... with their 16-bit form before and after
 SOFTCAP_ROWS = 512  # query rows whose scores are written out at once (ops/attention.py)
-MOMENTS, MASTER, GRADIENT = 8, 4, 4  # AdamW's two averages, the float32 master, its float32 gradient: bytes a trained parameter
+MASTER, GRADIENT = 4, 4  # the float32 master, its float32 gradient: bytes a trained parameter
+MOMENTS = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256}  # two averages; 8 bits have a float32 for 256
 
 MICRO_CAP = {"cuda": 1 << 17, "mps": 1 << 14, "cpu": 1 << 12}  # tokens at once beyond which nothing is gained
 SLACK = 1.03  # of plans within this factor of the fastest, the one that takes least memory
@@ -104,7 +121,7 @@ class Choice:
     """One way to run: a column of the table that sets qlora, lora and full side by side."""
 
     method: Method
-    activations: Policy
+    activations: str
     micro_batch_tokens: int
     needs: float  # GiB
     minutes: float
@@ -123,7 +140,7 @@ class Advice:
 
     def __str__(self) -> str:
         note = f" ({self.note})" if self.note else ""
-        return f"{self.key}: {self.value} saves {_gb(self.gain)} GB{', enough by itself' if self.enough else ''}{note}"
+        return f"{self.key}: {self.value} saves {gb(self.gain)} GB{', enough by itself' if self.enough else ''}{note}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +159,12 @@ class Plan:
     method: Method
     device: Device
     dtype: Literal["bf16", "fp16", "fp32"]
-    activations: Policy
+    activations: str  # in words; `layers` says it for the trainer
+    layers: tuple[Layers, ...]  # from the bottom
+    path: Path
+    path_why: str  # why the layers are composed; empty: half-blocks
+    compute: Literal["bf16", "fp16", "fp32", "fp8"]  # of the products with frozen weights
+    weight_cache: int  # bytes of decoded 4-bit weights that are kept
     micro_batch_tokens: int
     longest: int
     steps: int
@@ -182,20 +204,20 @@ class Plan:
     def verdict(self) -> str:
         """One line: `fits: 11.2 of 24 GB, about 38 min`, or what to lower."""
         if self.fits:
-            return f"fits: {_gb(self.needs)} of {_gb(self.budget)} GB, {_duration(self.minutes)}"
-        line = f"does not fit: {_gb(self.needs)} of {_gb(self.budget)} GB"
+            return f"fits: {gb(self.needs)} of {gb(self.budget)} GB, {duration(self.minutes)}"
+        line = f"does not fit: {gb(self.needs)} of {gb(self.budget)} GB"
         enough = [a for a in self.advice if a.enough]
         if enough:
             return f"{line}; {' or '.join(f'{a.key}: {a.value}' for a in enough[:3])} would do"
         if self.advice:
-            return f"{line}; lower {', '.join(f'{a.key} (to {a.value}: -{_gb(a.gain)} GB)' for a in self.advice[:3])}"
+            return f"{line}; lower {', '.join(f'{a.key} (to {a.value}: -{gb(a.gain)} GB)' for a in self.advice[:3])}"
         return f"{line}; a smaller model, or a larger card, is needed"
 
     def require(self) -> Plan:
         """Itself when it fits; else DoesNotFit with what to lower."""
         if self.fits:
             return self
-        needs, there = _gb(self.needs), _gb(self.budget)
+        needs, there = gb(self.needs), gb(self.budget)
         what = f"{self.model} with method: {self.method} needs {needs} GB, {there} GB are there ({self.device.name})"
         card = smallest_that_holds(self.needs)
         fix = [str(a) for a in self.advice[:4]] + ([f"or a card such as {card.name}"] if card else [])
@@ -213,26 +235,31 @@ class Plan:
         """Bars for each component against the device, the three methods side by side, what to lower, and one line of verdict."""
         from rich.console import Console
 
-        _print(self, console or Console())
+        print_plan(self, console or Console())
 
 
 def make_plan(
-    config: RunConfig, spec: Spec, *, lengths: np.ndarray | None = None, device: Device, measured: Measured | None = None
-) -> Plan:
+    config: RunConfig, spec: Spec, *, lengths: np.ndarray | None = None, device: Device, measured: Measured | None = None,
+    half_blocks: bool = False,
+) -> Plan:  # fmt: skip
     """The plan of a run. `lengths` are the training rows' tokens [rows], None when they are not known yet.
 
     What `memory` leaves to `auto` is chosen here: of all that fits the budget the fastest, and of the nearly fastest the leanest.
-    Does not raise when nothing fits (see `Plan.require`). ModelError when `memory.dtype` is bf16 on a card without it.
+    Does not raise when nothing fits (see `Plan.require`). ModelError names what `memory` asks for and the card or the path lacks.
+    `half_blocks`: also where they would be no faster, on a CPU (for tests).
     """
-    job = _Job.of(config, spec, lengths, device, measured)
+    job = _Job.of(config, spec, lengths, device, measured, half_blocks)
+    job.refuse(config)
     budget = config.memory.budget_gb if config.memory.budget_gb != "auto" else device.free * SPARED[device.kind] / GIB
     best = job.best(budget)
     choices = tuple(replace(job, method=m).best(budget).choice(budget) for m in METHODS)
     return Plan(
-        model=config.model, method=job.method, device=device, dtype=job.dtype, activations=best.policy,
+        model=config.model, method=job.method, device=device, dtype=job.dtype, activations=best.activations,
+        layers=best.layers, path="composed" if job.composed_because else "half-blocks", path_why=job.composed_because,
+        compute="fp8" if job.fp8 else job.dtype, weight_cache=job.cache_of_weights if best.cached else 0,
         micro_batch_tokens=best.tokens, longest=job.rows.longest, steps=job.steps, tokens=round(job.trained_tokens),
-        budget=float(budget), least=job.leanest.needs, minutes=best.minutes, measured=measured.where if measured else "",
-        components=(*best.components, *job.host(), *job.disk()), choices=choices,
+        budget=float(budget), least=job.least, minutes=best.minutes, measured=measured.where if measured else "",
+        components=(*best.components, *job.host(best), *job.disk()), choices=choices,
         advice=tuple(_advice(job, best, budget)), notes=tuple(_notes(job, config)),
     )  # fmt: skip
 
@@ -311,12 +338,20 @@ class _Job:
     held_out: float  # rows
     keep: int
     keep_best: bool
-    policies: tuple[Policy, ...]
+    levels: tuple[Level, ...]  # open to the choice
+    offloads: tuple[bool, ...]
     tokens: int | None  # memory.micro_batch_tokens; None: chosen here
+    fp8: bool
+    optimizer: str
+    refused: str  # why no half-blocks run here whatever the adapter; empty: they may
     measured: Measured | None
+    mix: tuple[Layers, ...] = ()  # the layers as they were chosen, for what one knob would change
 
     @classmethod
-    def of(cls, config: RunConfig, spec: Spec, lengths: np.ndarray | None, device: Device, measured: Measured | None) -> _Job:
+    def of(
+        cls, config: RunConfig, spec: Spec, lengths: np.ndarray | None, device: Device, measured: Measured | None,
+        half_blocks: bool = False,
+    ) -> _Job:  # fmt: skip
         memory, train, evaluation = config.memory, config.train, config.eval
         dtype = memory.dtype if memory.dtype != "auto" else "fp32" if device.kind != "cuda" else "bf16" if device.bf16 else "fp16"
         if dtype == "bf16" and device.kind == "cuda" and not device.bf16:
@@ -334,9 +369,48 @@ class _Job:
             steps=steps, epochs=epochs, held_out=asked,
             evaluations=EVALUATIONS if every == "auto" else 1 + math.ceil(steps / every), keep=config.checkpoint.keep,
             keep_best=evaluation.keep_best,
-            policies=POLICIES if memory.activations == "auto" else (memory.activations,),
-            tokens=None if memory.micro_batch_tokens == "auto" else memory.micro_batch_tokens, measured=measured,
+            levels=LEVELS if memory.activations == "auto" else (memory.activations,),
+            offloads=((False, True) if device.link else (False,)) if memory.offload == "auto" else (memory.offload,),
+            tokens=None if memory.micro_batch_tokens == "auto" else memory.micro_batch_tokens, fp8=memory.compute == "fp8",
+            optimizer=train.optimizer, measured=measured,
+            refused=half_blocks_refusal(spec) or ("" if half_blocks else _no_half_blocks(device, dtype, memory.kernels)),
         )  # fmt: skip
+
+    def refuse(self, config: RunConfig) -> None:
+        """ModelError for what was asked of the half-blocks and cannot be had."""
+        why, memory = self.composed_because, config.memory
+        if self.fp8 and not self.device.fp8:
+            fix = "FP8 products need an Ada, Hopper or Blackwell GPU: set memory.compute: auto"
+            raise ModelError(f"memory.compute: fp8 does not run on {self.device.name}", fix)
+        asked = {"compute": "fp8" if self.fp8 else "", "offload": "true" if memory.offload is True else ""}
+        asked["activations"] = memory.activations if memory.activations in ("int8", "recompute", "attention") else ""
+        for key, value in asked.items():
+            if value and why:
+                fix = f"set memory.{key}: {'auto, keep or checkpoint' if key == 'activations' else 'auto'}"
+                raise ModelError(f"memory.{key}: {value} needs the half-blocks, which do not run here: {why}", fix)
+        if self.optimizer != "adamw" and self.device.kind != "cuda":
+            raise ModelError(f"train.optimizer: {self.optimizer} does not run on {self.device.name}", "set train.optimizer: adamw")
+
+    @cached_property
+    def composed_because(self) -> str:
+        """Why the layers run composed, and not as half-blocks; empty when they do."""
+        if self.method == "full":
+            return "every weight is trained"
+        lora, last = self.lora, [*linear_shapes(self.spec), *norm_shapes(self.spec)]
+        inside = [f"model.layers.{i}.{name}" for i in range(self.spec.layers) for name in last] if lora.modules_to_save else []
+        reasons = {
+            f"lora.variant is {lora.variant}": lora.variant == "dora",
+            "lora.dropout is on": lora.dropout > 0,
+            "lora.modules_to_save names a module inside the layers": any(
+                _matches(e, f) for e in lora.modules_to_save for f in inside
+            ),
+        }
+        return self.refused or next((why for why, there in reasons.items() if there), "")
+
+    @property
+    def policies(self) -> tuple[Policy, ...]:
+        """Of the composed path, which has no level in between."""
+        return tuple(p for p in POLICIES if p in {level if level == "keep" else "checkpoint" for level in self.levels})
 
     # -- sizes --
 
@@ -416,7 +490,17 @@ class _Job:
             n = count.total
             yield Component("masters", n * MASTER, "device", "a float32 master of every weight: a 16-bit one loses small updates")
         yield Component("gradients", n * GRADIENT, "device", "float32, so that micro-batches add up without rounding")
-        yield Component("optimiser", n * MOMENTS, "device", "AdamW's two averages in float32")
+        words = "in float32" if self.optimizer == "adamw" else "in 8 bits, with a scale for 256"
+        paged = self.optimizer.startswith("paged")
+        where = f"AdamW's two averages {words}{', which the driver moves off a full device' if paged else ''}"
+        yield Component("optimiser", round(n * MOMENTS[self.optimizer]), "host" if paged else "device", where)
+        if not self.composed_because and self.method == "lora":
+            yield Component(
+                "room for adapters",
+                self.spec.layers * self.shape.room,
+                "device",
+                "around the weights, so that one product serves both",
+            )
 
     def working(self, policy: Policy, tokens: int) -> Iterator[Component]:
         """What depends on `tokens`, those that go through at once."""
@@ -438,7 +522,7 @@ class _Job:
         cache, count = self.cache_bytes(), min(self.samples, DECODE_BATCH)
         beyond = max(0, cache - round(activations + transient))
         if self.samples:
-            why = f"{_gb(cache / GIB, 2)} GB to answer {count} prompts" + (
+            why = f"{gb(cache / GIB, 2)} GB to answer {count} prompts" + (
                 "" if beyond else ", less than training's activations leave again"
             )
             yield Component("sample answers", beyond, "device", why)
@@ -486,7 +570,9 @@ class _Job:
             3 * s.hidden + 4 * s.dim
         ) * self.width * bool(count)
 
-    def host(self) -> Iterator[Component]:
+    def host(self, way: _Way) -> Iterator[Component]:
+        if size := self._pinned(way.layers, way.tokens):
+            yield Component("offloaded", size, "host", "pinned: what waits there for the backward")
         if base := HOST[self.device.kind]:
             largest = max(self.largest, self.spec.vocab * self.spec.dim) * 4
             yield Component("process", base, "host", "Python, torch and CUDA's host side")
@@ -496,7 +582,12 @@ class _Job:
         count = parameters(self.spec)
         n = count.total if self.method == "full" else self.adapter_parameters
         whole = count.total * 2
-        yield Component("checkpoints", (self.keep + 1) * n * (MASTER + MOMENTS), "disk", f"{self.keep} kept and one being written")
+        yield Component(
+            "checkpoints",
+            round((self.keep + 1) * n * (MASTER + MOMENTS[self.optimizer])),
+            "disk",
+            f"{self.keep} kept and one being written",
+        )
         if self.keep_best and self.held_out:
             yield Component("best weights", (self.keep + 1) * n * MASTER, "disk", "float32, at most one beside each checkpoint")
         if self.method == "full":
@@ -512,25 +603,31 @@ class _Job:
         return self.epochs * self.rows.total
 
     def seconds(self, policy: Policy, tokens: int) -> float:
-        """Of the whole run: training, held-out losses and sample answers."""
+        """Of the whole run on the composed path."""
         passes = 3 if policy == "checkpoint" else 2  # forward, backward, and the forward again
         step = self.batch_size * self.rows.mean
         parts = max(1.0, step / tokens)  # micro-batches a step, on average
         training = self._compute(self.trained_tokens, self.flops(policy)) + self.steps * parts * self._weights(passes)
         training = max(training, self.steps * parts * self.spec.layers * passes * LAYER_SECONDS[self.device.kind])
-        held = self.evaluations * (self._compute(self.held_out * self.rows.mean, self.flops("forward")) + self._weights(1))
+        return training + self._beside
+
+    @cached_property
+    def _beside(self) -> float:
+        """Seconds of held-out losses and sample answers."""
+        work = self.held_out * self.rows.mean, self.flops("forward")
+        seconds = self._compute(*work) + self._weights(1) if self.composed_because else work[0] * work[1] / self._half_rate
+        held = self.evaluations * seconds
         stored = sum(c.bytes for c in self.fixed() if c.name in ("linear weights", "embedding, head, norms"))
         token = max(
             self._weights(1) + stored / (self.device.bandwidth * 1e9 * BANDWIDTH_SHARE),
             self.spec.layers * LAYER_SECONDS[self.device.kind],
         )
-        return training + held + self.evaluations * token * self.sample_tokens * bool(self.samples)
+        return held + self.evaluations * token * self.sample_tokens * bool(self.samples)
 
     def flops(self, phase: str) -> float:
         """A token's: 2 a weight forward, 2 more for the gradient of x, 2 more for a weight's own, 2 to recompute; and attention."""
         s, count = self.spec, parameters(self.spec)
-        seen = min(self.rows.squares / 2, s.window or math.inf) if not s.sliding else self._seen()
-        attention = 4 * s.layers * s.heads * s.head_dim * seen
+        attention = 4 * s.layers * s.heads * s.head_dim * self.seen
         head = s.vocab * s.dim
         if phase == "forward":
             return 2 * count.linear + 2 * head + attention
@@ -538,8 +635,12 @@ class _Job:
         again = phase == "checkpoint"
         return (passes + 2 * again) * count.linear + passes * head + (3.5 + again) * attention + 6 * self.adapter_parameters
 
-    def _seen(self) -> float:
+    @property
+    def seen(self) -> float:
+        """Keys that a query meets, on average over tokens and layers."""
         s = self.spec
+        if not s.sliding:
+            return min(self.rows.squares / 2, s.window or math.inf)
         return (
             sum(min(self.rows.squares / 2, s.window) if s.slides(i) else self.rows.squares / 2 for i in range(s.layers)) / s.layers
         )
@@ -557,23 +658,159 @@ class _Job:
         traffic = DECODE_TRAFFIC * parameters(self.spec).linear * passes if self.method == "qlora" else 0
         return traffic / (self.device.bandwidth * 1e9 * BANDWIDTH_SHARE)
 
+    # -- the layers as half-blocks: `low` layers at the bottom, `high` ones on them; n_high may be an array --
+
+    @cached_property
+    def shape(self) -> Shape:
+        ranks = {name.rpartition(".")[2]: rank for name, rank in self.adapted.items()}
+        return Shape(self.spec, ranks, self.width, "nf4" if self.method == "qlora" else "dense", self.fp8)
+
+    @property
+    def cache_of_weights(self) -> int:
+        """Bytes of all layers' decoded weights."""
+        return self.spec.layers * sum(self.shape.matrices.values())
+
+    def sizes(self, low: Layers, high: Layers, n_high, tokens: int, cached: bool) -> tuple[Any, Any, Any, Any]:
+        """Bytes: kept on the device, what comes and goes beside it at the fullest instant, sample answers beyond both, overhead.
+
+        The backward begins at the top: what the `high` layers keep is gone when the `low` ones, whose backward takes more, begin.
+        Of what is offloaded two layers' sets are on the device (the next is fetched while one is used), in the forward three (two
+        leave while the next is made).
+        """
+        shape, n_low = self.shape, self.spec.layers - n_high
+        sets = [part.offload * shape.kept(part.level) * tokens for part in (low, high)]
+        stay = [(not part.offload) * shape.kept(part.level) * tokens for part in (low, high)]
+        resident = n_low * stay[0] + n_high * stay[1]
+        back = [shape.backward(part.level, tokens, part.tile, cached) for part in (low, high)]
+        ahead = [
+            3 * set_bytes + shape.forward(part.level, tokens, part.tile, cached) if part.offload else 0
+            for part, set_bytes in zip((low, high), sets, strict=True)
+        ]
+        top = resident + np.maximum(back[1] + max(2 * sets[1], sets[0] + sets[1]), ahead[1])
+        bottom = n_low * stay[0] + max(back[0] + 2 * sets[0], ahead[0])
+        peak = resident + self._loss(tokens, low.tile, cached) + 2 * max(sets)
+        peak = np.maximum(peak, np.where(n_high > 0, top, 0))
+        peak = np.maximum(peak, np.where(n_low > 0, bottom, 0))
+        kept_bytes = resident + tokens * (self.spec.head_dim * self.width + 40)  # rope tables, ids, rows, labels
+        transient = peak - resident
+        answers = self.cache_bytes() + bool(self.samples) * self._decode_scratch
+        beyond = np.maximum(0, answers - kept_bytes - transient)
+        share = HALF_FRAGMENTS[0] * kept_bytes + HALF_FRAGMENTS[1] * (transient + beyond)
+        return kept_bytes, transient, beyond, np.rint(share) + CONTEXT[self.device.kind] + WORKSPACES
+
+    def _loss(self, tokens: int, tile: int, cached: bool) -> float:
+        if not self._head_trains:
+            return self.shape.loss(tokens, tile, cached)
+        return self.shape.loss(tokens, tile, cached) + 4 * self.spec.vocab * self.spec.dim + LOGIT_BYTES * LOGIT_COPIES
+
+    @property
+    def _decode_scratch(self) -> int:
+        """Sample answers go through the composed path, which decodes a weight at a time in plain PyTorch."""
+        least = self.largest * self.width + DECODE_SCRATCH * min(self.largest, DECODE_CHUNK[self.device.kind])
+        return least if self.method == "qlora" else 0
+
+    def _pinned(self, layers: tuple[Layers, ...], tokens: int) -> int:
+        return sum(part.count * pinned(self.shape, part.level, tokens) for part in layers if part.offload)
+
+    @property
+    def pinnable(self) -> float:
+        """Bytes of main memory that may be pinned; of a machine that is not here, as much as the card has."""
+        return HOST_SHARE * (self.device.host or 2 * self.device.total)
+
+    def half_seconds(self, low: Layers, high: Layers, n_high, tokens: int, cached: bool) -> Any:
+        """Of the whole run: all arithmetic at one rate, the link where it is slower, launches under small batches."""
+        s, shape, n_low = self.spec, self.shape, self.spec.layers - n_high
+        linear, head, gain = parameters(s).linear, s.vocab * s.dim, FP8_GAIN if self.fp8 else 1.0
+        attention = 4 * s.heads * s.head_dim * self.seen  # a layer's forward
+        forward = 2 * linear / gain + 2 * head + s.layers * attention
+        backward = 2 * linear / gain + 2 * head + 2.5 * s.layers * attention + 6 * self.adapter_parameters
+        again = [shape.again(part.level, attention) for part in (low, high)]
+        backward = backward + sum(
+            n * (product / gain + attend) for n, (product, attend) in zip((n_low, n_high), again, strict=True)
+        )
+        moved = sum(n * part.offload * shape.kept(part.level) for n, part in ((n_low, low), (n_high, high)))
+        moved = moved / (self.device.link * 1e9) if self.device.link else 0.0
+        token = np.maximum(forward / self._half_rate, moved) + np.maximum(backward / self._half_rate, moved)
+        token = (token + 2 * UNHIDDEN * moved) * np.where(moved > 0, OFFLOAD_TAX, 1.0) * (TILE_TAX if tokens > low.tile else 1.0)
+        parts = self.steps * max(1.0, self.batch_size * self.rows.mean / tokens)  # micro-batches
+        decoded = 0.0
+        if self.fp8 or (self.method == "qlora" and not cached):
+            decoded = (n_low * shape.decodes(low.level) + n_high * shape.decodes(high.level)) * self._decode_second
+        launched = HALF_LAYER_SECONDS * (2 * s.layers + n_low * bool(again[0][0]) + n_high * bool(again[1][0]))
+        return np.maximum(self.trained_tokens * token + parts * decoded, parts * launched) + self._beside
+
+    @property
+    def _decode_second(self) -> float:
+        return DECODE_BYTES["fp8" if self.fp8 else "bf16"] / (self.device.bandwidth * 1e9 * BANDWIDTH_SHARE)
+
+    @property
+    def _half_rate(self) -> float:
+        return self.device.tflops * 1e12 * (self.measured.efficiency if self.measured else HALF_EFFICIENCY)
+
     # -- choice --
 
-    def candidates(self) -> list[_Way]:
-        """All that `memory` leaves open. A row is never cut: fewer tokens at once than the longest row has are not possible."""
+    def _token_sizes(self) -> list[int]:
+        """A row is never cut: fewer tokens at once than the longest row has are not possible."""
         longest = self.rows.longest
         if self.tokens is not None:
-            sizes = [max(longest, self.tokens)]
-        else:
-            top = max(longest, min(MICRO_CAP[self.device.kind], self.batch_size * longest))
-            sizes = [longest, *(1 << k for k in range(6, 18) if longest < 1 << k <= top)]
-        return [_Way(self, policy, size) for policy in self.policies for size in sizes]
+            return [max(longest, self.tokens)]
+        top = max(longest, min(MICRO_CAP[self.device.kind], self.batch_size * longest))
+        return [longest, *(1 << k for k in range(6, 18) if longest < 1 << k <= top)]
+
+    def candidates(self) -> list[_Way]:
+        """All that `memory` leaves open on the composed path."""
+        layers = self.spec.layers
+        return [_Way(self, (Layers(layers, policy),), size) for policy in self.policies for size in self._token_sizes()]
+
+    @cached_property
+    def table(self) -> tuple[list[tuple[Layers, Layers, int, bool]], np.ndarray, np.ndarray]:
+        """All that is open to half-blocks: (low, high, tokens, cached) for each row, and GiB and minutes with 0 .. layers `high`
+        ones; infinite where main memory cannot hold what is offloaded. No plan has more than two kinds of layers."""
+        kinds = [(level, off) for off in self.offloads for level in self.levels]
+        pairs = [(low, high) for low in kinds for high in kinds if low == high or _richer(high, low)]
+        counts = np.arange(self.spec.layers + 1)
+        if self.mix:
+            below, above = self.mix[0], self.mix[-1]
+            pairs = [((below.level, below.offload), (above.level, above.offload))]
+            counts = np.array([above.count if len(self.mix) > 1 else 0])
+        caches = (False, True) if self.method == "qlora" and not self.fp8 and self.device.kind == "cuda" else (False,)
+        fixed = sum(c.bytes for c in self.fixed() if c.where == "device")
+        rows, needs, minutes = [], [], []
+        for tokens in self._token_sizes():
+            for tile in TILES if tokens > min(TILES) else (WHOLE,):
+                for below, above in pairs:
+                    low, high = Layers(0, *below, tile), Layers(0, *above, tile)
+                    n_high = counts if below != above or self.mix else counts[:1]
+                    pin = [part.offload * pinned(self.shape, part.level, tokens) for part in (low, high)]
+                    over = (self.spec.layers - n_high) * pin[0] + n_high * pin[1] > self.pinnable
+                    for cached in caches:
+                        size = sum(self.sizes(low, high, n_high, tokens, cached)) + fixed + cached * self.cache_of_weights
+                        time = self.half_seconds(low, high, n_high, tokens, cached) / 60
+                        pad = (0, len(counts) - len(n_high))
+                        rows.append((low, high, tokens, cached))
+                        needs.append(np.pad(np.where(over, np.inf, size / GIB), pad, constant_values=np.inf))
+                        minutes.append(np.pad(np.broadcast_to(time, n_high.shape), pad, constant_values=np.inf))
+        return rows, np.array(needs), np.array(minutes)
+
+    def _way(self, at: int) -> _Way:
+        rows, needs, _ = self.table
+        row, n = divmod(int(at), needs.shape[1])
+        low, high, tokens, cached = rows[row]
+        n_high = n if not self.mix else self.mix[1].count if len(self.mix) > 1 else 0
+        parts = (replace(low, count=self.spec.layers - n_high), replace(high, count=n_high))
+        return _Way(self, tuple(part for part in parts if part.count), tokens, cached)
 
     def best(self, budget: float) -> _Way:
-        """Of those that fit the fastest; of those within SLACK of it the leanest. When none fits, the leanest of all.
+        """Of those that fit the fastest; of near ties the leanest. When none fits, the leanest of all.
 
         More budget never makes the choice slower: what is added takes more memory, so it is taken only where it is faster.
+        Composed: the leanest within SLACK of the fastest. Half-blocks, whose sizes are many: the least time x (1 + WORTH a GiB).
         """
+        if not self.composed_because:
+            _, needs, minutes = self.table
+            if not (needs <= budget).any():
+                return self.leanest
+            return self._way(np.where(needs <= budget, minutes * (1 + WORTH * np.minimum(needs, 1e6)), np.inf).argmin())
         ways = self.candidates()
         fitting = [way for way in ways if way.needs <= budget]
         if not fitting:
@@ -583,31 +820,81 @@ class _Job:
 
     @cached_property
     def leanest(self) -> _Way:
+        """With one kind of layers: what is said of a run that does not fit."""
+        if not self.composed_because:
+            needs = self.table[1] if self.mix else self.table[1][:, :1]
+            return self._way(needs.argmin() * self.table[1].shape[1])
         return min(self.candidates(), key=lambda way: way.needs)
+
+    @property
+    def least(self) -> float:
+        return self.leanest.needs if self.composed_because else float(self.table[1].min())
 
 
 @dataclass(frozen=True)
 class _Way:
-    """A job with its policy and micro-batch chosen."""
+    """A job with the policy of its layers and its micro-batch chosen. `cached`: decoded weights are kept."""
 
     job: _Job
-    policy: Policy
+    layers: tuple[Layers, ...]  # from the bottom
     tokens: int
+    cached: bool = False
+
+    @property
+    def activations(self) -> str:
+        return describe(self.layers)
 
     @cached_property
     def components(self) -> tuple[Component, ...]:
-        return (*self.job.fixed(), *self.job.working(self.policy, self.tokens))
+        job = self.job
+        return (*job.fixed(), *(job.working(self.layers[0].level, self.tokens) if job.composed_because else self._half_blocks()))
+
+    def _half_blocks(self) -> Iterator[Component]:
+        job, low, high = self.job, self.layers[0], self.layers[-1]
+        n_high = high.count if len(self.layers) > 1 else 0
+        kept_bytes, transient, beyond, overhead = (round(float(x)) for x in job.sizes(low, high, n_high, self.tokens, self.cached))
+        each = ", ".join(f"{job.shape.kept(p.level):,} bytes a token and layer for {p.level}" for p in reversed(self.layers))
+        waits = " (waits in main memory where it is offloaded)" if low.offload or high.offload else ""
+        yield Component("activations", kept_bytes, "device", f"{self.tokens:,} tokens at once; {each}{waits}")
+        tiled = f", the MLP in tiles of {low.tile:,}" if self.tokens > low.tile else ""
+        yield Component(
+            "largest transient", transient, "device", f"a layer's backward and a dense weight, or a chunk of logits{tiled}"
+        )
+        if self.cached:
+            yield Component("decoded weights", job.cache_of_weights, "device", "kept while there is room: nothing is decoded again")
+        if job.samples:
+            count = min(job.samples, DECODE_BATCH)
+            yield Component("sample answers", beyond, "device", f"to answer {count} prompts, beyond what training leaves again")
+        yield Component("context, allocator", overhead, "device", "CUDA's context, cuBLAS's workspaces, fragments")
 
     @cached_property
     def needs(self) -> float:
-        return sum(c.bytes for c in self.components) / GIB
+        return sum(c.bytes for c in self.components if c.where == "device") / GIB
 
     @cached_property
     def minutes(self) -> float:
-        return self.job.seconds(self.policy, self.tokens) / 60
+        job, low, high = self.job, self.layers[0], self.layers[-1]
+        if job.composed_because:
+            return job.seconds(low.level, self.tokens) / 60
+        return float(job.half_seconds(low, high, high.count if len(self.layers) > 1 else 0, self.tokens, self.cached)) / 60
 
     def choice(self, budget: float) -> Choice:
-        return Choice(self.job.method, self.policy, self.tokens, self.needs, self.minutes, self.needs <= budget)
+        return Choice(self.job.method, self.activations, self.tokens, self.needs, self.minutes, self.needs <= budget)
+
+
+def _richer(a: tuple[Level, bool], b: tuple[Level, bool]) -> bool:
+    """Whether layers of kind `a` may lie on layers of kind `b`: they keep more, or as much where `b` is offloaded."""
+    size = ("checkpoint", "attention", "recompute", "int8", "keep").index
+    return (size(a[0]), b[1]) > (size(b[0]), a[1]) and a[1] <= b[1]
+
+
+def _no_half_blocks(device: Device, dtype: str, kernels: str) -> str:
+    """Why this device is better served by the composed path; empty when it is not."""
+    if device.kind != "cuda":
+        return "they are for NVIDIA GPUs"
+    if not device.bf16:
+        return f"{device.name} is older than Ampere"
+    return "memory.dtype is fp32" if dtype == "fp32" else "memory.kernels is reference" if kernels == "reference" else ""
 
 
 def nf4_bytes(weights: int) -> int:
@@ -641,7 +928,7 @@ def _advice(job: _Job, best: _Way, budget: float) -> Iterator[Advice]:
         return
     found = []
     for key, value, changed, note in _knobs(job, best):
-        needs = min(way.needs for way in changed.candidates())
+        needs = changed.leanest.needs
         if best.needs - needs > 0.01 * best.needs:
             found.append(Advice(key, value, best.needs - needs, needs <= budget < best.needs, note))
     yield from sorted(found, key=lambda a: (not a.enough, -a.gain))
@@ -649,15 +936,23 @@ def _advice(job: _Job, best: _Way, budget: float) -> Iterator[Advice]:
 
 def _knobs(job: _Job, best: _Way) -> Iterator[tuple[str, str, _Job, str]]:
     """(key, value, the job with it, what it costs). Knobs of `memory` stay where the plan has put them."""
-    here = replace(job, policies=(best.policy,), tokens=best.tokens)
+    top = best.layers[-1]
+    if len(best.layers) > 1:
+        here = replace(job, mix=best.layers, tokens=best.tokens)
+    else:
+        here = replace(job, levels=(top.level,), tokens=best.tokens)
+        here = here if job.composed_because else replace(here, offloads=(top.offload,))
     for method, note in (("lora", "trains an adapter, not every weight"), ("qlora", "4-bit base, some slower")):
         if METHODS.index(method) < METHODS.index(job.method):
             yield "method", method, replace(here, method=method), note
-    if best.policy == "keep":
-        yield "memory.activations", "checkpoint", replace(here, policies=("checkpoint",)), "about a third more time"
+    lean = replace(here, levels=("checkpoint",), mix=())
+    if any(part.level != "checkpoint" for part in best.layers):
+        yield "memory.activations", "checkpoint", lean, "about a third more time"
+    if not job.composed_because and job.device.link and True not in job.offloads:
+        yield "memory.offload", "true", replace(here, offloads=(True,), mix=()), "as fast where the link keeps up"
     longest = job.rows.longest
-    if len(job.policies) == 1 and job.tokens is not None and best.policy == "keep" and best.tokens > longest:
-        lean = replace(here, policies=POLICIES, tokens=longest)
+    if len(job.levels) == 1 and job.tokens is not None and top.level == "keep" and best.tokens > longest:
+        lean = replace(here, levels=LEVELS, offloads=job.offloads, mix=(), tokens=longest)
         yield "memory.activations and memory.micro_batch_tokens", "auto", lean, "same result, some slower"
     if best.tokens > longest:
         yield "memory.micro_batch_tokens", str(longest), replace(here, tokens=longest), "same result, some slower"
@@ -706,97 +1001,10 @@ def _notes(job: _Job, config: RunConfig) -> Iterator[str]:
     if job.device.kind == "mps":
         yield "Apple GPUs run the reference operations; nobody has tested them"
     if job.method == "full":
-        ours = parameters(s).total * ((job.width if job.width == 2 else 0) + MASTER + GRADIENT + MOMENTS)
+        ours = parameters(s).total * ((job.width if job.width == 2 else 0) + MASTER + GRADIENT + MOMENTS[job.optimizer])
         usual = usual_full_bytes(s) / GIB
-        yield f"full holds {_gb(ours / GIB)} GB before activations; the usual mixed-precision recipe {_gb(usual)} GB"
+        yield f"full holds {gb(ours / GIB)} GB before activations; the usual mixed-precision recipe {gb(usual)} GB"
     if job.method != "full" and config.lora.continue_from != "none":
         yield "the adapter in lora.continue_from decides rank and targets; the defaults are counted here"
     if s.attention_softcap is not None:
         yield "attention scores are written out (softcap): no fused kernel serves this model"
-
-
-# ---- printing ------------------------------------------------------------------------------------------------------------------
-
-COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "bright_blue", "bright_cyan", "white")
-BAR = 30
-
-
-def _print(plan: Plan, console: Console) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-    from rich.text import Text
-
-    device = [c for c in plan.components if c.where == "device" and c.bytes]
-    scale = BAR / max(plan.needs, plan.budget)
-    console.print(f"[bold]{escape(plan.model)}[/bold], {plan.method}, {plan.dtype} on {escape(str(plan.device))}")
-    console.print(
-        f"{plan.steps:,} steps, {plan.tokens:,} tokens; at most {plan.micro_batch_tokens:,} tokens at once, "
-        f"activations: {plan.activations}\n"
-    )
-    console.print("[dim]memory in GB[/dim]")
-    bars = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
-    bars.add_column(no_wrap=True)
-    bars.add_column(justify="right", no_wrap=True)
-    bars.add_column(no_wrap=True, width=BAR)
-    roomy = console.width >= 110  # on a narrow terminal the reasons would wrap under the bars
-    if roomy:
-        bars.add_column(style="dim")
-    start = 0.0
-    for component, colour in zip(device, COLOURS * 2, strict=False):
-        size = component.bytes / GIB
-        bars.add_row(
-            component.name, _gb(size, 2), Text(_bar(start * scale, (start + size) * scale), style=colour), *[component.why][:roomy]
-        )
-        start += size
-    edge = Text(
-        "".join("│" if i == min(BAR - 1, round(plan.budget * scale) - 1) else "█" if i < start * scale else "·" for i in range(BAR))
-    )
-    bars.add_row(
-        "[bold]in all[/bold]", f"[bold]{_gb(plan.needs, 2)}[/bold]", edge, *[f"of {_gb(plan.budget)} GB the run may use"][:roomy]
-    )
-    console.print(bars)
-    beside = [f"{where} {_gb(size, 2)} GB" for where, size in (("main memory", plan.host), ("disk", plan.disk)) if size]
-    console.print(f"[dim]beside it: {', '.join(beside)}[/dim]\n")
-    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
-    for name in ("method", "needs", "time", "tokens at once", "activations", ""):
-        table.add_column(name, justify="right" if name in ("needs", "time", "tokens at once") else "left", no_wrap=True)
-    for c in plan.choices:
-        fits = "[green]fits[/green]" if c.fits else "[red]does not fit[/red]"
-        style = "bold" if c.method == plan.method else ""
-        table.add_row(c.method, f"{_gb(c.needs)} GB", _duration(c.minutes).removeprefix("about ") if c.fits else "-",
-                      f"{c.micro_batch_tokens:,}", c.activations, fits, style=style)  # fmt: skip
-    console.print(table)
-    console.print()
-    if not plan.fits or plan.needs > 0.9 * plan.budget:
-        for a in plan.advice[:6]:
-            console.print(f"  lower {escape(str(a))}")
-    for note in plan.notes:
-        console.print(f"[dim]note: {escape(note)}[/dim]")
-    why = (
-        f"measured on {escape(plan.measured)}"
-        if plan.measured
-        else "uncalibrated: memory is counted from config.json, without the weights; time may be off by a factor of two"
-    )
-    console.print(f"[dim]note: {why}[/dim]")
-    console.print(f"[bold {'green' if plan.fits else 'red'}]{escape(plan.verdict)}[/]", highlight=False)
-
-
-def _bar(start: float, end: float) -> str:
-    """A bar from `start` to `end` in cells of eighths; the least there is still shows."""
-    first, eighths = int(start), " ▏▎▍▌▋▊▉█"
-    full, rest = divmod(max(end - first, 0.13), 1)
-    return (" " * first + "█" * int(full) + eighths[int(rest * 8)])[:BAR].rstrip() if first < BAR else " " * (BAR - 1) + "▏"
-
-
-def _gb(gib: float, digits: int = 1) -> str:
-    if 0 < gib < 0.5 * 10**-digits:
-        return f"<{10**-digits:g}"
-    return f"{gib:.{digits}f}".removesuffix("." + "0" * digits)
-
-
-def _duration(minutes: float) -> str:
-    if minutes < 1:
-        return "under a minute"
-    if minutes < 90:
-        return f"about {minutes:.0f} min"
-    return f"about {minutes / 60:.1f} h" if minutes < 48 * 60 else f"about {minutes / 1440:.0f} days"

@@ -66,6 +66,7 @@ class Spec:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     tied: bool = False  # the vocabulary projection is the embedding
+    foreign: bool = False  # sizes alone, of a model that runs through transformers
 
     def slides(self, layer: int) -> bool:
         """Whether this layer sees only `window` tokens back."""
@@ -164,7 +165,7 @@ def plan_spec(folder: str | Path) -> Spec:
     return Spec(
         vocab=config["vocab_size"], dim=dim, hidden=found["hidden"] or 4 * dim, layers=found["layers"], heads=heads,
         kv_heads=kv_heads, head_dim=config.get("head_dim") or dim // heads, context=found["context"] or 2048, norm_eps=1e-5,
-        tied=bool(config.get("tie_word_embeddings", True)),
+        tied=bool(config.get("tie_word_embeddings", True)), foreign=True,
     )  # fmt: skip
 
 
@@ -247,6 +248,7 @@ def linear_shapes(spec: Spec) -> dict[str, tuple[int, int]]:
 def half_blocks_refusal(spec: Spec) -> str:
     """Why a decoder of this Spec cannot run as half-blocks (ops/half_blocks.py); empty when it can."""
     reasons = {
+        "it runs through transformers": spec.foreign,
         "norms around each branch": spec.sandwich,
         "norms of 1 + weight": spec.unit_offset,
         f"the activation {spec.activation}": spec.activation != "silu",

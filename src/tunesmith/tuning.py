@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import json
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -28,15 +30,19 @@ from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.render import Renderer, build_renderer
 from tunesmith.data.report import print_one_row
 from tunesmith.devices import local_device
-from tunesmith.errors import AdapterError, DataError, DoesNotFit, Interrupted, RunError, TrainingFailed, TunesmithError
+from tunesmith.errors import AdapterError, DataError, DoesNotFit, Interrupted, ModelError, RunError, TrainingFailed, TunesmithError
 from tunesmith.evaluate import heldout, report
 from tunesmith.evaluate.heldout import Losses
 from tunesmith.evaluate.statistics import FEW_ROWS, paired_bootstrap
 from tunesmith.files import remove_folder, sha256, verify, write_atomic
 from tunesmith.generate import context
 from tunesmith.hub import ResolvedModel, resolve_model
+from tunesmith.models.fast import FastLayers, refusal
 from tunesmith.models.place import Place, make_deterministic, place
+from tunesmith.ops import backend, fp8
+from tunesmith.ops.half_blocks import Policy
 from tunesmith.plan import Plan, make_plan
+from tunesmith.plan_layers import WHOLE, Layers
 from tunesmith.run import Run, base_fingerprint
 from tunesmith.spec import plan_spec
 from tunesmith.tokenizer import Tokenizer
@@ -104,8 +110,9 @@ def _open(config: RunConfig, run: Run, *, resume: bool, console: Console) -> _Se
     renderer = make_renderer()
     _line(console, "model", f"{base.name}, {config.method} on {where.describe()}")
     _line(console, "", renderer.describe(), style="dim")
-    if where.note:
-        _line(console, "", where.note, style="yellow")
+    for note in (where.note, use_kernels(config.memory.kernels, where)):
+        if note:
+            _line(console, "", note, style="yellow")
     prepared = prepare(config.data, make_renderer, renderer=renderer, seed=config.seed, progress=console, model=base.path)
     if not prepared.epoch_size:
         raise DataError(
@@ -120,29 +127,67 @@ def _open(config: RunConfig, run: Run, *, resume: bool, console: Console) -> _Se
     _describe(prepared, renderer, console, show=not resume)
     plan = plan_for(config, base.path, prepared.train.lengths)
     _line(console, "plan", plan.verdict)
+    if plan.device.kind == "cuda" or plan.path == "half-blocks":
+        _line(
+            console, "", f"layers: {plan.path}{f' ({plan.path_why})' * bool(plan.path_why)}, activations: {plan.activations}", "dim"
+        )
     if not resume or not (run.path / "plan.json").exists():
         write_atomic(run.path / "plan.json", json.dumps(plan.as_dict(), indent=1))
     plan.require()
-    return _Session(
-        config, run, base, prepared, renderer, where, plan, build_model(config, base, where, plan, renderer.tokenizer), console
-    )
+    model = build_model(config, base, where, plan, renderer.tokenizer)
+    if plan.path == "half-blocks" and model.fast is None:
+        _line(console, "", f"layers run composed after all: {refusal(model)}", style="yellow")
+    return _Session(config, run, base, prepared, renderer, where, plan, model, console)
 
 
-def plan_for(config: RunConfig, base: Path, lengths) -> Plan:
-    """The memory plan of this run on this machine's device."""
-    return make_plan(config, plan_spec(base), lengths=lengths, device=local_device(config.memory.device))
+def use_kernels(kernels: backend.Mode, where: Place) -> str:
+    """`memory.kernels` from now on. Says so where auto does without Triton on a GPU; ModelError where triton cannot run."""
+    reason = backend.obstacle(where.device)
+    if kernels == "triton" and reason:
+        raise ModelError(f"memory.kernels: triton cannot run here: {reason}", "set memory.kernels: auto")
+    backend.set_mode(kernels)
+    return backend.why() if kernels == "auto" and reason and where.device.type == "cuda" else ""
+
+
+def plan_for(config: RunConfig, base: Path, lengths, *, half_blocks: bool = False) -> Plan:
+    """The memory plan of this run on this machine's device. `half_blocks`: also on a CPU, for tests."""
+    device = local_device(config.memory.device)
+    return make_plan(config, plan_spec(base), lengths=lengths, device=device, half_blocks=half_blocks)
 
 
 def build_model(config: RunConfig, base: ResolvedModel, where: Place, plan: Plan, tokenizer: Tokenizer) -> nn.Module:
-    """The base in its store with what is trained attached: an adapter, or every weight."""
+    """The base in its store with what is trained attached, an adapter or every weight, and its layers as the plan has them."""
+    if plan.compute == "fp8" and (reason := fp8.supported(where.device)):
+        raise ModelError(f"memory.compute: fp8 cannot run here: {reason}", "set memory.compute: auto")
     model = models.load(base.path, dtype=where.dtype, device=where.device, store="nf4" if config.method == "qlora" else "dense")
-    model.checkpoint_layers = plan.activations == "checkpoint"
     if config.method == "full":
         model.requires_grad_(True)
     else:
         starts = adapters.token_starts(config.lora.new_tokens, tokenizer, Tokenizer.load(base.path))
         adapters.attach(model, config.lora, seed=config.seed, new_tokens=starts)
+    if plan.path == "half-blocks" and not refusal(model):
+        model.fast = FastLayers(model, _policies(plan.layers), fp8=plan.compute == "fp8")
+        model.fast.cache(plan.weight_cache)
+    set_layers(model, plan.layers)
     return model
+
+
+def set_layers(model: nn.Module, layers: Sequence[Layers]) -> None:
+    """What each layer keeps for the backward. The composed path knows keep and checkpoint alone."""
+    if getattr(model, "fast", None) is not None:
+        model.fast.policies = _policies(layers)
+    model.checkpoint_layers = any(part.level != "keep" for part in layers)
+
+
+def layers_of(model: nn.Module, count: int) -> list[list[Any]]:
+    """What each layer keeps now, an out-of-memory may have lowered it: [count, level, offload, tile] from the bottom, for JSON."""
+    if getattr(model, "fast", None) is None:
+        return [[count, "checkpoint" if model.checkpoint_layers else "keep", False, WHOLE]]
+    return [[len([*same]), p.level, p.offload, p.tile] for p, same in itertools.groupby(model.fast.policies)]
+
+
+def _policies(layers: Sequence[Layers]) -> tuple[Policy, ...]:
+    return tuple(Policy(part.level, part.offload, part.tile) for part in layers for _ in range(part.count))
 
 
 def every(total: int, step_tokens: float, held_out_tokens: int) -> int:
@@ -272,7 +317,7 @@ class _Session:
         self._refuse_nan()
         self.log.sync()
         generators, numbers = checkpoint.rng_state()
-        kept = {**asdict(state), "rng": numbers, "activations": self.plan.activations}
+        kept = {**asdict(state), "rng": numbers, "activations": layers_of(self.model, sum(part.count for part in self.plan.layers))}
         checkpoint.save(self.run.checkpoints, state.step, {**self.optimizer.state(), **generators}, kept)
         checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep)
         self._forget_bests(state)
@@ -317,7 +362,7 @@ class _Session:
         self.optimizer.load(tensors)
         for line in checkpoint.restore_rng(tensors, saved.pop("rng")):
             self.event(line, step=found.step)
-        self.model.checkpoint_layers = saved.pop("activations") == "checkpoint"
+        set_layers(self.model, [Layers(*part) for part in saved.pop("activations")])
         saved.pop("format")
         state = State(**{**saved, "loss_scale": LossScale(**saved["loss_scale"])})
         if self.keeps_best and state.best_step >= 0 and (faults := verify(self._best(state))):

@@ -81,6 +81,47 @@ def test_out_of_memory_gives_up_after_four_times(bench):
     assert state.step_downs == 4
 
 
+def test_out_of_memory_first_gives_back_decoded_weights_and_last_keeps_less(bench):
+    """Decoded weights, then halves, then the levels below: one event each, and the gradient is the same."""
+    from tunesmith.models.fast import FastLayers, policies
+
+    model, rows = bench.warm(bench.model("qlora")), bench.examples(6)
+    wanted = bench.gradient(model, rows, tokens=10_000)
+    model.fast = FastLayers(model, policies(2))
+    assert model.fast.cache(1 << 30)
+    device, recorder, state = Full(model, 10_000), bench.Recorder(), loop.State(micro_batch_tokens=10_000)
+    longest = max(len(e.ids) for e in rows)
+
+    def full():
+        """Room for the longest row alone, nothing decoded, and no gate and up."""
+        room = not any(g.kept is not None for h in model.fast.halves for g in h.groups) and device.streams[-1] <= longest
+        return not (room and model.fast.policies[0].level == "attention")
+
+    device.hidden = lambda tokens, layout, **how: _failing(device, full, tokens, layout, how)
+    model.hidden = device.hidden
+    loss, grads = bench.gradient(model, rows, state=state, recorder=recorder)
+    assert abs(loss - wanted[0]) < 1e-5 and all((g - wanted[1][n]).abs().max() < 1e-5 for n, g in grads.items())
+    said = [message.removeprefix("out of device memory").lstrip(": ") for message, _ in recorder.events]
+    assert (
+        said[0].startswith("gave back decoded weights")
+        and [s[:6] for s in said[1:]] == ["halved"] * state.step_downs + ["keeps "] * 2
+    )
+    assert [values.get("activations") for _, values in recorder.events[-2:]] == ["recompute", "attention"]
+    assert state.micro_batch_tokens == longest and model.fast.leaner() == "checkpoint" and model.fast.leaner() == ""
+
+
+def _failing(device, full, tokens, layout, how):
+    device.streams.append(len(tokens))
+    if full():
+        raise torch.OutOfMemoryError("made by a test")
+    return device.plain(tokens, layout, **how)
+
+
+def test_the_composed_path_falls_to_checkpointing_once(bench):
+    model = bench.model()
+    assert not model.relieve() and model.leaner() == "checkpoint" and model.checkpoint_layers and model.leaner() == ""
+
+
 def test_a_half_made_gradient_is_dropped_also_on_16_bit_weights(bench):
     """bf16 weights: the gradient moves to the float32 master as it comes; what an out-of-memory left behind must not be added."""
     model, rows = bench.warm(bench.model("full", torch.bfloat16)), bench.examples(8)

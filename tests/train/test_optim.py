@@ -1,12 +1,15 @@
 """AdamW over float32 masters against torch's plain AdamW; schedules by their formulas; clipping, groups, fp16's loss scale."""
 
 import math
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from tunesmith.config import schema
+from tunesmith.errors import TunesmithError
+from tunesmith.train import optim
 from tunesmith.train.optim import LossScale, Optimizer, learning_rate, schedule
 
 
@@ -208,3 +211,58 @@ def test_the_loss_scale_of_fp16():
     for _ in range(5000):
         idle.went_well()
     assert idle.value == 1.0 and not idle.overflowed()
+
+
+# ---- 8-bit averages ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_8_bit_averages_need_a_gpu_and_bitsandbytes_by_name(name, monkeypatch):
+    with pytest.raises(TunesmithError, match=f"{name} needs an NVIDIA GPU"):
+        Optimizer(parameters(), schema.Train(optimizer=name))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(TunesmithError, match=rf"{name} needs bitsandbytes(?s:.*)tunesmith\[bnb\]"):
+        optim._eight_bit(name, {"cuda"})
+
+
+def eight_bit_steps(optimizer, ps, steps):
+    for step in steps:
+        for (_, p), g in zip(ps.items(), gradients(step, ps).values(), strict=True):
+            p.grad = g.clone().to(p.device)
+        optimizer.set_rate(0.01)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("size", [1, pytest.param(64, marks=pytest.mark.gpu)])
+def test_8_bit_averages_go_on_from_a_checkpoint_and_follow_torchs(name, size, monkeypatch):
+    """On a CPU bitsandbytes steps only what it keeps in 32 bits, tensors of fewer than 4,096 numbers; on a GPU all."""
+    pytest.importorskip("bitsandbytes")
+    where = "cuda" if size > 1 else "cpu"
+    eight_bit = optim._eight_bit
+    monkeypatch.setattr(optim, "_eight_bit", lambda name, devices: eight_bit(name, {"cuda"}))
+
+    def made():
+        g = torch.Generator().manual_seed(0)
+        shapes = {"a.lora_A.weight": (4 * size, 64 * size), "a.lora_B.weight": (6, 4), "unused": (2, 2)}
+        return {n: nn.Parameter(torch.randn(s, generator=g).to(where)) for n, s in shapes.items()}
+
+    whole, torchs = made(), made()
+    train = schema.Train(optimizer=name)
+    one, exact = Optimizer(whole, train), Optimizer(torchs, schema.Train())
+    eight_bit_steps(one, whole, range(4))
+    saved = {k: v.clone() for k, v in one.state().items()}
+    assert all(isinstance(v, torch.Tensor) for v in saved.values()) and not any("qmap" in k for k in saved)
+    assert (saved["state1/a.lora_A.weight"].dtype is torch.uint8) == (size > 1)
+    eight_bit_steps(one, whole, range(4, 8))
+    eight_bit_steps(exact, torchs, range(8))
+    again = made()
+    other = Optimizer(again, train)
+    other.load(saved)
+    eight_bit_steps(other, again, range(4, 8))
+    for n in whole:
+        assert torch.equal(whole[n], again[n]) and (whole[n] - torchs[n]).abs().max() < 0.02, n
+    before = whole["a.lora_A.weight"].detach().clone()
+    whole["a.lora_A.weight"].grad = torch.full_like(before, math.nan)
+    one.step()
+    assert torch.equal(before, whole["a.lora_A.weight"]) and one.never_moved() == []

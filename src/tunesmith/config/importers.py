@@ -405,7 +405,7 @@ class _Work:
         self.choice("lr_scheduler_type", "train.schedule", SCHEDULES)
         for key in ("optimizer", "optim"):
             if "adamw" in str(tree.get(key)) or str(tree.get(key)).startswith("paged_adamw"):
-                self.settle(key, "always", "AdamW with fp32 state")
+                self.settle(key, "always", "AdamW with fp32 state; train.optimizer has the 8-bit ones")
             elif tree.get(key):
                 self.cannot(key, f"{show(tree[key])}: AdamW is the only optimiser")
         betas = [tree.get("adam_beta1", 0.9), tree.get("adam_beta2", 0.999)]

@@ -186,6 +186,19 @@ class Decoder(nn.Module):
     def vocab(self) -> int:
         return self.spec.vocab
 
+    def relieve(self) -> bool:
+        """Give back what only saves time, decoded weights; True when there was some."""
+        return self.fast is not None and self.fast.evict()
+
+    def leaner(self) -> str:
+        """Keep less for the backward from now on; says what is kept, empty when there is no less."""
+        if self.fast is not None and self.fast.halves:
+            return self.fast.leaner()
+        if self.checkpoint_layers:
+            return ""
+        self.checkpoint_layers = True
+        return "checkpoint"
+
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """For `batch` sequences of at most `capacity` tokens, prompt and answer together."""
         weight = self.model.norm.weight

@@ -116,6 +116,16 @@ class Fallback(nn.Module):
                 getattr(self.hf, f"{kind}_checkpointing_disable")()
         self._checkpoint_layers = on and self.hf.supports_gradient_checkpointing
 
+    def relieve(self) -> bool:
+        """As Decoder's: nothing here only saves time."""
+        return False
+
+    def leaner(self) -> str:
+        """As Decoder's."""
+        before = self._checkpoint_layers
+        self.checkpoint_layers = True
+        return "checkpoint" if self._checkpoint_layers and not before else ""
+
     def train(self, mode: bool = True) -> Fallback:
         self.hf.train(mode)
         return super().train(mode)

@@ -7,6 +7,7 @@ Such a model takes the composed path of models/decoder.py, which is also the def
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -16,6 +17,9 @@ from tunesmith.models.stash import Pool, Stash
 from tunesmith.ops.attention import Layout
 from tunesmith.ops.half_blocks import Halves, Pass, Policy, layer
 from tunesmith.spec import half_blocks_refusal
+
+LESS = {"keep": "recompute", "int8": "recompute", "recompute": "attention", "attention": "checkpoint"}
+SMALL_TILE = 2048  # tokens of an MLP tile when nothing else is left to save
 
 
 def linears(block: nn.Module) -> list[list[nn.Module]]:
@@ -90,6 +94,16 @@ class FastLayers:
             group.cache()
             taken += group.matrix_bytes
         return taken
+
+    def leaner(self) -> str:
+        """Every layer keeps one level less; after the last one all wait in main memory, the MLP in tiles. Says it, or ''."""
+        now = tuple(replace(p, level=LESS.get(p.level, p.level)) for p in self.policies)
+        if now == self.policies and self.halves and self.halves[0].qkv.device.type == "cuda":
+            now = tuple(replace(p, offload=True, tile=min(p.tile, SMALL_TILE)) for p in now)
+        if now == self.policies:
+            return ""
+        self.policies = now
+        return ", ".join(sorted({p.level + ", offloaded" * p.offload for p in now}))
 
     def evict(self) -> bool:
         """Give all cached weights back; True when there were any."""

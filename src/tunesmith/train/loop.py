@@ -137,7 +137,10 @@ def _evaluate(state: State, hooks: Hooks, early_stop: int) -> None:
 
 
 def _gradient(model, optimizer, examples, state, hooks, step, seed, device, alpha) -> tuple[torch.Tensor, int]:
-    """Add up the gradient over micro-batches; (mean loss per trained token, a scalar on the device; tokens). Out of memory: halve them and begin again."""
+    """Add up the gradient over micro-batches: (mean loss per trained token, a scalar on the device; tokens).
+
+    Out of memory: give back what only saves time, else halve the micro-batch, else keep less for the backward; then begin again.
+    """
     trained, lengths = sum(int(e.learn.sum()) for e in examples), [len(e.ids) for e in examples]
     while True:
         try:
@@ -153,18 +156,28 @@ def _gradient(model, optimizer, examples, state, hooks, step, seed, device, alph
                 optimizer.scale_gradients(1 / state.loss_scale.value)
             return total / trained, tokens
         except torch.OutOfMemoryError:
-            longest, at_once = max(lengths), min(state.micro_batch_tokens, sum(lengths))
             optimizer.clear()
-            if state.step_downs >= STEP_DOWNS or at_once <= longest:
-                raise DoesNotFit(
-                    f"step {step + 1} ran out of device memory with {at_once:,} tokens at once, {state.step_downs} times halved",
-                    f"lower data.max_length (the longest row here has {longest:,} tokens), or set memory.activations: checkpoint",
-                ) from None
         torch.cuda.empty_cache()  # out here the failed pass and its tensors are gone
+        _make_room(model, state, hooks, step, max(lengths), min(state.micro_batch_tokens, sum(lengths)))
+
+
+def _make_room(model, state: State, hooks: Hooks, step: int, longest: int, at_once: int) -> None:
+    """After an out-of-memory with `at_once` tokens: the cheapest way to need less, told as an event; else DoesNotFit."""
+    if model.relieve():
+        torch.cuda.empty_cache()
+        hooks.event("out of device memory: gave back decoded weights, same gradient", step=step + 1)
+    elif at_once > longest and state.step_downs < STEP_DOWNS:
         state.step_downs += 1
         state.micro_batch_tokens = max(longest, at_once // 2)
         hooks.event("out of device memory: halved the micro-batch, same gradient",
                     step=step + 1, micro_batch_tokens=state.micro_batch_tokens)  # fmt: skip
+    elif at_once <= longest and (kept := model.leaner()):
+        hooks.event("out of device memory: keeps less for the backward", step=step + 1, activations=kept)
+    else:
+        raise DoesNotFit(
+            f"step {step + 1} ran out of device memory with {at_once:,} tokens at once, {state.step_downs} times halved",
+            f"lower data.max_length (the longest row here has {longest:,} tokens), or set memory.activations: checkpoint",
+        )
 
 
 def _check_rates(optimizer: Optimizer, scheduled: float) -> None:

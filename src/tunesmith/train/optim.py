@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.config.schema import Train
+from tunesmith.errors import TunesmithError
 
 DECAY_SHARE = 0.2  # wsd: the last fifth falls to zero (Hägele et al. 2024 find 10-20 % enough)
 
@@ -44,7 +45,7 @@ def learning_rate(train: Train, method: str) -> float:
 
 
 class Optimizer:
-    """torch's AdamW over float32 masters.
+    """torch's AdamW over float32 masters, or bitsandbytes' with averages in 8 bits.
 
     A parameter in lower precision has a float32 master and a float32 gradient: the parameter is the master, rounded. bf16 keeps
     eight bits, so an update under 0.4 % of a weight would round to nothing. Gradients of such parameters move to the master as they
@@ -69,12 +70,13 @@ class Optimizer:
             decay = train.weight_decay if master.ndim >= 2 else 0.0
             groups.setdefault((ratio, decay), []).append(master)
         self.ratios = [ratio for ratio, _ in groups]
-        self.fused = all(m.device.type in ("cpu", "cuda") for m in self.masters.values())
-        self.adamw = torch.optim.AdamW(
-            [{"params": ps, "lr": 0.0, "weight_decay": decay} for (ratio, decay), ps in groups.items()],
-            betas=train.betas,
-            fused=self.fused,
-        )
+        devices = {m.device.type for m in self.masters.values()}
+        chosen = [{"params": ps, "lr": 0.0, "weight_decay": decay} for (_, decay), ps in groups.items()]
+        self.eight, self.fused = train.optimizer != "adamw", train.optimizer == "adamw" and devices <= {"cpu", "cuda"}
+        if self.eight:
+            self.adamw = _eight_bit(train.optimizer, devices)(chosen, betas=train.betas)
+        else:
+            self.adamw = torch.optim.AdamW(chosen, betas=train.betas, fused=self.fused)
 
     def set_rate(self, rate: float) -> None:
         """Set the rate of the next step; LoRA+'s fast group learns at its multiple."""
@@ -100,7 +102,8 @@ class Optimizer:
         """Clip, update the masters, round them into the parameters, drop the gradients; nothing of it where `loss` or the gradient
         is nan or inf. Returns the gradient's norm, a scalar on its device.
 
-        All of this is queued without asking the device for a number: waiting for the norm first left an H200 idle for 5 % of a step.
+        torch's AdamW is queued without asking the device for a number: waiting for the norm left an H200 idle for 5 % of a step.
+        bitsandbytes' cannot be told on the device to do nothing, so with 8 bits that wait is back.
         """
         norm, limit = self.gradient_norm(), self.train.max_grad_norm
         if limit:
@@ -127,8 +130,9 @@ class Optimizer:
 
     def never_moved(self) -> list[str]:
         """Names whose every gradient so far was exactly zero or absent."""
-        state = self.adamw.state
-        return [n for n, m in self.masters.items() if m not in state or not bool(state[m]["exp_avg_sq"].any())]
+        self._settle()
+        state, size = self.adamw.state, ("exp_avg_sq", "absmax2", "state2")  # the squares' average, or what scales its 8-bit codes
+        return [n for n, m in self.masters.items() if not any(k in size and v.any() for k, v in state.get(m, {}).items())]
 
     @torch.no_grad()
     def put(self, masters: Mapping[str, Tensor]) -> None:
@@ -139,16 +143,26 @@ class Optimizer:
                 self.parameters[name].copy_(master)
 
     def state(self) -> dict[str, Tensor]:
-        """Masters and moments by name, for a checkpoint."""
+        """Masters and moments by name, for a checkpoint: plain tensors, also of 8 bits and their scales."""
+        self._settle()
         out = {f"master/{n}": m.detach() for n, m in self.masters.items()}
         for name, master in self.masters.items():
             for key, value in self.adamw.state.get(master, {}).items():
-                out[f"{key}/{name}"] = value
+                if not key.startswith("qmap"):  # the 8-bit map, one for all
+                    out[f"{key}/{name}"] = value if isinstance(value, Tensor) else torch.tensor(float(value))
         return out
+
+    def _settle(self) -> None:
+        """Paged moments are main memory that the device writes: it must have done so before anyone reads them."""
+        if self.train.optimizer.startswith("paged") and torch.cuda.is_available():
+            torch.cuda.synchronize()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take a checkpoint's masters and moments. KeyError names what is missing: a checkpoint is whole or it is not used."""
         self.put({name: state[f"master/{name}"] for name in self.masters})
+        if self.eight:
+            self._load_eight(state)
+            return
         for name, master in self.masters.items():
             moments = {key: state[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in state}
             if moments:
@@ -156,6 +170,35 @@ class Optimizer:
                 self.adamw.state[master] = {
                     key: value.to(counter if key == "step" else master.device, copy=True) for key, value in moments.items()
                 }
+
+    @torch.no_grad()
+    def _load_eight(self, state: Mapping[str, Tensor]) -> None:
+        """bitsandbytes makes its own buffers, paged ones too; a checkpoint's numbers are copied into them."""
+        names = {id(master): name for name, master in self.masters.items()}
+        for g, group in enumerate(self.adamw.param_groups):
+            for i, master in enumerate(group["params"]):
+                name = names[id(master)]
+                if f"state1/{name}" not in state:
+                    continue
+                self.adamw.init_state(group, master, g, i)
+                for key, value in self.adamw.state[master].items():
+                    if key == "step":
+                        self.adamw.state[master][key] = int(state[f"step/{name}"])
+                    elif not key.startswith("qmap"):
+                        value.copy_(state[f"{key}/{name}"])
+        self._settle()
+
+
+def _eight_bit(name: str, devices: set[str]):
+    """bitsandbytes' AdamW of this name. Tensors of fewer than 4,096 numbers keep their averages in float32."""
+    if devices != {"cuda"}:
+        raise TunesmithError(f"train.optimizer: {name} needs an NVIDIA GPU", "set train.optimizer: adamw")
+    try:
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+    except ImportError as e:
+        fix = "pip install 'tunesmith[bnb]', or set train.optimizer: adamw"
+        raise TunesmithError(f"train.optimizer: {name} needs bitsandbytes, which cannot be imported: {e}", fix) from e
+    return {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}[name]
 
 
 def _move_gradient(master: Tensor):
