@@ -52,17 +52,19 @@ def prepare_model(model: Any, knobs: dict[str, Any]) -> dict[str, Any]:
     model.fast = FastLayers(model, chosen, fp8=knobs["compute"] == "fp8")
     kept = model.fast.cache(knobs["weight_cache"]) if knobs["weight_cache"] else 0
     told = {name: knobs[name] for name in ("activations", "offload", "tile", "compute")}
+    told["embedding"] = "host" if knobs["offload"] and model.embedding_to_host() else "device"
     return {"path": "half-blocks", **told, "weight_cache": kept}
 
 
 def make_optimizer(parameters: dict[str, Any], knobs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Our optimiser and what of the knobs it applies. `optimizer`: 8bit | 32bit moments; 8bit is not connected yet."""
+    """Our optimiser and what of the knobs it applies. `optimizer`: 8bit | 32bit moments."""
     from tunesmith.config.schema import Train
     from tunesmith.train.optim import Optimizer
 
-    optimizer = Optimizer(parameters, Train(weight_decay=0.01))
+    kind = {"8bit": "adamw_8bit", "32bit": "adamw"}[knobs["optimizer"]]
+    optimizer = Optimizer(parameters, Train(weight_decay=0.01, optimizer=kind))
     optimizer.set_rate(RATE)
-    return optimizer, {"optimizer": "32bit"}
+    return optimizer, {"optimizer": knobs["optimizer"]}
 
 
 def default_knobs(row: Row, arm: str, budget_gib: float | None) -> dict[str, Any]:
