@@ -209,9 +209,6 @@ class Opened:
         else:
             torch.addmm(self.group.bias, x_TKR, weight, out=out)
 
-    def rest(self, low_TR: Tensor) -> None:
-        """Nothing is left to add."""
-
     def add(self, base_TN: Tensor, x_TK: Tensor, low_TR: Tensor, out: Tensor, x8: None = None) -> None:
         """out = base + x W^T + low B^T; a new tensor, base stays."""
         if self.group.extra:  # the low-rank product brings the residual along: no pass more than copying it would take
@@ -256,8 +253,8 @@ class OpenedFp8:
 
     def __init__(self, group: Group, slot: int):
         self.group, self.slot, self.weights = group, slot, {}
-        scratch = group.scratch.take(("low", group.inputs, group.outputs), group.extra, group.inputs + group.outputs, group.dtype, group.device)
-        flat = scratch.view(-1)  # a place for each shape: what one group left to add is added when the next is open already
+        k, n = group.inputs, group.outputs  # a place for each shape: what a group left to add is added when the next is open
+        flat = group.scratch.take(("low", k, n), group.extra, k + n, group.dtype, group.device).view(-1)
         self.a_RK = flat[: group.extra * group.inputs].view(group.extra, group.inputs)
         self.b_NR = flat[group.extra * group.inputs :].view(group.outputs, group.extra)
         if group.extra:
@@ -271,12 +268,7 @@ class OpenedFp8:
         fp8.matmul(*(x8 or fp8.quantise_rows(x_TKR[:, :k])), self._decoded(False), group.fp8.of_N, out=out)
         if group.bias is not None:
             out.add_(group.bias)
-        return self.rest(x_TKR[:, k:])
-
-    def rest(self, low_TR: Tensor) -> Low | None:
-        """low and B without the columns that only pad them"""
-        rank = self.group.rank
-        return (low_TR[:, :rank], self.b_NR[:, :rank]) if rank else None
+        return (x_TKR[:, k : k + group.rank], self.b_NR[:, : group.rank]) if group.rank else None
 
     def add(self, base_TN: Tensor, x_TK: Tensor, low_TR: Tensor, out: Tensor, x8: fp8.Rows | None = None) -> None:
         """out = base + x W^T + low B^T"""
