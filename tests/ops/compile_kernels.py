@@ -62,7 +62,8 @@ def call_all(
         a = swiglu.forward(both)
         int8.dequantise_groups(*int8.quantise_groups(both), both)
         swiglu.backward_(a, both)
-        low, b, a_fr = torch.randn(tokens, 64, dtype=dtype)[:, :32], torch.randn(2 * f, 64, dtype=dtype)[:, :32], torch.randn(16, f, dtype=dtype).t()
+        low, b = torch.randn(tokens, 64, dtype=dtype)[:, :32], torch.randn(2 * f, 64, dtype=dtype)[:, :32]
+        a_fr = torch.randn(16, f, dtype=dtype).t()
         swiglu.forward(both, a, low=(low, b))
         swiglu.backward_(a, both, low=(low, b), low_da=(low[:, :16], a_fr))
         swiglu.backward_(a, both, low=(low, b))

@@ -112,7 +112,10 @@ def test_plain_torch_turns_in_place_too():
     assert_close(op.rotate_(x, angle.cos(), angle.sin(), inverse=True), back)
 
 
-@pytest.mark.parametrize("mode", ["reference", pytest.param("triton", marks=pytest.mark.skipif(backend.triton is None, reason="no triton"))])
+MODES = ["reference", pytest.param("triton", marks=pytest.mark.skipif(backend.triton is None, reason="no triton"))]
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("heads", "kv", "width", "half"), [(4, 2, 8, 4), (3, 1, 10, 3), (5, 5, 6, 1)])
 def test_split_and_join_are_rotations_of_the_parts(mode, heads, kv, width, half):
     torch.manual_seed(0)
@@ -132,7 +135,7 @@ def test_split_and_join_are_rotations_of_the_parts(mode, heads, kv, width, half)
     assert back[:, n:].isnan().all()
 
 
-@pytest.mark.parametrize("mode", ["reference", pytest.param("triton", marks=pytest.mark.skipif(backend.triton is None, reason="no triton"))])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("tokens", "heads", "kv", "width", "half"), [(7, 4, 2, 8, 4), (70, 3, 1, 10, 3), (5, 5, 5, 40, 17)])
 def test_split_adds_a_low_rank_part_first(mode, tokens, heads, kv, width, half):
     torch.manual_seed(0)

@@ -238,9 +238,6 @@ class Opened:
         else:
             torch.addmm(self.group.bias, x_TKR, weight, out=out)
 
-    def rest(self, low_TR: Tensor) -> None:
-        """Nothing is left to add."""
-
     def add(self, base_TN: Tensor, x_TK: Tensor, low_TR: Tensor, out: Tensor, x8: None = None) -> None:
         """out = base + x W^T + low B^T; a new tensor, base stays."""
         if self.group.extra:  # the low-rank product brings the residual along: no pass more than copying it would take
@@ -317,12 +314,7 @@ class OpenedFp8:
         fp8.matmul(*(x8 or fp8.quantise_rows(x_TKR[:, :k])), self._decoded(False), group.fp8.of_N, out=out)
         if group.bias is not None:
             out.add_(group.bias)
-        return self.rest(x_TKR[:, k:])
-
-    def rest(self, low_TR: Tensor) -> Low | None:
-        """low and B without the columns that only pad them"""
-        rank = self.group.rank
-        return (low_TR[:, :rank], self.b_NR[:, :rank]) if rank else None
+        return (x_TKR[:, k : k + group.rank], self.b_NR[:, : group.rank]) if group.rank else None
 
     def add(self, base_TN: Tensor, x_TK: Tensor, low_TR: Tensor, out: Tensor, x8: fp8.Rows | None = None) -> None:
         """out = base + x W^T + low B^T"""

@@ -12,8 +12,8 @@ strings the halves together, so that a checkpointed layer keeps x alone and comp
 
 The linears come as groups that share an input (models/groups.py): `group.open()` gives the dense weights for as long as they are
 needed, with each adapter's A as extra rows and B as extra columns, so that a base and its low-rank part are one GEMM. In FP8 they
-are not: there a product is the base's alone, and `up` and `back` answer what is still to be added (`Low`; None in 16 bits), which the
-kernel that reads the product next adds in registers. Inputs of such a product come as e4m3 from the kernel that makes them (`room`).
+are not: there a product is the base's alone, and `up` and `back` answer what is still to be added (`Low`; None in 16 bits), which
+the kernel that reads the product next adds in registers. Inputs of such a product come as e4m3 from where they are made (`room`).
 
 Shape letters: T tokens, L chosen rows, D model width, F MLP width, Q query heads, K key/value heads, H head width, R rank of a group.
 """
@@ -45,9 +45,8 @@ class Opened(Protocol):
     """A group's weights while they lie dense. N outputs, K inputs."""
 
     def low(self, x_TK: Tensor, out: Tensor | None = None) -> Tensor: ...  # scale A x  [T, R]
-    def up(self, x_TKR: Tensor, out: Tensor, x8: Rows | None = None) -> Low | None: ...  # out = W x + B low + bias, x beside low
-    def rest(self, low_TR: Tensor) -> Low | None: ...  # what `up` answered for this low
-    def add(self, base_TN: Tensor, x_TK: Tensor, low_TR: Tensor, out: Tensor, x8: Rows | None = None) -> None: ...  # base + W x + B low
+    def up(self, x_TKR: Tensor, out: Tensor, x8: Rows | None = None) -> Low | None: ...  # W x + B low + bias, from x and low
+    def add(self, base_TN: Tensor, x_TK: Tensor, low_TR: Tensor, out: Tensor, x8: Rows | None = None) -> None: ...  # base + that
     def low_back(self, dy_TN: Tensor, out: Tensor | None = None) -> Tensor: ...  # B^T dy  [T, R]
     def back(self, dy_TNR: Tensor, out: Tensor, dy8: Rows | None = None) -> Low | None: ...  # W^T dy + (scale A)^T low_back
 
@@ -212,11 +211,11 @@ def _mlp(halves: Halves, keep: dict[str, Tensor], tile: int, level: str) -> Tens
     for at in spans:
         n, weights = at.stop - at.start, opened[0] if opened else up.open()
         gate_up = keep["gate_up"][at, : up.outputs] if level == "keep" else mid.new_empty(n, up.outputs)
-        rest = _gate_up(halves, weights, mid[at], keep, at, gate_up)[1]
-        if level == "int8":
-            codes.append(int8.quantise_groups(gate_up))
+        _, rest = _gate_up(halves, weights, mid[at], keep, at, gate_up)
         act = mid.new_empty(n, hidden)
         swiglu.forward(gate_up, act, low=rest, quantised=(act8 := down.room(act)))
+        if level == "int8":
+            codes.append(int8.quantise_groups(gate_up))
         del gate_up, rest
         weights = opened[1] if opened else down.open()
         _put(keep, "low_down", at, weights.low(act))
@@ -277,17 +276,17 @@ def _mlp_backward(
         rest_dact = weights.back(dout, out=dact)
         weights = opened[0] if opened else up.open()
         gate_up = whole[at] if whole is not None else mid.new_empty(n, up.outputs + up.extra)
-        both, normed = gate_up[:, : up.outputs], None
+        both, normed, rest = gate_up[:, : up.outputs], None, None
         if again:
-            normed = _gate_up(halves, weights, mid[at], keep, at, both)[0]
+            normed, rest = _gate_up(halves, weights, mid[at], keep, at, both)
         elif whole is None:
             int8.dequantise_groups(keep["codes"][at], keep["scales"][at], both)
         both8 = up.room(both)
-        swiglu.backward_(dact, both, low=weights.rest(keep["low_gate_up"][at]), low_da=rest_dact, quantised=both8)
+        swiglu.backward_(dact, both, low=rest, low_da=rest_dact, quantised=both8)
         # dact is silu(gate) * up now, both is their gradients
         if down.parameters:
             of_down = down.gradients(dact, dout, keep["low_down"][at], of_down)
-        del dout, dact, rest_dact
+        del dout, dact, rest, rest_dact
         if up.extra:
             weights.low_back(both, out=gate_up[:, up.outputs :])
         if up.parameters:

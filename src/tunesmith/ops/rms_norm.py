@@ -86,7 +86,8 @@ def backward(dh_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, resi
         if rows:
             _backward_kernel[(rows,)](
                 dh_TD, x_TD, weight_D, rstd_T, residual, out, *(quantised or (out, rstd_T)), dh_TD.stride(0), x_TD.stride(0),
-                residual.stride(0), out.stride(0), width, RESIDUAL=residual_TD is not None, FP8=quantised is not None, BLOCK=block, num_warps=backend.warps_for(block),
+                residual.stride(0), out.stride(0), width, RESIDUAL=residual_TD is not None, FP8=quantised is not None, BLOCK=block,
+                num_warps=backend.warps_for(block),
             )  # fmt: skip
         return out
     wide, rstd = x_TD.to(rstd_T.dtype), rstd_T[:, None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -16,7 +15,6 @@ from tunesmith.ops.fp8 import scale_of, size_bits
 from tunesmith.ops.low_rank import Low, product
 
 ROWS, COLUMNS = 64, 64  # a tile with a low-rank part: what B costs, read out of L2, is shared by 64 rows
-IN_CACHE = 24 << 20  # bytes that are still in L2 (50 MB on Hopper) when the next kernel reads them
 Activation = Literal["silu", "gelu_tanh"]
 
 
@@ -55,21 +53,24 @@ class _SwiGLU(torch.autograd.Function):
 
 # ---- what a hand-written half-block calls: no autograd, gate and up side by side as one GEMM leaves them ------------------------
 # Shape letters: T tokens, F hidden width; gate_up_T2F holds the gate in columns [0, F), up in [F, 2F). Rows may be strided.
-# `low` is what an FP8 product still lacks of its low-rank part (ops/low_rank.py): added in registers and rounded, so that the sum
-# is never written; a pass over gate and up of its own took 380 us a layer on an H200 for 8,192 tokens of Mistral-7B.
+# `low` is what an FP8 product still lacks of its low-rank part (ops/low_rank.py), added in registers and rounded. Times on an H200
+# for 8,192 tokens of Mistral-7B: cuBLAS' addmm_ and the plain forward 380 + 167 us, one kernel that completes gate and up too
+# 406; the plain backward 343, with what da lacks 362, with what gate and up lack too 602: so the forward completes them.
 
 
 def forward(gate_up_T2F: Tensor, out_TF: Tensor | None = None, activation: Activation = "silu", low: Low | None = None,
             quantised: fp8.Rows | None = None) -> Tensor:  # fmt: skip
-    """a_TF = activation(gate) * up, rounded as `reference`; as e4m3 into `quantised` where that is given, as `fp8.quantise_rows`."""
-    if activation == "silu" and backend.triton_for(gate_up_T2F, backend.NEEDS if quantised is None else backend.NEEDS_FP8):
+    """a_TF = activation(gate) * up, rounded as `reference`; as e4m3 into `quantised` where that is given, as `fp8.quantise_rows`.
+
+    With `low`, `gate_up_T2F` is completed in place.
+    """
+    if activation == "silu" and backend.triton_for(gate_up_T2F, _needs(quantised)):
         rows, width = len(gate_up_T2F), gate_up_T2F.shape[1] // 2
         out = _empty(gate_up_T2F) if out_TF is None else out_TF
         if low is not None:
-            for at in _spans(rows, out, quantised):
-                _forward_low(gate_up_T2F[at], out[at], (low[0][at], low[1]))
-                if quantised is not None:
-                    fp8.quantise_rows(out[at], _part(quantised, at))
+            _forward_low(gate_up_T2F, out, low)
+            if quantised is not None:
+                fp8.quantise_rows(out, quantised)
             return out
         if quantised is not None and out.is_contiguous():
             return _forward_fp8(gate_up_T2F, out, quantised)
@@ -79,7 +80,9 @@ def forward(gate_up_T2F: Tensor, out_TF: Tensor | None = None, activation: Activ
             if quantised is not None:
                 fp8.quantise_rows(out, quantised)
         return out
-    a_TF = reference(*low_rank.reference_added(gate_up_T2F, low).chunk(2, -1), activation)
+    if low is not None:
+        gate_up_T2F.copy_(low_rank.reference_added(gate_up_T2F, low))
+    a_TF = reference(*gate_up_T2F.chunk(2, -1), activation)
     if quantised is not None:
         fp8.quantise_rows(a_TF, quantised)
     return a_TF if out_TF is None else out_TF.copy_(a_TF)
@@ -87,18 +90,16 @@ def forward(gate_up_T2F: Tensor, out_TF: Tensor | None = None, activation: Activ
 
 def backward_(da_TF: Tensor, gate_up_T2F: Tensor, activation: Activation = "silu", low: Low | None = None,
               low_da: Low | None = None, quantised: fp8.Rows | None = None) -> None:  # fmt: skip
-    """In place: `gate_up_T2F` becomes (d_gate, d_up), as e4m3 in `quantised` too where that is given; `da_TF` becomes a_TF made again.
+    """In place: `gate_up_T2F` becomes (d_gate, d_up), as e4m3 in `quantised` too where that is given; `da_TF` becomes a_TF again.
 
     `low` is what `gate_up_T2F` lacks, `low_da` what `da_TF` lacks.
     """
-    if activation == "silu" and backend.triton_for(gate_up_T2F, backend.NEEDS if quantised is None else backend.NEEDS_FP8):
+    if activation == "silu" and backend.triton_for(gate_up_T2F, _needs(quantised)):
         rows, width = da_TF.shape
         if low is not None or low_da is not None or quantised is not None:
-            for at in _spans(rows, gate_up_T2F, quantised):
-                parts = (None if x is None else (x[0][at], x[1]) for x in (low, low_da))
-                _backward_low(da_TF[at], gate_up_T2F[at], *parts)
-                if quantised is not None:
-                    fp8.quantise_rows(gate_up_T2F[at], _part(quantised, at))
+            _backward_low(da_TF, gate_up_T2F, low, low_da)
+            if quantised is not None:
+                fp8.quantise_rows(gate_up_T2F, quantised)
             return
         block, chunks = _cut(width)
         if rows:
@@ -163,14 +164,8 @@ def _backward_low(da_TF: Tensor, gate_up_T2F: Tensor, low: Low | None, low_da: L
         )  # fmt: skip
 
 
-def _spans(rows: int, written: Tensor, quantised: fp8.Rows | None) -> Iterator[slice]:
-    """All rows at once, or so many that what is written of them is read again out of L2 to be quantised."""
-    step = rows if quantised is None else max(ROWS, IN_CACHE // (written.shape[1] * written.element_size()) // ROWS * ROWS)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, max(step, 1)))
-
-
-def _part(quantised: fp8.Rows, at: slice) -> fp8.Rows:
-    return quantised[0][at], quantised[1][at]
+def _needs(quantised: fp8.Rows | None) -> tuple[int, int]:
+    return backend.NEEDS if quantised is None else backend.NEEDS_FP8
 
 
 def _empty(gate_up_T2F: Tensor) -> Tensor:
@@ -254,7 +249,7 @@ def _forward_fp8_kernel(gate_up, out, a8, scale, stride, WIDTH: tl.constexpr, BL
 @jit
 def _forward_low_kernel(gate_up, out, in_stride, out_stride, rows, width, chunks, low, b, r, low_s, b_n, b_r, ROWS: tl.constexpr,
                         COLUMNS: tl.constexpr, RANKS: tl.constexpr, CHUNKS: tl.constexpr, IEEE: tl.constexpr):  # fmt: skip
-    """`_forward_kernel` of gate_up + low B^T, a tile of rows and columns a program."""
+    """gate_up += low B^T, and `_forward_kernel` of it: a tile of rows and columns a program."""
     row = (tl.program_id(0) // chunks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     at = tl.program_id(0) % chunks * COLUMNS + tl.arange(0, COLUMNS)
     there, across = row < rows, at < width
@@ -265,8 +260,11 @@ def _forward_low_kernel(gate_up, out, in_stride, out_stride, rows, width, chunks
     up = tl.load(source + width, here, other=0).to(tl.float32)
     gate += product(low, b, row, at, there, across, r, low_s, b_n, b_r, RANKS, CHUNKS, IEEE)
     up += product(low, b, row, width + at, there, across, r, low_s, b_n, b_r, RANKS, CHUNKS, IEEE)
-    act, _ = _silu(gate.to(dtype).to(tl.float32))
-    a = act.to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
+    gate, up = gate.to(dtype), up.to(dtype)
+    tl.store(source, gate, here)
+    tl.store(source + width, up, here)
+    act, _ = _silu(gate.to(tl.float32))
+    a = act.to(dtype).to(tl.float32) * up.to(tl.float32)
     tl.store(out + row[:, None] * out_stride + at[None, :], a.to(out.dtype.element_ty), here)
 
 
