@@ -75,7 +75,8 @@ class Bench:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                found = {"error": f"stopped after {limit:.0f} s", "stopped": True}
+                there = json.loads(result.read_text()) if result.exists() else {}  # rows that were finished before
+                found = there | {"error": f"stopped after {limit:.0f} s", "stopped": True}
             else:
                 found = (
                     json.loads(result.read_text())
@@ -137,6 +138,7 @@ class Bench:
         """Time what is wanted and not there yet."""
         self.look()
         done = [r for r in load(self.out, RESULTS) if r["card"] == self.card["card"] and (not self.args.retry or "error" not in r)]
+        jobs: dict[tuple, list[tuple[str, str]]] = {}  # what shares a process, and with it a loaded model
         for name in self.args.rows:
             row, arms = ROWS[name], [a for a in self.args.arms if a in ROWS[name].arms]
             have = {r["arm"] for r in done if r["row"] == name}
@@ -144,33 +146,28 @@ class Bench:
             if name == "gsm8k" and todo and not self.args.gsm8k:
                 print("gsm8k is left out: give its tokens with --gsm8k FILE", flush=True)
                 continue
-            if row.policy == "budget" and "unsloth" in todo:  # its peak is our budget
-                todo = ["unsloth", *(a for a in todo if a != "unsloth")]
-            budget = next(
-                (r["peak_GiB"] for r in reversed(done) if (r["row"], r["arm"]) == (name, "unsloth") and "error" not in r),
-                UNSLOTH_PEAK,
-            )
             for arm in todo:
-                if self.left < 30:
-                    print(f"no time left for {name} {arm}; call again to go on", flush=True)
-                    return
-                folder = self.checkpoint("tiny" if self.args.tiny else row.model)
-                knobs = self.args.knobs if arm in OURS else {}
-                task = {
-                    "row": name,
-                    "arm": arm,
-                    "checkpoint": folder,
-                    "steps": self.args.steps,
-                    "knobs": knobs,
-                    "budget_gib": budget,
-                }
-                found = self.child(task="step", peer=arm not in (*OURS, "read"), cold=name == "start", **task)
-                if found.get("stopped") and self.left < 30:
-                    print(f"no time left for {name} {arm}; call again to go on", flush=True)
-                    return
-                if arm == "unsloth" and "error" not in found:
-                    budget = found["peak_GiB"]
-                self.show(self.record("gpu.jsonl", found, row=name, arm=self.label(arm), policy=row.policy, tiny=self.args.tiny))
+                peer = arm not in OURS
+                alone = name if name == "start" or (arm == "unsloth" and row.data == "gsm8k") else ""
+                key = row.model, row.store, row.full, arm if peer else "ours", peer and row.policy == "keep", alone
+                jobs.setdefault(key, []).append((name, arm))
+        for (model, *_), pairs in jobs.items():
+            if self.left < 30:
+                print(f"no time left for {', '.join(f'{n} {a}' for n, a in pairs)}; call again to go on", flush=True)
+                continue
+            folder = self.checkpoint("tiny" if self.args.tiny else model)
+            knobs = self.args.knobs if pairs[0][1] in OURS else {}
+            found = self.child(
+                task="step", peer=pairs[0][1] not in (*OURS, "read"), cold=pairs[0][0] == "start", rows=pairs, checkpoint=folder,
+                steps=self.args.steps, knobs=knobs, budget_gib=UNSLOTH_PEAK,
+            )  # fmt: skip
+            there = found.get("rows", [])
+            if len(there) < len(pairs) and "error" in found:
+                there = [*there, {"error": found["error"]}]
+            for (name, arm), one in zip(pairs, there, strict=False):
+                one = {"versions": found.get("versions"), **one}
+                self.show(self.record("gpu.jsonl", one, row=name, arm=self.label(arm), policy=ROWS[name].policy, tiny=self.args.tiny))
+        for name in self.args.rows:
             self.compare(name)
 
     def label(self, arm: str) -> str:
@@ -187,7 +184,7 @@ class Bench:
             peak = f"{r['peak_GiB']:7.2f} GiB, {r['reserved_GiB']:.2f} reserved" if r["peak_GiB"] else ""
             speed = f"{r['tokens_per_s']:9,.0f} tok/s {r['examples_per_s']:7.1f} ex/s {r['ms']:9.1f} ms {peak}"
             losses = f"loss {r['loss_first']:.4f} -> {r['loss_last']:.4f}"
-            print(f"{r['row']:14} {r['arm']:16} {speed}  {losses}  first step {r['first_step_s']} s", flush=True)
+            print(f"{r['row']:14} {r['arm']:16} {speed}  {losses}  first step {r.get('first_step_s', '-')} s", flush=True)
 
     def compare(self, name: str) -> None:
         """The losses of a row's arms on the same first step, beside each other."""

@@ -67,16 +67,23 @@ def make_optimizer(parameters: dict[str, Any], knobs: dict[str, Any]) -> tuple[A
     return optimizer, {"optimizer": knobs["optimizer"]}
 
 
+LEVELS = {  # what a layer keeps where a row does not keep all: what is fastest inside the peer's memory, what waits lies in main memory
+    "4x2048-budget": "recompute", "1x2048-ckpt": "checkpoint", "1x8192-ckpt": "recompute", "1x32768-ckpt": "attention",
+    "llama-ckpt": "recompute", "start": "checkpoint", "full": "checkpoint",
+}  # fmt: skip
+
+
 def default_knobs(row: Row, arm: str, budget_gib: float | None) -> dict[str, Any]:
+    kept = row.policy == "keep"
     return {
-        "activations": {"keep": "keep", "ckpt": "checkpoint", "budget": "recompute"}[row.policy],
-        "offload": row.policy != "keep",
-        "tile": 1 << 30 if row.policy == "keep" else 2048,
+        "activations": "keep" if kept else LEVELS[row.name],
+        "offload": not kept,
+        "tile": 1 << 30 if kept or row.batch * row.seq <= 2048 else 2048,
         "budget_gib": budget_gib,
         "compute": "fp8" if arm.startswith("ours-fp8") else "bf16",
         "micro_batch_tokens": None,  # None: a step's tokens go through at once
-        "optimizer": "8bit",
-        "weight_cache": 0,
+        "optimizer": "32bit",  # 8bit is bitsandbytes': 0.24 GiB less here, and a launch a tensor
+        "weight_cache": 14 << 30 if row.data == "gsm8k" and not arm.startswith("ours-fp8") else 0,
     }
 
 
@@ -97,10 +104,23 @@ class Ours:
         else:
             adapters.attach(self.model, Lora(rank=RANK, alpha=ALPHA), seed=seed)
             trained = adapters.trainable(self.model)
-        self.applied = prepare_model(self.model, knobs)
-        self.optimizer, applied = make_optimizer(trained, knobs)
-        self.applied |= applied
+        self.trained = trained
+        self.start = {} if row.full else {name: p.detach().clone() for name, p in trained.items()}
         self.model.train()
+        self.take(row, knobs)
+
+    def take(self, row: Row, knobs: dict[str, Any]) -> None:
+        """The row's policies and an optimiser that has done nothing, over the adapter as it was at first."""
+        import torch
+
+        self.row, self.knobs, self.model.fast, self.optimizer = row, knobs, None, None
+        with torch.no_grad():
+            for name, value in self.start.items():
+                self.trained[name].copy_(value)
+        free()
+        self.applied = prepare_model(self.model, knobs)
+        self.optimizer, applied = make_optimizer(self.trained, knobs)
+        self.applied |= applied
 
     def __call__(self, step: Step) -> Any:
         from tunesmith.data.pack import micro_batches
@@ -216,15 +236,28 @@ class Peer:
         import torch
 
         self.device = torch.device("cpu" if row.model == "tiny" else "cuda")
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.start = [] if row.full else [p.detach().clone() for p in self.trained]
+        self.applied: dict[str, Any] = {}
+        self.model.train()
+        self.take(row)
+
+    def take(self, row: Row) -> None:
+        """An optimiser that has done nothing, over the adapter as it was at first."""
+        import torch
+
+        self.row, self.padded, self.optimizer = row, row.data != "full", None
+        with torch.no_grad():
+            for p, value in zip(self.trained, self.start, strict=False):
+                p.copy_(value)
+                p.grad = None
+        free()
         if self.device.type == "cuda":
             import bitsandbytes
 
-            self.optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=RATE)
+            self.optimizer = bitsandbytes.optim.AdamW8bit(self.trained, lr=RATE)
         else:
-            self.optimizer = torch.optim.AdamW(trained, lr=RATE)
-        self.applied: dict[str, Any] = {}
-        self.model.train()
+            self.optimizer = torch.optim.AdamW(self.trained, lr=RATE)
 
     def __call__(self, step: Step) -> Any:
         import torch
@@ -315,25 +348,53 @@ def summary(row: Row, steps: list[Step], times: list[float], losses: list[float]
     }  # fmt: skip
 
 
-def measure(task: dict[str, Any]) -> dict[str, Any]:
-    """Run one arm on one row."""
-    row = ROWS[task["row"]]
-    row = tiny(row) if task["tiny"] else row
-    folder, arm, born = Path(task["checkpoint"]), task["arm"], task["born"]
-    if arm == "read":
-        return read(folder)
-    gsm8k = Path(task["gsm8k"]) if task["gsm8k"] else None
-    steps = data(row, row.steps or task["steps"], gsm8k, CONFIGS[row.model]["vocab_size"])
-    if arm == "unsloth" and row.data == "gsm8k":
-        return unsloth_trainer(row, folder, steps, born)
-    run = (
-        Ours(row, folder, default_knobs(row, arm, task["budget_gib"]) | task["knobs"])
-        if arm.startswith("ours")
-        else Peer(row, folder, arm)
-    )
+def free() -> None:
+    """Give back what the row before held: a peak is a row's own."""
+    import gc
+
     import torch
 
-    loaded = time.time() - born
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def measure(task: dict[str, Any], keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    """Run pairs of a row and an arm that share a loaded model, one after the other; `keep` is given what there is after each."""
+    folder, born, run, out = Path(task["checkpoint"]), task["born"], None, []
+    gsm8k = Path(task["gsm8k"]) if task["gsm8k"] else None
+    for name, arm in task["rows"]:
+        row = tiny(ROWS[name]) if task["tiny"] else ROWS[name]
+        try:
+            if arm == "read":
+                found = read(folder)
+            else:
+                steps = data(row, row.steps or task["steps"], gsm8k, CONFIGS[row.model]["vocab_size"])
+                if arm == "unsloth" and row.data == "gsm8k":
+                    found = unsloth_trainer(row, folder, steps, born)
+                else:
+                    knobs = default_knobs(row, arm, task["budget_gib"]) | task["knobs"]
+                    if run is None:
+                        run = Ours(row, folder, knobs) if arm.startswith("ours") else Peer(row, folder, arm)
+                    elif arm.startswith("ours"):
+                        run.take(row, knobs)
+                    else:
+                        run.take(row)
+                    found = timed(row, run, steps, born) | {"applied": run.applied}
+                if out:
+                    found.pop("first_step_s", None)  # of the process, not of this row
+        except Exception as error:  # noqa: BLE001 - a row that fails (out of memory, mostly) must not end those behind it
+            traceback.print_exc()
+            found = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        out.append(found)
+        keep(out)
+    return out
+
+
+def timed(row: Row, run: Any, steps: list[Step], born: float) -> dict[str, Any]:
+    """One row's steps."""
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     times, losses, first = [], [], 0.0
@@ -347,7 +408,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         if not n:
             first = time.time() - born
             print(f"first step {times[0]:.2f} s, loss {losses[0]:.4f}", file=sys.stderr, flush=True)
-    return summary(row, steps, times, losses, first) | {"loaded_s": round(loaded, 2), "applied": run.applied}
+    return summary(row, steps, times, losses, first)
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -428,8 +489,13 @@ def main() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1", TOKENIZERS_PARALLELISM="false")
     import gpu_probe
 
+    def keep(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        found = {"versions": versions(), "rows": rows}
+        result.write_text(json.dumps(found))
+        return found
+
     tasks = {
-        "step": measure,
+        "step": lambda task: keep(measure(task, keep)),
         "checkpoint": make_checkpoint,
         "rates": gpu_probe.rates,
         "link": gpu_probe.link,

@@ -104,7 +104,7 @@ class Ours:
         return total / step.trained
 
     def update(self) -> None:
-        self.optimizer.step(self.optimizer.gradient_norm())
+        self.optimizer.step()
 
 
 class Transformers:
