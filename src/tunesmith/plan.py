@@ -732,13 +732,14 @@ class _Job:
         moved = sum(n * part.offload * shape.kept(part.level) for n, part in ((n_low, low), (n_high, high)))
         moved = moved / (self.device.link * 1e9) if self.device.link else 0.0
         token = np.maximum(forward / self._half_rate, moved) + np.maximum(backward / self._half_rate, moved)
-        token = (token + 2 * UNHIDDEN * moved) * np.where(moved > 0, OFFLOAD_TAX, 1.0) * (TILE_TAX if tokens > low.tile else 1.0)
+        token = token + 2 * UNHIDDEN * moved
+        tax = np.where(moved > 0, OFFLOAD_TAX, 1.0) * (TILE_TAX if tokens > low.tile else 1.0)
         parts = self.steps * max(1.0, self.batch_size * self.rows.mean / tokens)  # micro-batches
         decoded = 0.0
         if self.fp8 or (self.method == "qlora" and not cached):
             decoded = (n_low * shape.decodes(low.level) + n_high * shape.decodes(high.level)) * self._decode_second
         launched = HALF_LAYER_SECONDS * (2 * s.layers + n_low * bool(again[0][0]) + n_high * bool(again[1][0]))
-        return np.maximum(self.trained_tokens * token + parts * decoded, parts * launched) + self._beside
+        return tax * np.maximum(self.trained_tokens * token + parts * decoded, parts * launched) + self._beside
 
     @property
     def _decode_second(self) -> float:
