@@ -166,7 +166,9 @@ class Bench:
                 there = [*there, {"error": found["error"]}]
             for (name, arm), one in zip(pairs, there, strict=False):
                 one = {"versions": found.get("versions"), **one}
-                self.show(self.record("gpu.jsonl", one, row=name, arm=self.label(arm), policy=ROWS[name].policy, tiny=self.args.tiny))
+                self.show(
+                    self.record("gpu.jsonl", one, row=name, arm=self.label(arm), policy=ROWS[name].policy, tiny=self.args.tiny)
+                )
         for name in self.args.rows:
             self.compare(name)
 

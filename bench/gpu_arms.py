@@ -67,7 +67,7 @@ def make_optimizer(parameters: dict[str, Any], knobs: dict[str, Any]) -> tuple[A
     return optimizer, {"optimizer": knobs["optimizer"]}
 
 
-LEVELS = {  # what a layer keeps where a row does not keep all: what is fastest inside the peer's memory, what waits lies in main memory
+LEVELS = {  # what a layer keeps where not all is kept: the fastest inside the peer's memory; it waits in main memory
     "4x2048-budget": "recompute", "1x2048-ckpt": "checkpoint", "1x8192-ckpt": "recompute", "1x32768-ckpt": "attention",
     "llama-ckpt": "recompute", "start": "checkpoint", "full": "checkpoint",
 }  # fmt: skip

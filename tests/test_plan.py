@@ -286,6 +286,13 @@ def test_a_budget_between_two_levels_gets_two_kinds_of_layers_and_offloading_is_
     assert not any(part.offload for part in plan(gpu=no_room, memory={"budget_gb": 8}, **rows).layers)
 
 
+def test_nothing_is_offloaded_for_nothing():
+    """Small layers are launched more slowly than they compute, so that moving them would cost no time: a card has room for them."""
+    small = replace(MISTRAL, dim=1024, hidden=2816, heads=8, kv_heads=4)
+    for spec, gpu in ((small, "h200"), (small, "4090"), (MISTRAL, "h200"), (MISTRAL, "4090")):
+        assert not any(part.offload for part in plan("qlora", spec, gpu).layers)
+
+
 def test_int8_only_when_asked_and_small_micro_batches_keep_decoded_weights():
     assert "int8" not in {part.level for gpu in ("8GB", "16GB", "24GB", "h200") for part in plan(gpu=gpu).layers}
     assert plan(gpu="h200", memory={"activations": "int8"}).activations == "int8"

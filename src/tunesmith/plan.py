@@ -58,7 +58,7 @@ HALF_EFFICIENCY = 0.55  # of the card's rate over everything a step does: 0.54 t
 FP8_GAIN = 1.4  # of the products of the base in e4m3
 HALF_LAYER_SECONDS = 2.8e-3  # a layer's pass cannot be launched faster yet: 1 x 2,048 checkpointed takes 265 ms for 32 x 3 of them
 DECODE_BYTES = {"bf16": 2.6, "fp8": 1.6}  # of memory traffic a weight: codes and scales read, the dense weight written
-TILE_TAX, OFFLOAD_TAX = 1.005, 1.02  # of time, more than was measured: neither is to be taken for nothing
+TILE_TAX, OFFLOAD_TAX = 1.005, 1.03  # of time, more than was measured: neither is to be taken for nothing
 UNHIDDEN = 0.03  # of what the link takes, even where a layer takes longer: at the ends, and in the device's own bandwidth
 HOST_SHARE = 0.5  # of main memory that may be pinned
 WORTH = 0.002  # of its time that a plan may give away for a GiB less: near ties go to the leaner one
@@ -480,7 +480,7 @@ class _Job:
         yield Component("embedding, head, norms", dense * w, "device", f"{dense:,} parameters in {self.dtype}, never quantised")
         n = self.adapter_parameters
         if self.method != "full":
-            copies = 0 if w == 4 else w
+            copies = 0 if w == 4 or not self.composed_because else w  # half-blocks round them where they lay them beside a weight
             yield Component(
                 "adapter", n * (MASTER + copies), "device", f"{n:,} float32 masters{' and their 16-bit copies' if copies else ''}"
             )
@@ -714,8 +714,8 @@ class _Job:
 
     @property
     def pinnable(self) -> float:
-        """Bytes of main memory that may be pinned; of a machine that is not here, as much as the card has."""
-        return HOST_SHARE * (self.device.host or 2 * self.device.total)
+        """Bytes of main memory that may be pinned. A machine that is not here is taken to have 16 GiB free, or its card's size."""
+        return HOST_SHARE * (self.device.host or max(16 * GIB, self.device.total))
 
     def half_seconds(self, low: Layers, high: Layers, n_high, tokens: int, cached: bool) -> Any:
         """Of the whole run: all arithmetic at one rate, the link where it is slower, launches under small batches."""
@@ -731,13 +731,14 @@ class _Job:
         moved = sum(n * part.offload * shape.kept(part.level) for n, part in ((n_low, low), (n_high, high)))
         moved = moved / (self.device.link * 1e9) if self.device.link else 0.0
         token = np.maximum(forward / self._half_rate, moved) + np.maximum(backward / self._half_rate, moved)
-        token = (token + 2 * UNHIDDEN * moved) * np.where(moved > 0, OFFLOAD_TAX, 1.0) * (TILE_TAX if tokens > low.tile else 1.0)
+        token = token + 2 * UNHIDDEN * moved
+        tax = np.where(moved > 0, OFFLOAD_TAX, 1.0) * (TILE_TAX if tokens > low.tile else 1.0)
         parts = self.steps * max(1.0, self.batch_size * self.rows.mean / tokens)  # micro-batches
         decoded = 0.0
         if self.fp8 or (self.method == "qlora" and not cached):
             decoded = (n_low * shape.decodes(low.level) + n_high * shape.decodes(high.level)) * self._decode_second
         launched = HALF_LAYER_SECONDS * (2 * s.layers + n_low * bool(again[0][0]) + n_high * bool(again[1][0]))
-        return np.maximum(self.trained_tokens * token + parts * decoded, parts * launched) + self._beside
+        return tax * np.maximum(self.trained_tokens * token + parts * decoded, parts * launched) + self._beside
 
     @property
     def _decode_second(self) -> float:
@@ -853,7 +854,8 @@ class _Way:
         job, low, high = self.job, self.layers[0], self.layers[-1]
         n_high = high.count if len(self.layers) > 1 else 0
         kept_bytes, transient, beyond, overhead = (round(float(x)) for x in job.sizes(low, high, n_high, self.tokens, self.cached))
-        each = ", ".join(f"{job.shape.kept(p.level):,} bytes a token and layer for {p.level}" for p in reversed(self.layers))
+        levels = dict.fromkeys(part.level for part in reversed(self.layers))
+        each = ", ".join(f"{job.shape.kept(level):,} bytes a token and layer for {level}" for level in levels)
         waits = " (waits in main memory where it is offloaded)" if low.offload or high.offload else ""
         yield Component("activations", kept_bytes, "device", f"{self.tokens:,} tokens at once; {each}{waits}")
         tiled = f", the MLP in tiles of {low.tile:,}" if self.tokens > low.tile else ""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.devices import GIB
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tunesmith.plan import Plan
-
 COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "bright_blue", "bright_cyan", "white")
 BAR = 30
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+def print_plan(plan: Any, console: Console) -> None:
+    """`plan` is a plan.Plan, whose room lies above this one."""
     from rich.markup import escape
     from rich.table import Table
     from rich.text import Text

@@ -57,7 +57,10 @@ class FastLayers:
     def renew(self, model: nn.Module) -> bool:
         """Follow the adapters as they are now. False, and nothing of it runs, while `refusal` has a reason."""
         modules = [m for block in model.model.layers for group in linears(block) for m in group]
-        there, state = [id(m) for m in modules], [(getattr(m, "enabled", True), bool(getattr(m, "dropout", 0)) and m.training) for m in modules]
+        there, state = (
+            [id(m) for m in modules],
+            [(getattr(m, "enabled", True), bool(getattr(m, "dropout", 0)) and m.training) for m in modules],
+        )
         if (there, state) != self.signature:
             self.runs = not refusal(model)
             if self.runs and (not self.halves or there != self.signature[0]):

@@ -371,7 +371,9 @@ def _fuse(bases: Sequence[nn.Module]) -> nf4.NF4 | None:
         for base, view in zip(bases, whole[name].split([len(getattr(p, name)) for p in parts]), strict=True):
             setattr(base, attribute, view)
     shape = (sum(p.shape[0] for p in parts), first.shape[1])
-    return nf4.NF4(**whole, nested_map=first.nested_map, offset=offset, shape=shape, block=first.block, nested_block=first.nested_block)
+    return nf4.NF4(
+        **whole, nested_map=first.nested_map, offset=offset, shape=shape, block=first.block, nested_block=first.nested_block
+    )
 
 
 def wide_mm(a: Tensor, b: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ CUDNN = True  # tests and benches turn it off to compare
 
 def forward(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: Layout, scale: float,
             window: int | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(output [T, Q, H], what `backward` needs of it besides: float32, 4 bytes a token and head; None where it computes it again)."""
+    """(output [T, Q, H], what `backward` needs besides: float32, 4 bytes a token and head; None where it computes it again)."""
     if window is not None and window >= layout.longest:
         window = None
     match kernel(q_TQH, layout, window):

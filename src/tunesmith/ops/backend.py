@@ -113,7 +113,7 @@ def why() -> str:
 
 
 class Recorded:
-    """Launches whose every argument stays where it is: run the first time, captured as a CUDA graph the second, replayed from then on.
+    """Launches whose every argument stays where it is: run once, then captured as a CUDA graph, replayed from then on.
 
     A Triton launch costs Python 20 to 40 us and a replay 8, whatever it holds: of the 137 ms that a step of 2,048 tokens took a
     Mistral-7B on an H200, 40 went into opening weights (two launches, 256 times). `body` must allocate nothing.

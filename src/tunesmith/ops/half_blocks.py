@@ -15,7 +15,7 @@ needed, with each adapter's A as extra rows and B as extra columns, so that a ba
 are not: there a product is the base's alone, and `up` and `back` answer what is still to be added (`Low`; None in 16 bits), which
 the kernel that reads the product next adds in registers. Inputs of such a product come as e4m3 from where they are made (`room`).
 
-Shape letters: T tokens, L chosen rows, D model width, F MLP width, Q query heads, K key/value heads, H head width, R rank of a group.
+Shape letters: T tokens, L chosen rows, D model width, F MLP width, Q query heads, K key/value heads, H head width, R a group's rank.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def _attention_out(halves: Halves, rows: Tensor | None, keep: dict[str, Tensor])
 
 def _mlp(halves: Halves, keep: dict[str, Tensor], tile: int, level: str) -> Tensor:
     """mid -> y [L, D]. gate and up are kept whole (`keep`), as int8 (`int8`), or a tile at a time."""
-    mid, width, up, down = keep["mid"], halves.norm_2.shape[0], halves.gate_up, halves.down
+    mid, up, down = keep["mid"], halves.gate_up, halves.down
     count, hidden, spans = len(mid), halves.gate_up.outputs // 2, list(_spans(len(mid), tile))
     y, several = torch.empty_like(mid), len(spans) > 1
     keep["rstd_2"] = _float(mid, count)
@@ -303,7 +303,7 @@ def _mlp_backward(
 
 def _attention_backward(dmid_DR, dmid8, halves, run, rows, keep, tile, need_x) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """(dx or None, gradients of qkv's parameters, of o's)."""
-    x, h, group, width = keep["x"], halves.head_dim, halves.qkv, halves.norm_1.shape[0]
+    x, group, width = keep["x"], halves.qkv, halves.norm_1.shape[0]
     out, weights = keep.pop("out"), halves.o.open()
     flat = out.flatten(1) if rows is None else out.flatten(1)[rows]
     dmid = dmid_DR[:, :width]

@@ -133,7 +133,9 @@ def join(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, cos_TR: Tensor, sin_TR: Te
     _split_or_join(out_TN, q_TQH.shape[1], cos_TR, sin_TR, (q_TQH, k_TKH, v_TKH), join=True)
 
 
-def _split_or_join(whole_TN: Tensor, heads: int, cos: Tensor, sin: Tensor, parts: tuple[Tensor, Tensor, Tensor], join: bool) -> None:
+def _split_or_join(
+    whole_TN: Tensor, heads: int, cos: Tensor, sin: Tensor, parts: tuple[Tensor, Tensor, Tensor], join: bool
+) -> None:
     q, k, v = parts
     kv, width = k.shape[1:]
     if not backend.triton_for(whole_TN):
