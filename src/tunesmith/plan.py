@@ -715,7 +715,7 @@ class _Job:
 
     @property
     def pinnable(self) -> float:
-        """Bytes of main memory that may be pinned. A machine that is not here is taken to have 16 GiB free, or what its card has."""
+        """Bytes of main memory that may be pinned. A machine that is not here is taken to have 16 GiB, or its card's size."""
         return HOST_SHARE * (self.device.host or max(16 * GIB, self.device.total))
 
     def half_seconds(self, low: Layers, high: Layers, n_high, tokens: int, cached: bool) -> Any:
