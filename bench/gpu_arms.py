@@ -153,13 +153,13 @@ class Ours:
 # ---- peers -----------------------------------------------------------------------------------------------------------------------
 
 
-def unsloth_model(row: Row, folder: Path) -> tuple[Any, Any]:
+def unsloth_model(row: Row, folder: Path, longest: int) -> tuple[Any, Any]:
+    """`longest`: tokens of the longest document that any row of this process has; Unsloth's rope tables end there."""
     import torch
     from unsloth import FastLanguageModel  # patches the others, so it comes before them
 
-    longest = max(2048, row.seq)
     model, tokenizer = FastLanguageModel.from_pretrained(
-        str(folder), max_seq_length=longest, dtype=torch.bfloat16, load_in_4bit=row.store == "nf4"
+        str(folder), max_seq_length=max(2048, longest), dtype=torch.bfloat16, load_in_4bit=row.store == "nf4"
     )
     model = FastLanguageModel.get_peft_model(
         model, r=RANK, lora_alpha=ALPHA, lora_dropout=0, target_modules=LINEARS.get(row.model, LINEARS[""]), bias="none",
@@ -230,9 +230,9 @@ def transformers_model(row: Row, folder: Path, arm: str) -> Any:
 class Peer:
     """A peer's model under a plain loop: autocast, its own loss, AdamW with 8-bit moments."""
 
-    def __init__(self, row: Row, folder: Path, arm: str):
-        self.row, self.padded = row, row.data != "full"
-        self.model = unsloth_model(row, folder)[0] if arm.startswith("unsloth") else transformers_model(row, folder, arm)
+    def __init__(self, row: Row, folder: Path, arm: str, longest: int):
+        unsloth = arm.startswith("unsloth")
+        self.model = unsloth_model(row, folder, longest)[0] if unsloth else transformers_model(row, folder, arm)
         import torch
 
         self.device = torch.device("cpu" if row.model == "tiny" else "cuda")
@@ -275,7 +275,7 @@ class Peer:
 def unsloth_trainer(row: Row, folder: Path, steps: list[Step], born: float) -> dict[str, Any]:
     """Unsloth as its users run short chats: its SFTTrainer with padding-free on, rows in our order. A step's time is from the end
     of the one before it."""
-    model, tokenizer = unsloth_model(row, folder)
+    model, tokenizer = unsloth_model(row, folder, row.seq)
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -363,6 +363,7 @@ def measure(task: dict[str, Any], keep: Callable[[list[dict[str, Any]]], None]) 
     """Run pairs of a row and an arm that share a loaded model, one after the other; `keep` is given what there is after each."""
     folder, born, run, out = Path(task["checkpoint"]), task["born"], None, []
     gsm8k = Path(task["gsm8k"]) if task["gsm8k"] else None
+    longest = max(ROWS[name].seq for name, _ in task["rows"])
     for name, arm in task["rows"]:
         row = tiny(ROWS[name]) if task["tiny"] else ROWS[name]
         try:
@@ -375,7 +376,7 @@ def measure(task: dict[str, Any], keep: Callable[[list[dict[str, Any]]], None]) 
                 else:
                     knobs = default_knobs(row, arm, task["budget_gib"]) | task["knobs"]
                     if run is None:
-                        run = Ours(row, folder, knobs) if arm.startswith("ours") else Peer(row, folder, arm)
+                        run = Ours(row, folder, knobs) if arm.startswith("ours") else Peer(row, folder, arm, longest)
                     elif arm.startswith("ours"):
                         run.take(row, knobs)
                     else:

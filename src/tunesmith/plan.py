@@ -357,9 +357,8 @@ class _Job:
         if dtype == "bf16" and device.kind == "cuda" and not device.bf16:
             raise ModelError(f"{device.name} does not compute in bf16", "set memory.dtype: fp16 (with loss scaling) or fp32")
         rows = Rows.of(lengths, config.data.max_length)
-        per_epoch = math.ceil(rows.count / train.batch_size)
-        steps = train.max_steps or max(1, math.ceil(per_epoch * train.epochs))
-        epochs = steps / per_epoch if train.max_steps else train.epochs
+        steps = train.max_steps or max(1, math.ceil(math.ceil(rows.count / train.batch_size) * train.epochs))
+        epochs = steps * train.batch_size / rows.count if train.max_steps else train.epochs
         held_out = config.data.held_out
         asked = HELD_OUT_ROWS if isinstance(held_out, str) else min(HELD_OUT_ROWS, rows.count * held_out / (1 - held_out))
         every = evaluation.every_steps
@@ -588,12 +587,14 @@ class _Job:
             "disk",
             f"{self.keep} kept and one being written",
         )
-        if self.keep_best and self.held_out:
-            yield Component("best weights", (self.keep + 1) * n * MASTER, "disk", "float32, at most one beside each checkpoint")
         if self.method == "full":
-            yield Component("model", whole, "disk", "16-bit weights")
+            yield Component(
+                "model", whole * (1 + self.keep_best), "disk", f"16-bit weights{', the best so far too' if self.keep_best else ''}"
+            )
         else:
-            yield Component("adapter file", n * 4, "disk", "float32")
+            yield Component(
+                "adapter file", n * 4 * (1 + self.keep_best), "disk", f"float32{', the best so far too' if self.keep_best else ''}"
+            )
             yield Component("merged export", whole, "disk", "only if you merge: the whole model in 16 bits")
 
     # -- time --
@@ -714,7 +715,7 @@ class _Job:
 
     @property
     def pinnable(self) -> float:
-        """Bytes of main memory that may be pinned. A machine that is not here is taken to have 16 GiB free, or its card's size."""
+        """Bytes of main memory that may be pinned. A machine that is not here is taken to have 16 GiB, or its card's size."""
         return HOST_SHARE * (self.device.host or max(16 * GIB, self.device.total))
 
     def half_seconds(self, low: Layers, high: Layers, n_high, tokens: int, cached: bool) -> Any:
