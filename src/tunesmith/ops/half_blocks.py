@@ -298,6 +298,7 @@ def _mlp_backward(
         low_rank.add_(dnormed, weights.back(gate_up, out=dnormed, dy8=both8))
         of_tile = None if dmid8 is None else (dmid8[0][at], dmid8[1][at])
         rms_norm.backward(dnormed, mid[at], halves.norm_2, keep["rstd_2"][at], dy[at], dmid[at, :width], of_tile)
+        del gate_up, both, both8, normed, dnormed  # before the next tile takes its own
     return dmid, dmid8, of_up or [], of_down or []
 
 
