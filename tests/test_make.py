@@ -20,7 +20,8 @@ def checkout(tmp_path):
     stand_in = tmp_path / "python"
     stand_in.write_text(
         '#!/bin/sh\necho "$*" >> "$LOG"\n'
-        'case "$*" in *"-m venv"*) mkdir -p .venv/bin; for n in python lint-imports ruff; do cp "$STAND_IN" .venv/bin/$n; done;; esac\n'
+        'case "$*" in *"-m venv"*) mkdir -p .venv/bin\n'
+        'for n in python lint-imports ruff; do cp "$STAND_IN" .venv/bin/$n; done;; esac\n'
     )
     stand_in.chmod(0o755)
     log = tmp_path / "log"

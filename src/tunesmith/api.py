@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.data.report import CheckReport
+    from tunesmith.diagnosis import Diagnosis
     from tunesmith.plan import Plan
     from tunesmith.run import Run
 
@@ -66,6 +67,13 @@ def explain(key: str = "") -> str:
     from tunesmith.config.explain import explain
 
     return explain(key)
+
+
+def doctor() -> Diagnosis:
+    """What this machine can do and which kernels a run takes, each with its reason: lines, `.print(console)` and `.healthy`."""
+    from tunesmith.diagnosis import diagnose
+
+    return diagnose()
 
 
 def check(
@@ -215,4 +223,4 @@ def stream(model: str | Path, prompt: str, **settings: Any) -> Iterator[str]:
     yield from Talker.open(model, adapter=adapter).stream([{"role": "user", "content": prompt}], **settings)
 
 
-__all__ = ["chat", "check", "explain", "generate", "init", "merge", "plan", "report", "stream", "train"]
+__all__ = ["chat", "check", "doctor", "explain", "generate", "init", "merge", "plan", "report", "stream", "train"]

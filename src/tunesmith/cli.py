@@ -187,6 +187,14 @@ def explain(
     _say(_hanging(tunesmith.explain(key)))
 
 
+@verb
+def doctor() -> int:
+    """Say what this machine can do, and which kernels a run takes and why."""
+    found = tunesmith.doctor()
+    found.print()
+    return 0 if found.healthy else 2
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code. Only a bug of ours shows a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments

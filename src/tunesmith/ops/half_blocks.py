@@ -15,7 +15,7 @@ needed, with each adapter's A as extra rows and B as extra columns, so that a ba
 are not: there a product is the base's alone, and `up` and `back` answer what is still to be added (`Low`; None in 16 bits), which
 the kernel that reads the product next adds in registers. Inputs of such a product come as e4m3 from where they are made (`room`).
 
-Shape letters: T tokens, L chosen rows, D model width, F MLP width, Q query heads, K key/value heads, H head width, R a group's rank.
+Shape letters: T tokens, L chosen rows, D model width, F MLP width, Q query heads, K key/value heads, H head width, R ranks.
 """
 
 from __future__ import annotations
