@@ -276,8 +276,8 @@ def absmax_rows_columns(q: NF4) -> tuple[Tensor, Tensor]:
 # instructions a look-up that leaves 4. Launched without fused multiply-add, which would round map * nested + offset once where the
 # format rounds twice.
 #
-# To e4m3 these kernels are bound by their instructions, not by memory (for sm_90: 21 a weight at first, 9.8 now), so a thread
-# has two words, and a row's scale is multiplied into its blocks'.
+# To e4m3 a thread of `_decode_kernel` has two words, and a row's scale is multiplied into its blocks': 13 instructions a weight in
+# the code for sm_90, the division's rare branches counted, where one word and a product a weight took 21.
 
 TILE = 2048  # weights a program of 4 warps: 16 a thread; divides the 4096 and 14336 columns of Mistral-7B
 WARPS_FP8 = 2  # to e4m3: 32 a thread; 3.5 TB/s on an H200, where 4 warps reach 2.9
@@ -371,8 +371,9 @@ def _decode_transposed_kernel(words, absmax, nested_absmax, nested_map, offset, 
                               BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, NESTED: tl.constexpr, OFFSETS: tl.constexpr,
                               NIBBLES: tl.constexpr, SHARE: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
                               DEEP: tl.constexpr):  # fmt: skip
-    """A tile of the weight as [DEEP, TILE_N / DEEP, TILE_K]: threads lie along the last two, so a thread holds DEEP neighbours of a
-    column, which cross shared memory as one word. `SHARE`: words of one scale.
+    """A tile of the weight as [DEEP, TILE_N / DEEP, TILE_K], stored along N. Triton 3.7 carries the layout of the stores back to
+    the words of codes: those cross shared memory, and a thread decodes what it stores (DEEP 4 and 16 take the same time).
+    `SHARE`: words of one scale.
     """
     WORDS: tl.constexpr = TILE_K // NIBBLES
     LINES: tl.constexpr = TILE_N // DEEP

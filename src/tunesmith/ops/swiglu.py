@@ -54,8 +54,9 @@ class _SwiGLU(torch.autograd.Function):
 # ---- what a hand-written half-block calls: no autograd, gate and up side by side as one GEMM leaves them ------------------------
 # Shape letters: T tokens, F hidden width; gate_up_T2F holds the gate in columns [0, F), up in [F, 2F). Rows may be strided.
 # `low` is what an FP8 product still lacks of its low-rank part (ops/low_rank.py), added in registers and rounded. Times on an H200
-# for 8,192 tokens of Mistral-7B: cuBLAS' addmm_ and the plain forward 380 + 167 us, one kernel that completes gate and up too
-# 406; the plain backward 343, with what da lacks 362, with what gate and up lack too 602: so the forward completes them.
+# for 8,192 tokens of Mistral-7B: addmm_ (in a step's profile) and the plain forward 380 + 167 us, one kernel that completes gate
+# and up on its way 406; the plain backward 343, with what da lacks 362, with what gate and up lack too 602: so the forward
+# completes them.
 
 
 def forward(gate_up_T2F: Tensor, out_TF: Tensor | None = None, activation: Activation = "silu", low: Low | None = None,
