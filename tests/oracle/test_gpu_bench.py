@@ -70,11 +70,12 @@ def test_a_failing_arm_is_recorded(tmp_path, monkeypatch):
 
     args = SimpleNamespace(limit=60, out=tmp_path, site=None, tiny=True, gsm8k=None, child_limit=60)
     bench = gpu.Bench(args)
-    found = bench.child(
-        task="step", row="1x2048-ckpt", arm="ours-fp8", checkpoint=str(tmp_path), steps=1, knobs={}, budget_gib=None
-    )
-    assert found["error"].startswith("ModelError") and "config.json" in found["error"]
-    assert "Traceback" in (tmp_path / "gpu-errors.txt").read_text()
+    pairs = [("1x2048-ckpt", "ours-fp8"), ("1x2048-ckpt", "read")]
+    found = bench.child(task="step", rows=pairs, checkpoint=str(tmp_path), steps=1, knobs={}, budget_gib=None)
+    failed, other = found["rows"]  # a row that fails does not end those behind it
+    assert failed["error"].startswith("ModelError") and "config.json" in failed["error"] and other["read_GB_per_s"] == 0
+    lost = bench.child(task="nonsense", rows=pairs)
+    assert lost["error"].startswith("KeyError") and "Traceback" in (tmp_path / "gpu-errors.txt").read_text()
 
 
 def test_limits_are_the_measured_ones():

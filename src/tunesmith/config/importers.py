@@ -189,7 +189,8 @@ def from_axolotl(tree: Mapping[str, Any], name: str = "an Axolotl file") -> Impo
     work.variant("peft_use_dora", "peft_use_rslora")
     work.template()
     tokens = tree.get("special_tokens") if isinstance(tree.get("special_tokens"), dict) else {}
-    work.new_tokens([*(tree.get("tokens") or []), *(tokens.get("additional_special_tokens") or [])], "tokens")
+    added = (tree.get("tokens"), tokens.get("additional_special_tokens"))
+    work.new_tokens([token for some in added if isinstance(some, list) for token in some], "tokens")
     if "special_tokens" in tree:
         work.settle(
             "special_tokens", "always", "the checkpoint's own; no pad token is needed, additional ones go to lora.new_tokens"
