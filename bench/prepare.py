@@ -3,14 +3,15 @@
     python bench/prepare.py --data GSM8K_TRAIN.jsonl --tokenizer FOLDER [--times 14] [--rounds 3] [--memory] [--json out.json]
 
 Question and answer become messages in a file of their own; both sides render the same ChatML-like template, learn the assistant's
-turns and pack. First ids and labels are compared row by row. Each measurement is a process of its own, arms alternate, medians are
-told. TRL prepares inside SFTTrainer's constructor, so the CPU time of one with 8 rows is taken off; it takes the first TRL_ROWS
-rows only, as its time is the same for each row. Loading the tokenizer and importing count for nobody, except in worker processes,
-where they are part of the price. Wall time is told with the machine's load, since shared cores swing: what two workers gain shows
-only on two free cores; `unpacked` is that gain without the packing, which the training loop does step by step in one process.
-`children` is the CPU time of workers and template processes, `peak` the first process's VmHWM.
+turns and pack. First ids and labels are compared row by row. Each measurement is a process of its own and arms alternate. TRL
+prepares inside SFTTrainer's constructor, so the CPU time of one with 8 rows is taken off; it takes the first TRL_ROWS rows only,
+as its time is the same for each row. Loading the tokenizer and importing count for nobody, except in worker processes, where they
+are part of the price. CPU times are medians. Wall times are of the arm's run in which other programs took the least, and how many
+cores that was stands beside them: what two workers gain shows only on two free cores. `unpacked` is that gain without the packing,
+which the training loop does step by step in one process. `children` is the CPU time of workers and template processes.
 
---memory prepares 50,000 and a million short rows in one process and tells the peak of each (some 5 CPU-minutes).
+--memory prepares 50,000 and a million short rows in one process and tells the peak of each, the tokenizer's loading left out
+(some 3 CPU-minutes).
 """
 
 from __future__ import annotations
@@ -44,19 +45,22 @@ MEMORY_ROWS = (50_000, 1_000_000)
 
 
 class Clock:
-    """From its making to `stop`: CPU seconds of this process, of its children that have ended, and wall seconds."""
+    """From its making to `stop`: CPU seconds of this process and of its children that have ended, wall seconds, and how many cores
+    other programs took meanwhile."""
 
     def __init__(self) -> None:
         self._begin = self._now()
 
     @staticmethod
-    def _now() -> tuple[float, float, float]:
+    def _now() -> tuple[float, ...]:
         own, children = (sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        return own, children, time.monotonic()
+        user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9])
+        return own, children, time.monotonic(), (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> dict[str, float]:
-        own, children, wall = (b - a for a, b in zip(self._begin, self._now(), strict=True))
-        return {"cpu": own + children, "children": children, "wall": wall, "load": os.getloadavg()[0], "peak_mib": peak()}
+        own, children, wall, busy = (b - a for a, b in zip(self._begin, self._now(), strict=True))
+        cpu = own + children
+        return {"cpu": cpu, "children": children, "wall": wall, "others": (busy - cpu) / wall, "peak_mib": peak()}
 
 
 def peak() -> float:
@@ -81,6 +85,8 @@ def ours(rows: Path, tokenizer: str, workers: int, scratch: Path, pack: bool = T
     make = functools.partial(build_renderer, tokenizer, data)
     renderer = make()
     renderer.examples_many([])
+    if not pack:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading the tokenizer
     clock = Clock()
     prepared = prepare(data, make, seed=0, renderer=renderer, cache_dir=scratch / "cache")
     packing = Clock()
@@ -187,21 +193,24 @@ def main() -> None:
                     empty = measure("trl", few, options.tokenizer)
                     one |= {k: one[k] - empty[k] for k in ("cpu", "children", "wall")}
                 found[arm].append(one)
-        table = {a: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for a, runs in found.items()}
-        base = counts["trl"] / table["trl"]["cpu"]
-        columns = ("rows/CPU-s", "x TRL", "CPU-s", "children", "rows/s wall", "x 1 process", "unpacked", "load", "peak MiB")
+        median = {
+            a: {k: statistics.median(r[k] for r in runs) for k in ("cpu", "children", "peak_mib")} for a, runs in found.items()
+        }
+        quiet = {a: min(runs, key=lambda r: r["others"]) for a, runs in found.items()}
+        base = counts["trl"] / median["trl"]["cpu"]
+        columns = ("rows/CPU-s", "x TRL", "CPU-s", "children", "rows/s wall", "x 1 process", "unpacked", "others", "peak MiB")
         print(f"{'':16} {'rows':>8} " + " ".join(f"{c:>11}" for c in columns))
-        for arm, m in table.items():
-            rate, first = counts[arm] / m["cpu"], table[arm.split(",")[0]]
-            bare = (first["wall"] - first.get("packing", 0)) / (m["wall"] - m.get("packing", 0))
+        for arm, m in median.items():
+            q, first, rate = quiet[arm], quiet[arm.split(",")[0]], counts[arm] / m["cpu"]
+            bare = (first["wall"] - first.get("packing", 0)) / (q["wall"] - q.get("packing", 0))
             values = (
                 f"{rate:,.0f}",
                 f"{rate / base:.2f}",
                 f"{m['cpu']:.1f}",
                 f"{m['children']:.1f}",
-                f"{counts[arm] / m['wall']:,.0f}",
+                f"{counts[arm] / q['wall']:,.0f}",
             )
-            values += (f"{first['wall'] / m['wall']:.2f}", f"{bare:.2f}", f"{m['load']:.1f}", f"{m['peak_mib']:,.0f}")
+            values += (f"{first['wall'] / q['wall']:.2f}", f"{bare:.2f}", f"{q['others']:.2f}", f"{m['peak_mib']:,.0f}")
             print(f"{arm:16} {counts[arm]:8,} " + " ".join(f"{v:>11}" for v in values), flush=True)
         held = {}
         for many in MEMORY_ROWS if options.memory else ():
@@ -211,7 +220,7 @@ def main() -> None:
             (a, first), (b, last) = held.items()
             print(f"a row more: {(last['peak_mib'] - first['peak_mib']) * 2**20 / (b - a):.1f} bytes")
         if options.json:
-            options.json.write_text(json.dumps({"rows": counts, "arms": table, "runs": found, "memory": held}, indent=1))
+            options.json.write_text(json.dumps({"rows": counts, "runs": found, "memory": held}, indent=1))
 
 
 def one_arm(arm: str, rows: Path, tokenizer: str, scratch: Path) -> dict[str, float]:

@@ -490,6 +490,15 @@ def test_what_was_used_within_the_hour_is_not_pruned(cache, monkeypatch):
     assert cache.kept() == [0, 1, 2]
 
 
+def test_a_damaged_entry_is_pruned_too(cache, monkeypatch):
+    monkeypatch.setattr(prepare_module, "CACHE_BYTES", 0)
+    damaged = cache.make(0)
+    (damaged.folder / "manifest.json").unlink()
+    cache.age(damaged)
+    cache.make(1)
+    assert cache.kept() == [1]
+
+
 def test_a_crash_while_pruning_leaves_no_half_entry(cache, monkeypatch):
     import tunesmith.files
 

@@ -60,9 +60,20 @@ def test_subset_and_indexing(tmp_path):
     assert sum(1 for _ in odd) == 10
 
 
-def test_ids_are_on_disk_not_in_memory(tmp_path):
-    store = written(tmp_path / "s", [some_examples([50])])
-    assert isinstance(store._ids.base, np.memmap) and isinstance(store._learn.base, np.memmap)
+def test_the_store_is_on_disk_not_in_memory(tmp_path):
+    store = written(tmp_path / "s", [some_examples([50])]).subset(np.array([0]))
+    assert all(isinstance(part.base, np.memmap) for part in (store._ids, store._learn, store._index))
+
+
+def test_a_store_of_another_version_is_refused(tmp_path):
+    written(tmp_path / "s", [some_examples([5] * 8)])
+    meta = tmp_path / "s" / "store.json"
+    raw = meta.read_text()
+    for harm in (raw.replace('"start"', '"begin"'), raw.replace('"columns"', '"fields"')):
+        assert harm != raw
+        meta.write_text(harm)
+        with pytest.raises(DataError, match=r"another version|not a store"):
+            ExampleStore(tmp_path / "s")
 
 
 def test_an_unclosed_or_cut_store_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import sys
@@ -187,3 +188,16 @@ def test_the_child_sees_no_secrets_of_ours(monkeypatch):
             assert b"TUNESMITH_TEST_SECRET" not in file.read()
     box.close()
     assert box.render([Job(TURNS, [(2, False)])])[0][0] == "1", "a closed sandbox starts again"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_copy_does_not_end_its_parents_child():
+    with contextlib.closing(Sandbox({"default": "{{ messages[0].content }}"})) as sandbox:
+        job = Job([{"role": "user", "content": "Hi"}], [(1, False)])
+        assert sandbox.render([job])[0][0] == "Hi"
+        child = sandbox._child
+        if (pid := os.fork()) == 0:
+            sandbox.close()
+            os._exit(0)
+        os.waitpid(pid, 0)
+        assert child.poll() is None and sandbox.render([job])[0][0] == "Hi" and sandbox._child is child

@@ -263,7 +263,7 @@ def prepare(
     key = _fingerprint(data, renderer.fingerprint, seed, found)
     root = cache_folder(cache_dir)
     folder = root / key[:32]
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, PermissionError):
         os.utime(folder)  # used now: `_prune` of another process leaves it alone while it is verified
     if built := not (folder.is_dir() and not verify(folder)):
         with _bar(found, progress) as report:
@@ -337,8 +337,8 @@ def _free(entry: Path) -> Iterator[bool]:
         return
     try:
         fd = os.open(entry / "manifest.json", os.O_RDONLY)
-    except FileNotFoundError:  # another process was quicker, or a crash in the middle of a copy: `prepare` makes it again
-        yield False
+    except FileNotFoundError:  # damaged, so nobody could use it, or another process was quicker
+        yield True
         return
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,7 +3,7 @@
 ids.bin       uint32, every example's token ids end to end
 learn.bin     one bit a token in the same order, most significant bit first: 1 = trained
 index.bin     one INDEX record an example
-store.json    written last: file names, counts and sizes; a folder without it, or whose sizes differ, is not a store
+store.json    written last: the index's columns, file names and sizes; a folder without it, or where they differ, is not a store
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ INDEX = np.dtype(
     ]
 )
 PARTS = ("ids.bin", "learn.bin", "index.bin")
+_COLUMNS = [list(column) for column in INDEX.descr]
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class StoreWriter:
         self._write(self._learn, np.packbits(self._bits))
         for f in (self._ids, self._learn, self._index):
             f.close()
-        meta = {"files": list(self.files), "sizes": {p: (self.folder / p).stat().st_size for p in PARTS}}
+        meta = {"columns": _COLUMNS, "files": list(self.files), "sizes": {p: (self.folder / p).stat().st_size for p in PARTS}}
         (self.folder / "store.json").write_text(json.dumps(meta, indent=1))
 
     @staticmethod
@@ -111,10 +112,12 @@ class ExampleStore(Sequence[Example]):
     def __init__(self, folder: Path):
         try:
             meta: dict[str, Any] = json.loads((folder / "store.json").read_text())
-            files, sizes = list(meta["files"]), dict(meta["sizes"])
+            files, sizes, columns = list(meta["files"]), dict(meta["sizes"]), meta["columns"]
             found = {p: (folder / p).stat().st_size for p in PARTS}
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise DataError(f"{folder}: not a store of examples ({e})", "delete the folder; it is made again") from None
+        if columns != _COLUMNS:
+            raise DataError(f"{folder}: a store of another version", "delete the folder; it is made again")
         if found != sizes:
             raise DataError(
                 f"{folder}: the store's files have other sizes than were written", "delete the folder; it is made again"

@@ -215,9 +215,10 @@ class Sandbox:
             self._child = None
 
     def close(self) -> None:
-        """End the child. The next render starts a fresh one."""
+        """End the child. The next render starts a fresh one. A forked copy leaves alone the child of the process it came from."""
         with self._lock:
-            self._close()
+            if self._owner == os.getpid():
+                self._close()
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
