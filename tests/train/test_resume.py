@@ -26,7 +26,7 @@ from tunesmith.run import Run
 from tunesmith.train.log import Log
 
 SERVER = """
-import json, os, sys, traceback
+import functools, json, os, sys, traceback
 import torch
 import tunesmith, tunesmith.tuning
 from rich.console import Console
@@ -41,6 +41,8 @@ for line in sys.stdin:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
         try:
+            if job["half_blocks"]:
+                tunesmith.tuning.plan_for = functools.partial(tunesmith.tuning.plan_for, half_blocks=True)
             tunesmith.train(job["config"], resume=job["resume"], console=Console(file=out))
             code = 0
         except TunesmithError as e:
@@ -61,8 +63,8 @@ def server():
     process = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
 
-    def train(config, *, resume=False, kill=None):
-        job = {"config": config, "resume": resume, "log": str(config["output"]) + ".log"}
+    def train(config, *, resume=False, kill=None, half_blocks=False):
+        job = {"config": config, "resume": resume, "log": str(config["output"]) + ".log", "half_blocks": half_blocks}
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
         pid = int(process.stdout.readline())
@@ -116,6 +118,7 @@ def wait_for(path, steps):
 CAMPAIGNS = {
     "dropout and neftune": (10, {"lora": {"dropout": 0.1}, "train": {"neftune_alpha": 5.0, "epochs": 5}}),
     "qlora": (3, {"method": "qlora", "train": {"epochs": 3}}),
+    "qlora as half-blocks": (3, {"method": "qlora", "train": {"epochs": 3}, "memory": {"activations": "recompute"}}),
     "full": (3, {"method": "full", "lora": {}, "train": {"epochs": 3}, "checkpoint": {"every_steps": 1}}),
 }
 
@@ -128,7 +131,9 @@ def test_killed_at_random_points_it_ends_in_the_same_bits(tiny, tmp_path, server
     config = tiny.config(tmp_path / "killed", **{"checkpoint": {"every_steps": 2}, **changes})
     if name == "full":
         del config["lora"]
-    assert server(config | {"output": str(tmp_path / "unbroken")}) == 0
+    how = {"half_blocks": "half-blocks" in name}
+    assert server(config | {"output": str(tmp_path / "unbroken")}, **how) == 0
+    assert ("half-blocks" in (tmp_path / "unbroken" / "plan.json").read_text()) == how["half_blocks"]
     steps = len(recorded(tmp_path / "unbroken"))
     path, done = tmp_path / "killed", 0
     for point in [*sorted(draw.sample(range(steps + 1), kills - 1)), steps]:
@@ -138,7 +143,7 @@ def test_killed_at_random_points_it_ends_in_the_same_bits(tiny, tmp_path, server
             time.sleep(draw.random() * 0.04)
             os.kill(pid, signal.SIGKILL)
 
-        code = server(config, resume=done > 0, kill=kill)
+        code = server(config, resume=done > 0, kill=kill, **how)
         if code == 0:
             break
         assert code == -signal.SIGKILL, (tmp_path / "killed.log").read_text()
@@ -146,7 +151,7 @@ def test_killed_at_random_points_it_ends_in_the_same_bits(tiny, tmp_path, server
         assert not (path / "run.yaml").exists() or Run.open(path).status().state in ("stopped", "finished")
     assert done >= kills - 1
     if Run.open(path).status().state != "finished":
-        assert server(config, resume=True) == 0, (tmp_path / "killed.log").read_text()
+        assert server(config, resume=True, **how) == 0, (tmp_path / "killed.log").read_text()
     same(path, tmp_path / "unbroken")
 
 
