@@ -9,9 +9,10 @@ from tunesmith.models.decoder import Decoder
 from tunesmith.models.fast import FastLayers, policies, refusal
 from tunesmith.models.groups import Group, Scratch
 from tunesmith.models.linear import Linear, NF4Linear
+from tunesmith.models.stash import Pool, Stash
 from tunesmith.ops import low_rank
 from tunesmith.ops.attention import Layout
-from tunesmith.ops.half_blocks import SAVED
+from tunesmith.ops.half_blocks import SAVED, Pass, Policy, layer, reference
 from tunesmith.spec import spec_of
 
 SIZES = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -231,3 +232,22 @@ def test_stores_that_share_an_input_lie_as_one_and_keep_their_codes():
     assert torch.equal(group.open().matrix, torch.cat(apart))
     ragged = [NF4Linear(256, n, dtype=torch.float32) for n in (100, 64)]
     assert Group(ragged, Scratch(), torch.float32).fused is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_is_its_definition(family):
+    """The layer's own reference, written with autograd from the references of its parts."""
+    model = fast(decoder(family))
+    halves, names = model.fast.halves[0], ("qkv", "o", "gate_up", "down")
+    x = torch.randn(sum(LENGTHS), 64, dtype=torch.float64, requires_grad=True)
+    layout = Layout.of(LENGTHS)
+    tables = model._tables(layout.positions_T, LENGTHS, layout.documents_T, torch.float64)[0]
+    run = Pass(layout, *tables, Stash(Pool()))
+
+    def linear(name, value):
+        return torch.cat([module(value) for module in getattr(halves, name).modules], -1)
+
+    inputs = [x, *(p for name in names for p in getattr(halves, name).parameters)]
+    dy = torch.randn_like(x)
+    wanted = torch.autograd.grad(reference(x, halves, run, linear), inputs, dy)
+    close(list(torch.autograd.grad(layer(x, halves, run, Policy()), inputs, dy)), list(wanted), 1e-10)

@@ -21,7 +21,7 @@ Shape letters: T tokens, L chosen rows, D model width, F MLP width, Q query head
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -102,7 +102,6 @@ class Pass:
     cos: Tensor  # [T, H / 2]
     sin: Tensor
     stash: Any  # models/stash.py: put(tensors, offload) -> ticket, take(ticket) -> tensors
-    found: dict[str, Any] = field(default_factory=dict)
 
 
 def reference(x_TD: Tensor, halves: Halves, run: Pass, linear: Any) -> Tensor:
