@@ -117,7 +117,9 @@ def test_a_folder_wins_and_needs_a_config(tmp_path, cloud, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["./nowhere", "/no/such/folder", "~/nowhere", "name", "a/b/c", "owner/na me", "owner/name@", "../x", "runs/first"]
 )
-def test_what_is_neither_a_folder_nor_a_hub_name_is_said(cloud, name):
+def test_what_is_neither_a_folder_nor_a_hub_name_is_said(cloud, name, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # `../x` must not depend on what lies beside the checkout
     with pytest.raises(ModelError, match="no such folder"):
         resolve_model(name)
     assert not cloud.asked
