@@ -105,7 +105,7 @@ class Ours:
             adapters.attach(self.model, Lora(rank=RANK, alpha=ALPHA), seed=seed)
             trained = adapters.trainable(self.model)
         self.trained = trained
-        self.start = {} if row.full else {name: p.detach().clone() for name, p in trained.items()}
+        self.start = {} if row.full else {name: p.detach().cpu().clone() for name, p in trained.items()}
         self.model.train()
         self.take(row, knobs)
 
@@ -237,7 +237,7 @@ class Peer:
 
         self.device = torch.device("cpu" if row.model == "tiny" else "cuda")
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.start = [] if row.full else [p.detach().clone() for p in self.trained]
+        self.start = [] if row.full else [p.detach().cpu().clone() for p in self.trained]
         self.applied: dict[str, Any] = {}
         self.model.train()
         self.take(row)
