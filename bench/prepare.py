@@ -6,9 +6,10 @@ Question and answer become messages in a file of their own; both sides render th
 turns and pack. First ids and labels are compared row by row. Each measurement is a process of its own and arms alternate. TRL
 prepares inside SFTTrainer's constructor, so the CPU time of one with 8 rows is taken off; it takes the first TRL_ROWS rows only,
 as its time is the same for each row. Loading the tokenizer and importing count for nobody, except in worker processes, where they
-are part of the price. CPU times are medians. Wall times are of the arm's run in which other programs took the least, and how many
-cores that was stands beside them: what two workers gain shows only on two free cores. `unpacked` is that gain without the packing,
-which the training loop does step by step in one process. `children` is the CPU time of workers and template processes.
+are part of the price. All numbers are medians; of wall times only over the runs in which other programs took less than CALM cores,
+or the calmest one if there is none, since what two workers gain shows only on two free cores (`others`: what was taken in these
+runs). `unpacked` is that gain without the packing, which the training loop does step by step in one process. `children` is the CPU
+time of workers and template processes.
 
 --memory prepares 50,000 and a million short rows in one process and tells the peak of each, the tokenizer's loading left out
 (some 3 CPU-minutes).
@@ -41,6 +42,7 @@ PLAIN = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", 
 LENGTH, BATCH = 2048, 8
 ARMS = ("ours", "ours, 2 workers", "trl", "trl, 2 workers")
 TRL_ROWS = 15_000
+CALM = 0.1  # cores
 MEMORY_ROWS = (50_000, 1_000_000)
 
 
@@ -152,6 +154,10 @@ def measure(arm: str, rows: Path, tokenizer: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {k: statistics.median(r[k] for r in runs) for k in runs[0]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="jsonl of {question, answer}")
@@ -193,15 +199,16 @@ def main() -> None:
                     empty = measure("trl", few, options.tokenizer)
                     one |= {k: one[k] - empty[k] for k in ("cpu", "children", "wall")}
                 found[arm].append(one)
-        median = {
-            a: {k: statistics.median(r[k] for r in runs) for k in ("cpu", "children", "peak_mib")} for a, runs in found.items()
+        median = {a: medians(runs) for a, runs in found.items()}
+        calm = {
+            a: medians([r for r in runs if r["others"] < CALM] or [min(runs, key=lambda r: r["others"])])
+            for a, runs in found.items()
         }
-        quiet = {a: min(runs, key=lambda r: r["others"]) for a, runs in found.items()}
         base = counts["trl"] / median["trl"]["cpu"]
         columns = ("rows/CPU-s", "x TRL", "CPU-s", "children", "rows/s wall", "x 1 process", "unpacked", "others", "peak MiB")
         print(f"{'':16} {'rows':>8} " + " ".join(f"{c:>11}" for c in columns))
         for arm, m in median.items():
-            q, first, rate = quiet[arm], quiet[arm.split(",")[0]], counts[arm] / m["cpu"]
+            q, first, rate = calm[arm], calm[arm.split(",")[0]], counts[arm] / m["cpu"]
             bare = (first["wall"] - first.get("packing", 0)) / (q["wall"] - q.get("packing", 0))
             values = (
                 f"{rate:,.0f}",
