@@ -29,7 +29,7 @@ from tunesmith.types import Origin
 
 MAX_ROW = 32 << 20  # characters of one row
 MAX_DEPTH = 64  # nesting of one JSON row
-CHUNK_ROWS, CHUNK_CHARS = 512, 4 << 20
+CHUNK_ROWS, CHUNK_CHARS = 1024, 4 << 20
 TEXT_PIECE = 64 << 10  # a raw text file is cut at blank lines into pieces of about this size, so that a share of it can be held out
 BLOCK = 1 << 20
 BOMB_FROM, BOMB_RATIO, BOMB_MAX = 64 << 20, 20, 4 << 30  # gzip: real text packs 3x to 10x
