@@ -35,7 +35,7 @@ Run = Callable[[Step], Any]
 def prepare_model(model: Any, knobs: dict[str, Any]) -> dict[str, Any]:
     """Set the model up as the knobs say, after its adapter is attached; returns what was really applied, which is recorded.
 
-    activations   a level of ops/half_blocks.SAVED: keep, recompute, attention, checkpoint ...
+    activations   a level of levels.SAVED: keep, recompute, attention, checkpoint ...
     offload       what a layer keeps waits in main memory
     tile          tokens of a tile of an MLP half
     compute       bf16 | fp8

@@ -16,8 +16,9 @@ from rich.console import Console
 from tunesmith.config.schema import RunConfig
 from tunesmith.devices import GIB, Device, parse_device
 from tunesmith.errors import DoesNotFit, ModelError
+from tunesmith.levels import SAVED, WHOLE
 from tunesmith.plan import METHODS, MICRO_CAP, Measured, _Job, kept, make_plan, nf4_bytes, usual_full_bytes
-from tunesmith.plan_layers import LEVELS, SAVED, WHOLE, Layers, Shape, describe
+from tunesmith.plan_layers import LEVELS, Layers, Shape, describe
 from tunesmith.spec import Rope, Spec, linear_shapes
 
 MISTRAL = Spec(
@@ -214,10 +215,9 @@ def test_a_levels_bytes_are_what_a_pass_puts_aside(family, level, monkeypatch):
     from tunesmith.models.decoder import Decoder
     from tunesmith.models.fast import FastLayers, policies
     from tunesmith.models.linear import NF4Linear
-    from tunesmith.ops import half_blocks
     from tunesmith.ops.attention import Layout
 
-    assert SAVED == half_blocks.SAVED and set(LEVELS) == set(SAVED) - {"int8"}
+    assert set(LEVELS) == set(SAVED) - {"int8"}
     spec, lora, held = FAMILIES[family], config("lora", lora={"rank": 6}).lora, []
     model = Decoder(spec, linear=lambda i, o, bias: NF4Linear(i, o, bias, dtype=torch.float32), dtype=torch.float32)
     adapters.attach(model, lora, seed=0)

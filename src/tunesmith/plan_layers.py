@@ -1,7 +1,7 @@
 """Layers as half-blocks, in numbers: what each level keeps of a token, what a backward holds beside it, what it computes twice.
 
-The tables follow ops/half_blocks.py (whose SAVED has the same names; a test holds them together, and the bytes against what a pass
-really puts aside) and models/groups.py. plan.py chooses from them. No torch.
+The tables follow ops/half_blocks.py (a test holds the bytes against what a pass really puts aside) and models/groups.py. plan.py
+chooses from them. No torch.
 
 Shape letters: T tokens at once, t tokens of an MLP tile, D model width, F MLP width, Q query heads x head width, K that of keys,
 R ranks of a group added up and padded, N outputs, V vocabulary.
@@ -13,25 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from tunesmith.levels import SAVED, WHOLE, Level
 from tunesmith.spec import Spec
 
-Level = str
 LEVELS: tuple[Level, ...] = (
     "keep",
     "recompute",
     "attention",
     "checkpoint",
 )  # exact, richest first; int8 only where it is asked for
-WHOLE = 1 << 30  # tokens of a tile: all at once
 TILES = (WHOLE, 4096)  # on an H200 tiles of 4,096 tokens cost no time that could be measured
-SAVED: dict[Level, tuple[str, ...]] = {
-    "keep": ("x", "rstd_1", "q", "k", "v", "out", "lse", "low_qkv", "low_o", "mid", "rstd_2", "gate_up", "low_gate_up", "low_down"),
-    "int8": ("x", "rstd_1", "q", "k", "v", "out", "lse", "low_qkv", "low_o", "mid", "rstd_2", "codes", "scales", "low_gate_up",
-             "low_down"),
-    "recompute": ("x", "rstd_1", "q", "k", "v", "out", "lse", "low_qkv", "low_o", "mid", "low_down"),
-    "attention": ("x", "out", "lse", "low_down"),
-    "checkpoint": ("x", "low_down"),
-}  # fmt: skip
 AGAIN: dict[Level, tuple[str, ...]] = {  # products that a backward computes once more, never down; checkpoint also attends again
     "keep": (), "int8": (), "recompute": ("gate_up",), "attention": ("qkv", "o", "gate_up"), "checkpoint": ("qkv", "o", "gate_up"),
 }  # fmt: skip

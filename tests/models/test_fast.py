@@ -5,6 +5,7 @@ import torch
 
 from tunesmith import adapters
 from tunesmith.config.schema import Lora
+from tunesmith.levels import SAVED
 from tunesmith.models.decoder import Decoder
 from tunesmith.models.fast import FastLayers, policies, refusal
 from tunesmith.models.groups import Group, Scratch
@@ -12,7 +13,7 @@ from tunesmith.models.linear import Linear, NF4Linear
 from tunesmith.models.stash import Pool, Stash
 from tunesmith.ops import low_rank
 from tunesmith.ops.attention import Layout
-from tunesmith.ops.half_blocks import SAVED, Pass, Policy, layer, reference
+from tunesmith.ops.half_blocks import Pass, Policy, layer, reference
 from tunesmith.spec import spec_of
 
 SIZES = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,

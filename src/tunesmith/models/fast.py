@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from tunesmith.levels import WHOLE
 from tunesmith.models import groups
 from tunesmith.models.groups import Group, Scratch
 from tunesmith.models.stash import Pool, Stash
@@ -115,6 +116,6 @@ class FastLayers:
         return any(found)
 
 
-def policies(count: int, level: str = "keep", *, offload: bool = False, tile: int = 1 << 30) -> tuple[Policy, ...]:
+def policies(count: int, level: str = "keep", *, offload: bool = False, tile: int = WHOLE) -> tuple[Policy, ...]:
     """The same policy for all layers."""
     return (Policy(level, offload, tile),) * count

@@ -27,18 +27,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tunesmith.levels import SAVED, WHOLE
 from tunesmith.ops import attention, int8, low_rank, rms_norm, rotary, swiglu
 from tunesmith.ops.fp8 import Rows
 from tunesmith.ops.low_rank import Low
-
-SAVED = {  # what a level keeps, by name; all else is made again. `low_*` are A x (2 bytes a rank and token), `rstd_*` 4 bytes a row
-    "keep": ("x", "rstd_1", "q", "k", "v", "out", "lse", "low_qkv", "low_o", "mid", "rstd_2", "gate_up", "low_gate_up", "low_down"),
-    "int8": ("x", "rstd_1", "q", "k", "v", "out", "lse", "low_qkv", "low_o", "mid", "rstd_2", "codes", "scales", "low_gate_up",
-             "low_down"),
-    "recompute": ("x", "rstd_1", "q", "k", "v", "out", "lse", "low_qkv", "low_o", "mid", "low_down"),
-    "attention": ("x", "out", "lse", "low_down"),
-    "checkpoint": ("x", "low_down"),
-}  # fmt: skip
 
 
 class Opened(Protocol):
@@ -67,7 +59,7 @@ class Policy:
 
     level: str = "keep"
     offload: bool = False
-    tile: int = 1 << 30
+    tile: int = WHOLE
 
 
 @dataclass(eq=False)
