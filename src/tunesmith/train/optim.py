@@ -102,7 +102,7 @@ class Optimizer:
         """Clip, update the masters, round them into the parameters, drop the gradients; nothing of it where `loss` or the gradient
         is nan or inf. Returns the gradient's norm, a scalar on its device.
 
-        torch's AdamW is queued without asking the device for a number: waiting for the norm left an H200 idle for 5 % of a step.
+        torch's AdamW is queued without asking the device for a number, for which it would stand idle.
         bitsandbytes' cannot be told on the device to do nothing, so with 8 bits that wait is back.
         """
         norm, limit = self.gradient_norm(), self.train.max_grad_norm
