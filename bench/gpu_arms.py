@@ -81,6 +81,7 @@ def default_knobs(row: Row, arm: str, budget_gib: float | None) -> dict[str, Any
         "tile": 1 << 30 if kept or row.batch * row.seq <= 2048 else 2048,
         "budget_gib": budget_gib,
         "compute": "fp8" if arm.startswith("ours-fp8") else "bf16",
+        "recorded": True,  # as CUDA graphs
         "micro_batch_tokens": None,  # None: a step's tokens go through at once
         "optimizer": "32bit",  # 8bit is bitsandbytes': 0.24 GiB less here, and a launch a tensor
         "weight_cache": 14 << 30 if row.data == "gsm8k" and not arm.startswith("ours-fp8") else 0,
@@ -113,24 +114,25 @@ class Ours:
         """The row's policies and an optimiser that has done nothing, over the adapter as it was at first."""
         import torch
 
-        self.row, self.knobs, self.model.fast, self.optimizer = row, knobs, None, None
+        from tunesmith.train.replay import Passes
+
+        self.row, self.knobs, self.model.fast, self.optimizer, self.passes = row, knobs, None, None, None
         with torch.no_grad():
             for name, value in self.start.items():
                 self.trained[name].copy_(value)
         free()
         self.applied = prepare_model(self.model, knobs)
         self.optimizer, applied = make_optimizer(self.trained, knobs)
+        self.passes = Passes(self.model, self.optimizer, self.where.device, lambda *what, **why: print(*what, why, file=sys.stderr))
+        self.passes.record = knobs["recorded"]
         self.applied |= applied
 
     def __call__(self, step: Step) -> Any:
         from tunesmith.data.pack import micro_batches
-        from tunesmith.train.loss import batch_loss
 
         budget, total = self.knobs["micro_batch_tokens"] or step.tokens, 0.0
         for part in micro_batches([len(x) for x in step.ids], budget):
-            loss, _ = batch_loss(self.model, self.batch(step, part), self.where.device)
-            (loss / step.trained).backward()
-            total = total + loss.detach()
+            total = total + self.passes(self.batch(step, part), 1 / step.trained)
         self.optimizer.step()
         return total / step.trained
 

@@ -242,7 +242,7 @@ def test_a_layer_is_its_definition(family):
     halves, names = model.fast.halves[0], ("qkv", "o", "gate_up", "down")
     x = torch.randn(sum(LENGTHS), 64, dtype=torch.float64, requires_grad=True)
     layout = Layout.of(LENGTHS)
-    tables = model._tables(layout.positions_T, LENGTHS, layout.documents_T, torch.float64)[0]
+    tables = model._tables(layout.positions_T, LENGTHS, layout, torch.float64)[0]
     run = Pass(layout, *tables, Stash(Pool()))
 
     def linear(name, value):

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from tunesmith.ops import backend
 from tunesmith.ops import linear_ce as op
-from tunesmith.ops.linear_ce import linear_cross_entropy, reference
+from tunesmith.ops.linear_ce import IGNORED, linear_cross_entropy, reference, softmax_ce_
 
 
 @pytest.mark.parametrize("rows", [1, 7, 33])
@@ -98,3 +98,20 @@ def test_rows_of_a_chunk(kernels):
     x = torch.empty(1, 8, dtype=torch.float16, device=kernels)
     assert op.rows_at_once(x, 32000) == 1024 and op.rows_at_once(x, 128256) == op.GPU_ROWS
     assert op.rows_at_once(x, 32000, softcap=30.0) == 524
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_an_ignored_row_has_neither_loss_nor_gradient(kernels, softcap):
+    """As torch's -100: rows that only fill a shape up."""
+    x, weight, labels = torch.randn(7, 16), torch.randn(40, 16), torch.randint(0, 40, (7,))
+    labels[[0, 3, 6]] = IGNORED
+    x.requires_grad_(True)
+    total, rows = linear_cross_entropy(x, weight, labels, softcap=softcap, chunk=3)
+    total.backward()
+    wanted = x.detach().clone().requires_grad_(True)
+    expected = reference(wanted, weight, labels, softcap)
+    expected.sum().backward()
+    assert torch.allclose(rows, expected, atol=1e-5) and torch.allclose(x.grad, wanted.grad, atol=1e-5)
+    assert not rows[[0, 3, 6]].any() and not x.grad[[0, 3, 6]].any()
+    logits = (x @ weight.t()).detach()
+    assert torch.allclose(softmax_ce_(logits, labels), reference(x, weight, labels), atol=1e-5) and not logits[[0, 3, 6]].any()

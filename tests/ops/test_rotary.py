@@ -42,7 +42,7 @@ def test_a_pair_turns_by_position_times_frequency():
 @pytest.mark.parametrize("rope", [LONG, DYNAMIC], ids=lambda r: r.kind)
 def test_the_table_is_the_documents_own(rope):
     positions, documents = torch.cat([torch.arange(5), torch.arange(20)]), torch.tensor([0] * 5 + [1] * 20)
-    cos, sin = tables(rope, 4, 16, positions, [5, 20], documents, torch.float32)
+    cos, sin = tables(rope, 4, 16, positions, [5, 20], lambda: documents, torch.float32)
     short = tables(rope, 4, 16, positions[:5], [5], None, torch.float32)
     long = tables(rope, 4, 16, positions[5:], [20], None, torch.float32)
     assert torch.equal(cos[:5], short[0]) and torch.equal(sin[:5], short[1])

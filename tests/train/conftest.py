@@ -11,6 +11,7 @@ from tunesmith import adapters, models
 from tunesmith.config import schema
 from tunesmith.train import loop
 from tunesmith.train.optim import Optimizer
+from tunesmith.train.replay import Passes
 from tunesmith.types import Example, Origin
 
 
@@ -91,7 +92,8 @@ def bench(tiny):
         optimizer.clear()
         state = state or loop.State(micro_batch_tokens=tokens)
         hooks = (recorder or Recorder()).hooks()
-        loss, _ = loop._gradient(made, optimizer, rows, state, hooks, step, 5, torch.device("cpu"), alpha)
+        passes = Passes(made, optimizer, torch.device("cpu"))
+        loss, _ = loop._gradient(passes, rows, state, hooks, step, 5, alpha)
         return loss.item(), {n: None if m.grad is None else m.grad.clone() for n, m in optimizer.masters.items()}
 
     return SimpleNamespace(

@@ -12,10 +12,11 @@ from tunesmith.errors import TunesmithError
 from tunesmith.train import optim
 from tunesmith.train.optim import LossScale, Optimizer, learning_rate, schedule
 
+SHAPES = {"a.lora_A.weight": (4, 6), "a.lora_B.weight": (6, 4), "a.magnitude": (6,), "embed": (10, 6)}
 
-def parameters(seed=0, dtype=torch.float32):
+
+def parameters(seed=0, dtype=torch.float32, shapes=SHAPES):
     g = torch.Generator().manual_seed(seed)
-    shapes = {"a.lora_A.weight": (4, 6), "a.lora_B.weight": (6, 4), "a.magnitude": (6,), "embed": (10, 6)}
     return {n: nn.Parameter(torch.randn(s, generator=g).to(dtype)) for n, s in shapes.items()}
 
 
@@ -266,3 +267,40 @@ def test_8_bit_averages_go_on_from_a_checkpoint_and_follow_torchs(name, size, mo
     whole["a.lora_A.weight"].grad = torch.full_like(before, math.nan)
     one.step()
     assert torch.equal(before, whole["a.lora_A.weight"]) and one.never_moved() == []
+
+
+@pytest.mark.parametrize("ratio", [1.0, 4.0])
+def test_laid_flat_it_takes_the_same_steps(ratio):
+    """Bit for bit, through a gradient that is not finite, a checkpoint and its load; parameters and gradients keep their place."""
+    train = schema.Train(loraplus_ratio=ratio, weight_decay=0.1, max_grad_norm=0.0)
+    wide = {n: (16 * s[0], *s[1:]) for n, s in SHAPES.items()}  # whole vectors: torch's CPU kernel rounds the rest otherwise
+    one, two = parameters(shapes=wide), parameters(shapes=wide)
+    apart, flat = Optimizer(one, train, fast={"embed"}), Optimizer(two, train, fast={"embed"}, flat=True)
+    places = {n: (p.data_ptr(), p.grad.data_ptr()) for n, p in two.items()}
+
+    def step(optimizer, ps, k, bad=False):
+        for n, g in gradients(k, ps).items():
+            if n != "a.magnitude":  # never has one
+                ps[n].grad = g if ps[n].grad is None else ps[n].grad.add_(g)
+        if bad:
+            ps["embed"].grad[0, 0] = math.nan
+        optimizer.set_rate(0.01)
+        return optimizer.step(torch.ones(()))
+
+    for k in range(6):
+        norms = step(apart, one, k, k == 2), step(flat, two, k, k == 2)
+        assert k == 2 or norms[0] == pytest.approx(norms[1].item(), rel=1e-6)
+        if k == 3:
+            kept = {n: t.clone() for n, t in flat.state().items()}
+            two = parameters(shapes=wide)
+            flat = Optimizer(two, train, fast={"embed"}, flat=True)
+            flat.load(kept)
+            places = {n: (p.data_ptr(), p.grad.data_ptr()) for n, p in two.items()}
+    assert all(torch.equal(p, two[n]) for n, p in one.items())
+    assert places == {n: (p.data_ptr(), p.grad.data_ptr()) for n, p in two.items()}
+    mine = flat.state()
+    assert all(torch.equal(t, mine[n]) for n, t in apart.state().items())
+    assert flat.never_moved() == apart.never_moved() == ["a.magnitude"]
+    assert all(not p.grad.any() for p in two.values())
+    with pytest.raises(KeyError):
+        Optimizer(parameters(shapes=wide), train, flat=True).load({n: t for n, t in kept.items() if n != "exp_avg/embed"})

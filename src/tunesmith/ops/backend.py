@@ -123,7 +123,9 @@ class Recorded:
         self.body, self.graph, self.runs = body, None, 0
 
     def __call__(self) -> None:
-        if self.graph is not None:
+        if torch.cuda.is_current_stream_capturing():  # part of a larger recording (train/replay.py)
+            self.body()
+        elif self.graph is not None:
             self.graph.replay()
         elif self.runs == 0:  # compiles and loads the kernels, which a capture may not
             self.runs = 1

@@ -3,8 +3,9 @@
     attention half   mid = x + O(attention(rope(QKV(norm(x)))))
     MLP half         y = mid + Down(silu(gate) * up),  gate, up = GateUp(norm(mid))
 
-Nothing of a frozen weight is trained, so neither norms' outputs nor projections' outputs are kept: a backward makes norm(x) again
-from x, and silu(gate) * up again from gate and up, in kernels that read those anyway. What is kept is the policy's choice
+Nothing of a frozen weight is trained, so neither norms' outputs nor projections' outputs are kept: silu(gate) * up is made again
+from gate and up in a kernel that reads those anyway, and norm(x), which only dA asks for, is x times numbers that dA can be
+multiplied with (`Group.gradients`). What is kept is the policy's choice
 (`Policy`), 94,568 bytes a token and layer at Mistral-7B's shapes when nothing is computed twice. One autograd Function, `layer`,
 strings the halves together, so that a checkpointed layer keeps x alone and computes mid once.
 
@@ -50,7 +51,8 @@ class Group(Protocol):
 
     def open(self, slot: int = 0) -> Opened: ...
     def room(self, x_TK: Tensor) -> Rows | None: ...  # where a producer puts e4m3 of x for the product; None if it is in 16 bits
-    def gradients(self, x_TK: Tensor, dy_TNR: Tensor, low_TR: Tensor, into: list[Tensor] | None) -> list[Tensor]: ...
+    def gradients(self, x_TK: Tensor, dy_TNR: Tensor, low_TR: Tensor, into: list[Tensor] | None,
+                  norm: tuple[Tensor, Tensor] | None = None) -> list[Tensor]: ...  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,8 @@ class Pass:
     layout: attention.Layout
     cos: Tensor  # [T, H / 2]
     sin: Tensor
-    stash: Any  # models/stash.py: put(tensors, offload) -> ticket, take(ticket) -> tensors
+    stash: Any  # models/stash.py: put(tensors, offload) -> ticket, take(ticket) -> tensors; handed: see `_hand_down`
+    adds: bool = False  # a backward adds each layer's gradients to `.grad` itself, one launch a layer, and autograd gets none
 
 
 def reference(x_TD: Tensor, halves: Halves, run: Pass, linear: Any) -> Tensor:
@@ -123,6 +126,7 @@ class _Layer(torch.autograd.Function):
         y = _forward(x, halves, run, rows, kept, policy.tile, policy.level)
         ctx.ticket = run.stash.put({name: kept[name] for name in SAVED[policy.level] if name in kept}, policy.offload)
         ctx.halves, ctx.run, ctx.policy, ctx.rows = halves, run, policy, rows
+        ctx.parameters = parameters if run.adds else ()
         return y
 
     @staticmethod
@@ -131,6 +135,9 @@ class _Layer(torch.autograd.Function):
         kept, ctx.ticket = ctx.run.stash.take(ctx.ticket), None
         halves, run = ctx.halves, ctx.run
         dx, found = _backward(dy, halves, run, ctx.rows, kept, ctx.policy.tile, ctx.needs_input_grad[0])
+        if run.adds:
+            torch._foreach_add_([p.grad for p in ctx.parameters], found)
+            found = [None] * len(found)
         return dx, None, None, None, None, *found
 
 
@@ -202,7 +209,7 @@ def _mlp(halves: Halves, keep: dict[str, Tensor], tile: int, level: str) -> Tens
     for at in spans:
         n, weights = at.stop - at.start, opened[0] if opened else up.open()
         gate_up = keep["gate_up"][at, : up.outputs] if level == "keep" else mid.new_empty(n, up.outputs)
-        _, rest = _gate_up(halves, weights, mid[at], keep, at, gate_up)
+        rest = _gate_up(halves, weights, mid[at], keep, at, gate_up)
         act = mid.new_empty(n, hidden)
         swiglu.forward(gate_up, act, low=rest, quantised=(act8 := down.room(act)))
         if level == "int8":
@@ -216,17 +223,15 @@ def _mlp(halves: Halves, keep: dict[str, Tensor], tile: int, level: str) -> Tens
     return y
 
 
-def _gate_up(
-    halves: Halves, weights: Opened, mid: Tensor, keep: dict[str, Tensor], at: slice, out: Tensor
-) -> tuple[Tensor, Low | None]:
-    """One tile's gate and up into `out`; returns norm(mid) with low beside it, and what `out` still lacks."""
+def _gate_up(halves: Halves, weights: Opened, mid: Tensor, keep: dict[str, Tensor], at: slice, out: Tensor) -> Low | None:
+    """One tile's gate and up into `out`; returns what `out` still lacks."""
     width, group = mid.shape[1], halves.gate_up
     normed = mid.new_empty(len(mid), width + group.extra)
     normed8 = group.room(normed[:, :width])
     _put(keep, "rstd_2", at, rms_norm.forward(mid, halves.norm_2, halves.eps, normed[:, :width], normed8)[1])
     if group.extra:
         keep["low_gate_up"][at] = weights.low(normed[:, :width], out=normed[:, width:])
-    return normed, weights.up(normed, out=out, x8=normed8)
+    return weights.up(normed, out=out, x8=normed8)
 
 
 # ---- backward ------------------------------------------------------------------------------------------------------------------
@@ -239,13 +244,13 @@ def _backward(dy, halves, run, rows, keep, tile, need_x) -> tuple[Tensor | None,
             _attention_in(halves, run, keep, tile)
             keep["out"], keep["lse"] = attention.forward(keep["q"], keep["k"], keep["v"], run.layout, halves.scale, halves.window)
         _attention_out(halves, rows, keep)
-    dmid, dmid8, of_gate_up, of_down = _mlp_backward(dy, halves, keep, tile)
+    dmid, dmid8, of_gate_up, of_down = _mlp_backward(dy, halves, run, keep, tile)
     dx, of_qkv, of_o = _attention_backward(dmid, dmid8, halves, run, rows, keep, tile, need_x)
     return dx, [*of_qkv, *of_o, *of_gate_up, *of_down]
 
 
 def _mlp_backward(
-    dy: Tensor, halves: Halves, keep: dict[str, Tensor], tile: int
+    dy: Tensor, halves: Halves, run: Pass, keep: dict[str, Tensor], tile: int
 ) -> tuple[Tensor, Rows | None, list[Tensor], list[Tensor]]:
     """(gradient of mid with room for o's B^T dy beside it [L, D + R], its e4m3, of gate_up's parameters, of down's)."""
     mid, width, up, down = keep.pop("mid"), halves.norm_2.shape[0], halves.gate_up, halves.down
@@ -257,19 +262,21 @@ def _mlp_backward(
     again = "gate_up" not in keep and "codes" not in keep
     if "rstd_2" not in keep or again:
         keep["rstd_2"], keep["low_gate_up"] = _float(mid, len(mid)), mid.new_empty(len(mid), up.extra)
-    whole = keep.pop("gate_up", None)
+    whole, dout_DR = keep.pop("gate_up", None), _handed_down(dy, run, down.extra)
     for at in spans:
         n, weights = at.stop - at.start, opened[1] if opened else down.open()
-        dout, dact = mid.new_empty(n, width + down.extra), mid.new_empty(n, hidden)
-        dout[:, :width] = dy[at]
+        dout = mid.new_empty(n, width + down.extra) if dout_DR is None else dout_DR[at]
+        dact = mid.new_empty(n, hidden)
+        if dout_DR is None:
+            dout[:, :width] = dy[at]
         if down.extra:
             weights.low_back(dout[:, :width], out=dout[:, width:])
         rest_dact = weights.back(dout, out=dact)
         weights = opened[0] if opened else up.open()
         gate_up = whole[at] if whole is not None else mid.new_empty(n, up.outputs + up.extra)
-        both, normed, rest = gate_up[:, : up.outputs], None, None
+        both, rest = gate_up[:, : up.outputs], None
         if again:
-            normed, rest = _gate_up(halves, weights, mid[at], keep, at, both)
+            rest = _gate_up(halves, weights, mid[at], keep, at, both)
         elif whole is None:
             int8.dequantise_groups(keep["codes"][at], keep["scales"][at], both)
         both8 = up.room(both)
@@ -281,15 +288,12 @@ def _mlp_backward(
         if up.extra:
             weights.low_back(both, out=gate_up[:, up.outputs :])
         if up.parameters:
-            if normed is None:
-                normed = mid.new_empty(n, width)
-                rms_norm.forward(mid[at], halves.norm_2, halves.eps, out=normed)
-            of_up = up.gradients(normed[:, :width], gate_up, keep["low_gate_up"][at], of_up)
+            of_up = up.gradients(mid[at], gate_up, keep["low_gate_up"][at], of_up, (keep["rstd_2"][at], halves.norm_2))
         dnormed = mid.new_empty(n, width)
         low_rank.add_(dnormed, weights.back(gate_up, out=dnormed, dy8=both8))
         of_tile = None if dmid8 is None else (dmid8[0][at], dmid8[1][at])
         rms_norm.backward(dnormed, mid[at], halves.norm_2, keep["rstd_2"][at], dy[at], dmid[at, :width], of_tile)
-        del gate_up, both, both8, normed, dnormed  # before the next tile takes its own
+        del gate_up, both, both8, dnormed  # before the next tile takes its own
     return dmid, dmid8, of_up or [], of_down or []
 
 
@@ -314,23 +318,36 @@ def _attention_backward(dmid_DR, dmid8, halves, run, rows, keep, tile, need_x) -
     del out, dout, flat, q, k, v, dmid_DR
     if not (need_x or group.parameters):
         return None, [], of_o
-    dx, of_qkv, weights = torch.empty_like(x) if need_x else None, None, group.open()
+    dx, of_qkv, weights = _hand_down(x, run, halves.down.extra) if need_x else None, None, group.open()
     for at in _spans(len(x), tile):
         n = at.stop - at.start
         dqkv, normed = x.new_empty(n, group.outputs + group.extra), None
-        if group.parameters or halves.norm_q is not None:
+        if halves.norm_q is not None:
             normed = x.new_empty(n, width + group.extra)
             rms_norm.forward(x[at], halves.norm_1, halves.eps, out=normed[:, :width])
         _back_to_qkv(grads, halves, run, at, weights, normed, keep, dqkv)
         if group.extra:
             weights.low_back(dqkv[:, : group.outputs], out=dqkv[:, group.outputs :])
         if group.parameters:
-            of_qkv = group.gradients(normed[:, :width], dqkv, keep["low_qkv"][at], of_qkv)
+            of_qkv = group.gradients(x[at], dqkv, keep["low_qkv"][at], of_qkv, (keep["rstd_1"][at], halves.norm_1))
         if need_x:
             dnormed = x.new_empty(n, width)
             low_rank.add_(dnormed, weights.back(dqkv, out=dnormed))
             rms_norm.backward(dnormed, x[at], halves.norm_1, keep["rstd_1"][at], dmid[at], out=dx[at])
     return dx, of_qkv or [], of_o
+
+
+def _hand_down(x: Tensor, run: Pass, extra: int) -> Tensor:
+    """Room for x's gradient in rows with `extra` columns beside it, where the layer below puts its B^T dy: it need not copy."""
+    run.stash.handed = x.new_empty(len(x), x.shape[1] + extra)
+    return run.stash.handed[:, : x.shape[1]]
+
+
+def _handed_down(dy: Tensor, run: Pass, extra: int) -> Tensor | None:
+    """The wider rows [T, D + extra] that `dy` lies in, if the layer above made them and nothing has come between."""
+    wide, run.stash.handed = run.stash.handed, None
+    same = wide is not None and wide.data_ptr() == dy.data_ptr() and len(wide) == len(dy)
+    return wide if same and wide.shape[1] == dy.shape[1] + extra else None
 
 
 def _back_to_qkv(grads, halves, run, at, weights, normed, keep, out) -> None:

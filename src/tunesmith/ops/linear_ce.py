@@ -17,11 +17,12 @@ from tunesmith.ops import backend
 from tunesmith.ops.backend import jit, tl
 
 LOGIT_BYTES = 64 << 20  # logits of one chunk: on a CPU larger chunks leave the caches, on a GPU this keeps a GEMM busy
+IGNORED = -100  # the label of a row that only fills up a shape: no loss, no gradient
 GPU_ROWS = 512  # of a chunk at least: two GEMM tiles of 256; at V = 128k 262 rows would read the head's 1 GiB twice as often
 
 
 def reference(x_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, softcap: float | None = None) -> Tensor:
-    """-log p(label) of each row in nats, float32 [L]."""
+    """-log p(label) of each row in nats, float32 [L]; 0 where the label is IGNORED."""
     logits = F.linear(x_LD, weight_VD).to(torch.promote_types(x_LD.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -45,8 +46,9 @@ def softmax_ce_(logits_LV: Tensor, labels_L: Tensor, gradient: bool = True) -> T
     wide = logits_LV.float()
     rows_L = F.cross_entropy(wide, labels_L, reduction="none")
     if gradient:
-        d_logits = wide.softmax(-1)
-        d_logits[torch.arange(len(labels_L), device=labels_L.device), labels_L] -= 1
+        d_logits, there = wide.softmax(-1), labels_L >= 0
+        d_logits[torch.arange(len(labels_L), device=labels_L.device), labels_L.clamp(min=0)] -= 1
+        d_logits *= there[:, None]
         logits_LV.copy_(d_logits)
     return rows_L
 
@@ -94,17 +96,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = logits.to(wide)
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
-            labels = labels_L[part, None]
+            ignored = labels_L[part, None] < 0
+            labels = labels_L[part, None].clamp(min=0)
             picked = logits.gather(1, labels)
             slope = None if softcap is None or not (need_x or need_w) else 1 - (logits / softcap).square()
             # in place, one exponential a logit: 524 x 32,000 take a CPU 41 ms; logsumexp and a second exponential took 111
             top = logits.amax(1, keepdim=True)
             d_logits = logits.sub_(top).exp_()
             total = d_logits.sum(1, keepdim=True)
-            rows_L[part] = (top + total.log() - picked).squeeze(1)
+            rows_L[part] = (top + total.log() - picked).masked_fill_(ignored, 0).squeeze(1)
             if not (need_x or need_w):
                 continue
-            d_logits.div_(total).scatter_add_(1, labels, torch.full_like(picked, -1.0))
+            d_logits.div_(total.masked_fill_(ignored, torch.inf)).scatter_add_(1, labels, ignored.to(picked.dtype) - 1)
             if slope is not None:
                 d_logits *= slope
             d_logits = d_logits.to(x_LD.dtype)
@@ -137,7 +140,8 @@ def _softmax_ce_kernel(logits, labels, losses, stride, VOCAB: tl.constexpr, GRAD
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     label = tl.load(labels + row)
-    picked = tl.load(logits + label).to(tl.float32)
+    there = label >= 0
+    picked = tl.load(logits + label, there, other=0).to(tl.float32)
     lane = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], -3.0e38, tl.float32)  # finite: -inf - -inf is NaN
     total = tl.zeros([BLOCK], tl.float32)
@@ -148,7 +152,7 @@ def _softmax_ce_kernel(logits, labels, losses, stride, VOCAB: tl.constexpr, GRAD
         top = higher
     most = tl.max(top, 0)
     total_of_row = tl.sum(total * tl.exp(top - most), 0)
-    tl.store(losses + row, most + tl.log(total_of_row) - picked)
+    tl.store(losses + row, tl.where(there, most + tl.log(total_of_row) - picked, 0.0))
     if GRADIENT:
         tl.debug_barrier()  # `picked` is read by every thread before one of them overwrites it
         inverse = 1 / total_of_row
@@ -156,4 +160,5 @@ def _softmax_ce_kernel(logits, labels, losses, stride, VOCAB: tl.constexpr, GRAD
             at = first + lane
             value = tl.load(logits + at, at < VOCAB, other=-float("inf")).to(tl.float32)
             slope = tl.exp(value - most) * inverse - tl.where(at == label, 1.0, 0.0)
+            slope = tl.where(there, slope, 0.0)
             tl.store(logits + at, slope.to(logits.dtype.element_ty), at < VOCAB)

@@ -9,7 +9,7 @@ Shape letters: T tokens, N documents, h heads, H head width, R half of the rotat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -237,21 +237,22 @@ def _split_kernel(whole, q, k, v, cos, sin, heads, kv, width, half, stride, cos_
             tl.store(at_part + 2 * half, tl.load(at_whole + 2 * half, here, other=0), here)
 
 
-def tables(rope: Rope, head_dim: int, context: int, positions_T: Tensor, lengths: Sequence[int], documents_T: Tensor,
-           dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(cos_TR, sin_TR) in `dtype`. `lengths`: the documents' whole lengths, cached tokens included."""
+def tables(rope: Rope, head_dim: int, context: int, positions_T: Tensor, lengths: Sequence[int],
+           documents_T: Callable[[], Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(cos_TR, sin_TR) in `dtype`. `lengths`: the documents' whole lengths, cached tokens included. `documents_T` is asked which
+    document a token belongs to only where their lengths make a difference."""
     device = positions_T.device
-    kinds = [_regime(rope, context, n) for n in lengths]
+    kinds = [regime(rope, context, n) for n in lengths]
     if len(set(kinds)) == 1:
         freq, gain = _frequencies_on(rope, head_dim, context, kinds[0], device)
     else:
         found = [_frequencies_on(rope, head_dim, context, kind, device) for kind in kinds]
-        freq, gain = torch.stack([f for f, _ in found])[documents_T], found[0][1]  # the gain is one for all of a model's tables
+        freq, gain = torch.stack([f for f, _ in found])[documents_T()], found[0][1]  # the gain is one for all of a model's tables
     angle_TR = positions_T[:, None].float() * freq
     return (angle_TR.cos() * gain).to(dtype), (angle_TR.sin() * gain).to(dtype)
 
 
-def _regime(rope: Rope, context: int, length: int) -> int:
+def regime(rope: Rope, context: int, length: int) -> int:
     """The length that stands for all lengths with the same frequencies."""
     if rope.kind == "longrope":
         original = dict(rope.scaling)["original_max_position_embeddings"]

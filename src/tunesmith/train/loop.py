@@ -19,6 +19,7 @@ from tunesmith.data.pack import collate, micro_batches
 from tunesmith.errors import DoesNotFit, Interrupted, TrainingFailed
 from tunesmith.train.loss import batch_loss, draw, neftune
 from tunesmith.train.optim import LossScale, Optimizer, schedule
+from tunesmith.train.replay import Passes
 from tunesmith.types import Example
 
 IN_A_ROW = 3  # steps with a nan or inf in a row before the run is stopped
@@ -78,6 +79,7 @@ def fit(
 ) -> State:
     """Steps from `state.step` to `total`. TrainingFailed rather than end one that did not learn; Interrupted once saved."""
     model.train()
+    passes = Passes(model, optimizer, device, hooks.event)
     saved = state.step, state.evaluated
     while True:
         signal = hooks.stop()
@@ -99,7 +101,7 @@ def fit(
         rate = peak * schedule(train.schedule, step, total, train.warmup_ratio)
         optimizer.set_rate(rate)
         examples = examples_of(step)
-        total_loss, tokens = _gradient(model, optimizer, examples, state, hooks, step, seed, device, train.neftune_alpha)
+        total_loss, tokens = _gradient(passes, examples, state, hooks, step, seed, train.neftune_alpha)
         _check_rates(optimizer, rate)
         norm = optimizer.step(total_loss)  # does nothing where either is not finite
         loss, norm = total_loss.item(), norm.item()
@@ -136,29 +138,29 @@ def _evaluate(state: State, hooks: Hooks, early_stop: int) -> None:
         hooks.event(f"stopped early: {early_stop} evaluations without a better held-out loss", step=state.step)
 
 
-def _gradient(model, optimizer, examples, state, hooks, step, seed, device, alpha) -> tuple[torch.Tensor, int]:
+def _gradient(passes: Passes, examples, state, hooks, step, seed, alpha) -> tuple[torch.Tensor, int]:
     """Add up the gradient over micro-batches: (mean loss per trained token, a scalar on the device; tokens).
 
     Out of memory: give back what only saves time, else halve the micro-batch, else keep less for the backward; then begin again.
     """
-    trained, lengths = sum(int(e.learn.sum()) for e in examples), [len(e.ids) for e in examples]
+    trained, lengths, device = sum(int(e.learn.sum()) for e in examples), [len(e.ids) for e in examples], passes.device
     while True:
         try:
             total, tokens = torch.zeros((), device=device, dtype=torch.float64 if device.type != "mps" else torch.float32), 0
             for i, part in enumerate(micro_batches(lengths, state.micro_batch_tokens)):
                 batch = collate([examples[j] for j in part])
                 torch.manual_seed(draw(seed, step, i))  # dropout: a resumed step draws what the unbroken one drew
-                loss, rows = batch_loss(model, batch, device, neftune(alpha, batch, [draw(seed, step, j, 1) for j in part]))
-                (loss * (state.loss_scale.value / trained)).backward()
-                total += rows.sum()
+                noise = neftune(alpha, batch, [draw(seed, step, j, 1) for j in part])
+                total += passes(batch, state.loss_scale.value / trained, noise)  # forward and backward
                 tokens += len(batch.tokens)
             if state.loss_scale.active:
-                optimizer.scale_gradients(1 / state.loss_scale.value)
+                passes.optimizer.scale_gradients(1 / state.loss_scale.value)
             return total / trained, tokens
         except torch.OutOfMemoryError:
-            optimizer.clear()
+            passes.optimizer.clear()
+        passes.clear()
         torch.cuda.empty_cache()  # out here the failed pass and its tensors are gone
-        _make_room(model, state, hooks, step, max(lengths), min(state.micro_batch_tokens, sum(lengths)))
+        _make_room(passes.model, state, hooks, step, max(lengths), min(state.micro_batch_tokens, sum(lengths)))
 
 
 def _make_room(model, state: State, hooks: Hooks, step: int, longest: int, at_once: int) -> None:

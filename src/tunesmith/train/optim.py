@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,16 +46,49 @@ def learning_rate(train: Train, method: str) -> float:
     return train.learning_rate if train.learning_rate != "auto" else {"full": 2e-5}.get(method, 2e-4)
 
 
+class Flat:
+    """Parameters of one kind one behind the other in one tensor, and their gradients in another: a step is then a launch where it
+    was one a tensor, and a gradient lies where it lay before, as a recorded pass needs (train/replay.py).
+
+    Each begins at a multiple of BLOCK numbers, so that the 8-bit averages of a parameter have scales of their own.
+    """
+
+    BLOCK = 256  # bitsandbytes' 8-bit averages: one scale for so many
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]):
+        ends = list(accumulate(-(-p.numel() // self.BLOCK) * self.BLOCK for p in parameters.values()))
+        device = next(iter(parameters.values())).device
+        self.values = nn.Parameter(torch.zeros(ends[-1], dtype=torch.float32, device=device))
+        self.values.grad = torch.zeros_like(self.values)
+        self.at = {name: slice(start, start + p.numel())
+                   for (name, p), start in zip(parameters.items(), [0, *ends], strict=False)}  # fmt: skip
+        for name, p in parameters.items():
+            at = self.at[name]
+            self.values.data[at] = p.detach().flatten()
+            p.data, p.grad = self.values.data[at].view(p.shape), self.values.grad[at].view(p.shape)
+
+    def part(self, name: str, value: Tensor) -> Tensor:
+        """What of an optimiser's tensor belongs to one parameter: of numbers, of codes, or of the scales of blocks of them."""
+        at = self.at[name]
+        if value.numel() == self.values.numel():
+            return value[at]
+        return value[at.start // self.BLOCK : -(-at.stop // self.BLOCK)]
+
+
 class Optimizer:
     """torch's AdamW over float32 masters, or bitsandbytes' with averages in 8 bits.
+
+    On an NVIDIA GPU float32 parameters, which adapters are, lie flat (`Flat`) and keep their gradients' place.
 
     A parameter in lower precision has a float32 master and a float32 gradient: the parameter is the master, rounded. bf16 keeps
     eight bits, so an update under 0.4 % of a weight would round to nothing. Gradients of such parameters move to the master as they
     come, so several micro-batches add up in float32 and only one layer's 16-bit gradient lives at a time.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], train: Train, fast: Iterable[str] = ()):
-        """`parameters` by name; `fast` names those LoRA+ speeds up by `train.loraplus_ratio` (the B matrices)."""
+    def __init__(self, parameters: Mapping[str, nn.Parameter], train: Train, fast: Iterable[str] = (), *, flat: bool | None = None):
+        """`parameters` by name; `fast` names those LoRA+ speeds up by `train.loraplus_ratio` (the B matrices). `flat`: whether they
+        are laid flat; None: where `flat_fits`.
+        """
         self.parameters, self.train = dict(parameters), train
         self.masters: dict[str, Tensor] = {}
         self._hooks = []
@@ -68,10 +103,14 @@ class Optimizer:
         for name, master in self.masters.items():
             ratio = train.loraplus_ratio if name in fast else 1.0
             decay = train.weight_decay if master.ndim >= 2 else 0.0
-            groups.setdefault((ratio, decay), []).append(master)
+            groups.setdefault((ratio, decay), {})[name] = master
         self.ratios = [ratio for ratio, _ in groups]
         devices = {m.device.type for m in self.masters.values()}
-        chosen = [{"params": ps, "lr": 0.0, "weight_decay": decay} for (_, decay), ps in groups.items()]
+        self.flats = (
+            [Flat(group) for group in groups.values()] if (flat_fits(self.parameters.values()) if flat is None else flat) else []
+        )
+        tensors = [[flat.values] for flat in self.flats] or [list(group.values()) for group in groups.values()]
+        chosen = [{"params": ps, "lr": 0.0, "weight_decay": decay} for (_, decay), ps in zip(groups, tensors, strict=True)]
         self.eight, self.fused = train.optimizer != "adamw", train.optimizer == "adamw" and devices <= {"cpu", "cuda"}
         if self.eight:
             self.adamw = _eight_bit(train.optimizer, devices)(chosen, betas=train.betas)
@@ -87,13 +126,17 @@ class Optimizer:
         """The rates the groups really have, for the check that they are the scheduled ones."""
         return [g["lr"] / r for g, r in zip(self.adamw.param_groups, self.ratios, strict=True)]
 
+    def gradients(self) -> list[Tensor]:
+        """All gradients that are there: one flat tensor a group, or one a master."""
+        tensors = [flat.values for flat in self.flats] or list(self.masters.values())
+        return [t.grad for t in tensors if t.grad is not None]
+
     def scale_gradients(self, factor: float | Tensor) -> None:
-        grads = [m.grad for m in self.masters.values() if m.grad is not None]
-        torch._foreach_mul_(grads, factor)
+        torch._foreach_mul_(self.gradients(), factor)
 
     def gradient_norm(self) -> Tensor:
         """The norm over all gradients, a scalar on their device; nan or inf if any is."""
-        grads = [m.grad for m in self.masters.values() if m.grad is not None]
+        grads = self.gradients()
         if not grads:
             return torch.zeros(())
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).float())
@@ -124,15 +167,25 @@ class Optimizer:
         return norm
 
     def clear(self) -> None:
-        """Drop every gradient, also one that an interrupted backward left on a 16-bit parameter."""
-        for tensor in (*self.masters.values(), *self.parameters.values()):
+        """Drop every gradient, also one that an interrupted backward left on a 16-bit parameter. Flat ones become zero."""
+        for flat in self.flats:
+            flat.values.grad.zero_()
+        for tensor in (*self.masters.values(), *self.parameters.values()) if not self.flats else ():
             tensor.grad = None
 
     def never_moved(self) -> list[str]:
         """Names whose every gradient so far was exactly zero or absent."""
         self._settle()
-        state, size = self.adamw.state, ("exp_avg_sq", "absmax2", "state2")  # the squares' average, or what scales its 8-bit codes
-        return [n for n, m in self.masters.items() if not any(k in size and v.any() for k, v in state.get(m, {}).items())]
+        size = "exp_avg_sq", "absmax2", "state2"  # the squares' average, or what scales its 8-bit codes
+        return [name for name in self.masters if not any(key in size and v.any() for key, v in self._moments(name).items())]
+
+    def _moments(self, name: str) -> dict[str, Any]:
+        """What the optimiser keeps of one parameter: its tensors are views, its step a number or a tensor of one."""
+        for flat in self.flats:
+            if name in flat.at:
+                found = self.adamw.state.get(flat.values, {})
+                return {k: v if k == "step" or k.startswith("qmap") else flat.part(name, v) for k, v in found.items()}
+        return self.adamw.state.get(self.masters[name], {})
 
     @torch.no_grad()
     def put(self, masters: Mapping[str, Tensor]) -> None:
@@ -147,9 +200,10 @@ class Optimizer:
         self._settle()
         out = {f"master/{n}": m.detach() for n, m in self.masters.items()}
         for name, master in self.masters.items():
-            for key, value in self.adamw.state.get(master, {}).items():
+            for key, value in self._moments(name).items():
                 if not key.startswith("qmap"):  # the 8-bit map, one for all
-                    out[f"{key}/{name}"] = value if isinstance(value, Tensor) else torch.tensor(float(value))
+                    value = value if isinstance(value, Tensor) else torch.tensor(float(value))
+                    out[f"{key}/{name}"] = value.view(master.shape) if value.numel() == master.numel() else value
         return out
 
     def _settle(self) -> None:
@@ -160,8 +214,8 @@ class Optimizer:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take a checkpoint's masters and moments. KeyError names what is missing: a checkpoint is whole or it is not used."""
         self.put({name: state[f"master/{name}"] for name in self.masters})
-        if self.eight:
-            self._load_eight(state)
+        if self.eight or self.flats:
+            self._load_in_place(state)
             return
         for name, master in self.masters.items():
             moments = {key: state[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in state}
@@ -172,21 +226,36 @@ class Optimizer:
                 }
 
     @torch.no_grad()
-    def _load_eight(self, state: Mapping[str, Tensor]) -> None:
-        """bitsandbytes makes its own buffers, paged ones too; a checkpoint's numbers are copied into them."""
-        names = {id(master): name for name, master in self.masters.items()}
+    def _load_in_place(self, state: Mapping[str, Tensor]) -> None:
+        """bitsandbytes makes its own buffers, paged ones too, and flat averages hold many parameters': a checkpoint's numbers are
+        copied into them.
+        """
+        flats = {id(flat.values): flat for flat in self.flats}
+        names = {id(master): [name] for name, master in self.masters.items()} | {key: list(f.at) for key, f in flats.items()}
         for g, group in enumerate(self.adamw.param_groups):
-            for i, master in enumerate(group["params"]):
-                name = names[id(master)]
-                if f"state1/{name}" not in state:
+            for i, tensor in enumerate(group["params"]):
+                there = [name for name in names[id(tensor)] if f"step/{name}" in state]
+                if not there:
                     continue
-                self.adamw.init_state(group, master, g, i)
-                for key, value in self.adamw.state[master].items():
-                    if key == "step":
-                        self.adamw.state[master][key] = int(state[f"step/{name}"])
-                    elif not key.startswith("qmap"):
-                        value.copy_(state[f"{key}/{name}"])
+                if self.eight:
+                    self.adamw.init_state(group, tensor, g, i)
+                else:
+                    moments = {key: torch.zeros_like(tensor) for key in ("exp_avg", "exp_avg_sq")}
+                    self.adamw.state[tensor] = {"step": torch.zeros((), device=tensor.device)} | moments
+                kept = self.adamw.state[tensor]
+                step = state[f"step/{there[0]}"]
+                kept["step"] = int(step) if self.eight else step.to(tensor.device, torch.float32, copy=True)
+                for name in there:
+                    for key, value in self._moments(name).items():
+                        if key != "step" and not key.startswith("qmap"):
+                            value.copy_(state[f"{key}/{name}"].view(value.shape))
         self._settle()
+
+
+def flat_fits(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether these are laid flat: all float32, on one NVIDIA GPU."""
+    kinds = {(p.dtype, p.device) for p in parameters}
+    return len(kinds) == 1 and all(dtype is torch.float32 and device.type == "cuda" for dtype, device in kinds)
 
 
 def _eight_bit(name: str, devices: set[str]):
