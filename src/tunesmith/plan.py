@@ -56,7 +56,6 @@ WORKSPACES = 100 << 20  # cuBLAS's: 32 MiB for each of the threads that multiply
 HALF_FRAGMENTS = 0.01, 0.08  # of what is kept, of what comes and goes
 HALF_EFFICIENCY = 0.55  # of the card's rate over everything a step does: 0.54 to 0.55 at every level, 2,048 and 8,192 tokens long
 FP8_GAIN = 1.4  # of the products of the base in e4m3
-HALF_LAYER_SECONDS = 1.8e-3  # a layer's pass cannot be launched faster: 1 x 2,048 checkpointed takes 172 ms for 32 x 3 of them
 DECODE_BYTES = {"bf16": 2.6, "fp8": 1.6}  # of memory traffic a weight: codes and scales read, the dense weight written
 TILE_TAX, OFFLOAD_TAX = 1.005, 1.03  # of time, more than was measured: neither is to be taken for nothing
 UNHIDDEN = 0.03  # of what the link takes, even where a layer takes longer: at the ends, and in the device's own bandwidth
@@ -165,6 +164,7 @@ class Plan:
     path_why: str  # why the layers are composed; empty: half-blocks
     compute: Literal["bf16", "fp16", "fp32", "fp8"]  # of the products with frozen weights
     weight_cache: int  # bytes of decoded 4-bit weights that are kept
+    embedding: Literal["device", "host"]  # where the embedding's rows are
     micro_batch_tokens: int
     longest: int
     steps: int
@@ -257,6 +257,7 @@ def make_plan(
         model=config.model, method=job.method, device=device, dtype=job.dtype, activations=best.activations,
         layers=best.layers, path="composed" if job.composed_because else "half-blocks", path_why=job.composed_because,
         compute="fp8" if job.fp8 else job.dtype, weight_cache=job.cache_of_weights if best.cached else 0,
+        embedding="host" if best.lifted else "device",
         micro_batch_tokens=best.tokens, longest=job.rows.longest, steps=job.steps, tokens=round(job.trained_tokens),
         budget=float(budget), least=job.least, minutes=best.minutes, measured=measured.where if measured else "",
         components=(*best.components, *job.host(best), *job.disk()), choices=choices,
@@ -569,7 +570,16 @@ class _Job:
             3 * s.hidden + 4 * s.dim
         ) * self.width * bool(count)
 
+    @cached_property
+    def embedding_bytes(self) -> int:
+        """Of an embedding that can wait in main memory, where layers do: neither the head's matrix too nor trained. 0 of others."""
+        trained = self.method == "full" or self.lora.new_tokens
+        trained = trained or any(_matches(e, "model.embed_tokens") for e in self.lora.modules_to_save)
+        return 0 if self.composed_because or self.spec.tied or trained else self.spec.vocab * self.spec.dim * self.width
+
     def host(self, way: _Way) -> Iterator[Component]:
+        if way.lifted:
+            yield Component("embedding", way.lifted, "host", "a step reads a few thousand of its rows")
         if size := self._pinned(way.layers, way.tokens):
             yield Component("offloaded", size, "host", "pinned: what waits there for the backward")
         if base := HOST[self.device.kind]:
@@ -719,7 +729,7 @@ class _Job:
         return HOST_SHARE * (self.device.host or max(16 * GIB, self.device.total))
 
     def half_seconds(self, low: Layers, high: Layers, n_high, tokens: int, cached: bool) -> Any:
-        """Of the whole run: all arithmetic at one rate, the link where it is slower, launches under small batches."""
+        """Of the whole run: all arithmetic at one rate, the link where it is slower."""
         s, shape, n_low = self.spec, self.shape, self.spec.layers - n_high
         linear, head, gain = parameters(s).linear, s.vocab * s.dim, FP8_GAIN if self.fp8 else 1.0
         attention = 4 * s.heads * s.head_dim * self.seen  # a layer's forward
@@ -738,8 +748,7 @@ class _Job:
         decoded = 0.0
         if self.fp8 or (self.method == "qlora" and not cached):
             decoded = (n_low * shape.decodes(low.level) + n_high * shape.decodes(high.level)) * self._decode_second
-        launched = HALF_LAYER_SECONDS * (2 * s.layers + n_low * bool(again[0][0]) + n_high * bool(again[1][0]))
-        return tax * np.maximum(self.trained_tokens * token + parts * decoded, parts * launched) + self._beside
+        return tax * (self.trained_tokens * token + parts * decoded) + self._beside
 
     @property
     def _decode_second(self) -> float:
@@ -787,6 +796,8 @@ class _Job:
                     over = (self.spec.layers - n_high) * pin[0] + n_high * pin[1] > self.pinnable
                     for cached in caches:
                         size = sum(self.sizes(low, high, n_high, tokens, cached)) + fixed + cached * self.cache_of_weights
+                        offloads = (low.offload & (n_high < self.spec.layers)) | (high.offload & (n_high > 0))
+                        size = size - offloads * self.embedding_bytes
                         time = self.half_seconds(low, high, n_high, tokens, cached) / 60
                         pad = (0, len(counts) - len(n_high))
                         rows.append((low, high, tokens, cached))
@@ -846,10 +857,16 @@ class _Way:
     def activations(self) -> str:
         return describe(self.layers)
 
+    @property
+    def lifted(self) -> int:
+        """Bytes of the embedding where it is in main memory: where layers wait there too."""
+        return self.job.embedding_bytes if any(part.offload for part in self.layers) else 0
+
     @cached_property
     def components(self) -> tuple[Component, ...]:
         job = self.job
-        return (*job.fixed(), *(job.working(self.layers[0].level, self.tokens) if job.composed_because else self._half_blocks()))
+        fixed = [replace(c, bytes=c.bytes - self.lifted) if c.name.startswith("embedding") else c for c in job.fixed()]
+        return (*fixed, *(job.working(self.layers[0].level, self.tokens) if job.composed_because else self._half_blocks()))
 
     def _half_blocks(self) -> Iterator[Component]:
         job, low, high = self.job, self.layers[0], self.layers[-1]

@@ -168,6 +168,8 @@ def build_model(config: RunConfig, base: ResolvedModel, where: Place, plan: Plan
     if plan.path == "half-blocks" and not refusal(model):
         model.fast = FastLayers(model, _policies(plan.layers), fp8=plan.compute == "fp8")
         model.fast.cache(plan.weight_cache)
+        if plan.embedding == "host":
+            model.embedding_to_host()
     set_layers(model, plan.layers)
     return model
 
