@@ -68,22 +68,26 @@ def make_optimizer(parameters: dict[str, Any], knobs: dict[str, Any]) -> tuple[A
 
 
 LEVELS = {  # what a layer keeps where not all is kept: the fastest inside the peer's memory; it waits in main memory
-    "4x2048-budget": "recompute", "1x2048-ckpt": "checkpoint", "1x8192-ckpt": "attention", "1x32768-ckpt": "attention",
+    "4x2048-budget": "recompute", "1x2048-ckpt": "recompute", "1x8192-ckpt": "attention", "1x32768-ckpt": "attention",
     "llama-ckpt": "recompute", "start": "checkpoint", "full": "checkpoint",
 }  # fmt: skip
 
 
+FASTER = dict.fromkeys(("4x2048-budget", "1x2048-ckpt", "llama-ckpt"), "attention")  # in FP8 the link is slower than a layer
+
+
 def default_knobs(row: Row, arm: str, budget_gib: float | None) -> dict[str, Any]:
     kept = row.policy == "keep"
+    levels = LEVELS | FASTER if arm.startswith("ours-fp8") else LEVELS
     return {
-        "activations": "keep" if kept else LEVELS[row.name],
+        "activations": "keep" if kept else levels[row.name],
         "offload": not kept,
         "tile": 1 << 30 if kept or row.batch * row.seq <= 2048 else 2048,
         "budget_gib": budget_gib,
         "compute": "fp8" if arm.startswith("ours-fp8") else "bf16",
         "recorded": True,  # as CUDA graphs
         "micro_batch_tokens": None,  # None: a step's tokens go through at once
-        "optimizer": "8bit",  # as the peers' is
+        "optimizer": "32bit" if row.model == "tiny" else "8bit",  # as the peers' is
         "weight_cache": 14 << 30 if row.data == "gsm8k" and not arm.startswith("ours-fp8") else 0,
     }
 

@@ -46,3 +46,16 @@ def test_the_product_is_its_definition():
     y = fp8.matmul(x8, sx, w8, sw.flatten(), torch.float32)
     assert_close(y, (x8.float() * sx) @ (w8.float() * sw).t())
     assert fp8.supported("cpu")
+
+
+@pytest.mark.parametrize("dtype", ON_THIS)
+@pytest.mark.parametrize("shape", [(1, 1), (65, 130), (128, 64)], ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_dense_weight_is_cast(kernels, padded, same_e4m3, shape, dtype, turned):
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(shape, generator=generator).to(kernels, dtype)
+    scale = w.float().abs().amax(0 if turned else 1) / 448 + 1e-12
+    out = torch.empty(shape[::-1] if turned else shape, dtype=fp8.E4M3, device=kernels)
+    fp8.cast(padded(w), scale, out, turned)
+    wanted = w.float() * ((1 / scale)[None] if turned else (1 / scale)[:, None])
+    assert same_e4m3(out, wanted.t() if turned else wanted)

@@ -177,13 +177,16 @@ class Group:
         da_RK = wide_mm(back_TR.t(), x_TK)
         if norm is not None:
             da_RK.mul_(norm[1])
+        db_NR = wide_mm(
+            dy_TNR[:, :n].t(), low_TR[:, : self.rank]
+        )  # all parts at once: each takes its block, the rest is not asked for
         for adapter, scale, rows, columns in zip(self.adapters, self.scales, self.rows, self.columns, strict=True):
             if adapter is None:
                 continue
             da = da_RK[columns]
             if scale != 1.0:
                 da.mul_(scale)
-            found += [da, wide_mm(dy_TNR[:, rows].t(), low_TR[:, columns])]
+            found += [da, db_NR[rows, columns]]
         if into is None:
             return found
         for whole, part in zip(into, found, strict=True):
@@ -311,8 +314,7 @@ class OpenedFp8:
     def _fill(self, name: object, into: Tensor, body: Callable[[], object], *read: Tensor) -> None:
         place = into.data_ptr(), *(t.data_ptr() for t in read)
         if name not in self.fills or self.fills[name][0] != place:
-            dense = name != "low" and any(isinstance(b, Linear) for b in self.group.bases)  # torch's casts need room of their own
-            recorded = into.is_cuda and not dense and bool(backend.triton_for(into))
+            recorded = into.is_cuda and bool(backend.triton_for(into))
             self.fills[name] = place, backend.Recorded(body) if recorded else body
         self.fills[name][1]()
 
@@ -359,7 +361,7 @@ def _decode_fp8(group: Group, turned: bool, weight: Tensor) -> None:
         if isinstance(part, nf4.NF4):
             (nf4.decode_fp8_transposed if turned else nf4.decode_fp8)(part, scale, at)
         else:
-            at.copy_((part.weight.t() if turned else part.weight) / scale[:, None])
+            fp8.cast(part.weight, scale, at, turned)
 
 
 def _fuse(bases: Sequence[nn.Module]) -> nf4.NF4 | None:

@@ -63,6 +63,22 @@ def empty_rows(x_TK: Tensor) -> Rows:
     return x8_TK, torch.empty(len(x_TK), 1, dtype=torch.float32, device=x_TK.device)
 
 
+def reference_cast(w_NK: Tensor, scale: Tensor, turned: bool) -> Tensor:
+    """A dense weight as e4m3 [N, K] with one static scale a row [N], or turned [K, N] with one a column [K]: w times 1 / scale."""
+    y = w_NK.float() * ((1 / scale)[None] if turned else (1 / scale)[:, None])
+    return (y.t() if turned else y).to(E4M3)
+
+
+def cast(w_NK: Tensor, scale: Tensor, out: Tensor, turned: bool) -> Tensor:
+    """As `reference_cast`, into `out`; rows may be strided."""
+    if not backend.triton_for(w_NK, backend.NEEDS_FP8):
+        return out.copy_(reference_cast(w_NK, scale, turned))
+    (rows, columns), tile = w_NK.shape, 64
+    grid = (-(-rows // tile), -(-columns // tile))
+    _cast_kernel[grid](w_NK, scale, out, rows, columns, w_NK.stride(0), out.stride(0), TURNED=turned, TILE=tile)
+    return out
+
+
 def reference_matmul(x8_TK: Tensor, sx_T1: Tensor, w8_NK: Tensor, sw_N: Tensor, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """(x8 sx) (w8 sw)^T in float32, rounded once. The definition, and what a machine without FP8 hardware gets."""
     return (F.linear(x8_TK.float(), w8_NK.float()) * sx_T1 * sw_N).to(out_dtype)
@@ -123,3 +139,19 @@ def _quantise_rows_kernel(x, x8, scale, stride, COLUMNS: tl.constexpr, BLOCK: tl
             value = tl.load(x + first + at, here, other=0).to(tl.float32)
             tl.store(x8 + first + at, (value * inverse).to(x8.dtype.element_ty), here)
     tl.store(scale + row, s)
+
+
+@jit
+def _cast_kernel(w, scale, out, rows, columns, stride, out_stride, TURNED: tl.constexpr, TILE: tl.constexpr):
+    """A square tile a program."""
+    n = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    k = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    here = (n < rows)[:, None] & (k < columns)[None, :]
+    value = tl.load(w + n.to(tl.int64)[:, None] * stride + k[None, :], here, other=0).to(tl.float32)
+    if TURNED:
+        value *= tl.div_rn(1.0, tl.load(scale + k, k < columns, other=1.0))[None, :]
+        to = out + k.to(tl.int64)[:, None] * out_stride + n[None, :]
+        tl.store(to, tl.trans(value).to(out.dtype.element_ty), tl.trans(here))
+    else:
+        value *= tl.div_rn(1.0, tl.load(scale + n, n < rows, other=1.0))[:, None]
+        tl.store(out + n.to(tl.int64)[:, None] * out_stride + k[None, :], value.to(out.dtype.element_ty), here)
