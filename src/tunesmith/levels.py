@@ -14,3 +14,4 @@ SAVED: dict[Level, tuple[str, ...]] = {
     "attention": ("x", "out", "lse", "low_down"),
     "checkpoint": ("x", "low_down"),
 }  # fmt: skip
+RECORDED = 16384  # tokens of a pass up to which it is recorded as a CUDA graph; beyond, launches are under 2 % of it

@@ -22,6 +22,7 @@ import numpy as np
 from tunesmith.config.schema import INSIDE, Lora, RunConfig
 from tunesmith.devices import GIB, Device, smallest_that_holds
 from tunesmith.errors import DoesNotFit, ModelError
+from tunesmith.levels import RECORDED
 from tunesmith.plan_layers import LEVELS, TILES, WHOLE, Layers, Level, Shape, describe, pinned
 from tunesmith.plan_page import duration, gb, print_plan
 from tunesmith.spec import Spec, half_blocks_refusal, linear_shapes, norm_shapes, parameters
@@ -53,6 +54,7 @@ BANDWIDTH_SHARE = 0.7  # of the printed memory bandwidth that a plain copy reach
 
 # ---- the same for half-blocks, measured on an H200 at Mistral-7B's shapes (tests/test_plan.py has the rows) ----------------------
 WORKSPACES = 100 << 20  # cuBLAS's: 32 MiB for each of the threads that multiply, and its light version's
+RECORDINGS = 280 << 20  # a second set of them, and the graphs' nodes: 0.2 to 0.4 GiB more than unrecorded passes had reserved
 HALF_FRAGMENTS = 0.01, 0.08  # of what is kept, of what comes and goes
 HALF_EFFICIENCY = 0.55  # of the card's rate over everything a step does: 0.54 to 0.55 at every level, 2,048 and 8,192 tokens long
 FP8_GAIN = 1.4  # of the products of the base in e4m3
@@ -729,7 +731,8 @@ class _Job:
         answers = self.cache_bytes() + bool(self.samples) * self._decode_scratch
         beyond = np.maximum(0, answers - kept_bytes - transient)
         share = HALF_FRAGMENTS[0] * kept_bytes + HALF_FRAGMENTS[1] * (transient + beyond)
-        return kept_bytes, transient, beyond, np.rint(share) + CONTEXT[self.device.kind] + WORKSPACES
+        workspaces = WORKSPACES + RECORDINGS * (tokens <= RECORDED and self.device.kind == "cuda")
+        return kept_bytes, transient, beyond, np.rint(share) + CONTEXT[self.device.kind] + workspaces
 
     def _loss(self, tokens: int, tile: int, cached: bool) -> float:
         if not self._head_trains:

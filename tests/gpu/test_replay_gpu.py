@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tunesmith.levels import RECORDED
 from tunesmith.models.place import make_deterministic
 from tunesmith.train.optim import Optimizer
-from tunesmith.train.replay import MOST_TOKENS, Passes, plain
+from tunesmith.train.replay import Passes, plain
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_fast_gpu import SPEC, model  # noqa: F401 - the fixture
@@ -108,5 +109,5 @@ def test_memory_is_that_of_the_largest_not_of_all(model):  # noqa: F811
 
 def test_long_passes_run_unrecorded(model):  # noqa: F811
     passes = passes_of(model, "checkpoint")
-    gradient(passes, batch(MOST_TOKENS + 1))
+    gradient(passes, batch(RECORDED + 1))
     assert not passes.recordings

@@ -24,13 +24,22 @@ def reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Ten
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """As `reference`; saves x and one number a row, and skips the weight's gradient where nobody asks for it."""
+    """As `reference`; saves x and one number a row, and skips the weight's gradient where nobody asks for it.
+
+    A frozen weight's on a GPU runs in the kernels below: float32 stays in registers, where each of the three float32 copies of
+    131,072 rows of 4,096 took 2 GiB.
+    """
     return _RMSNorm.apply(x, weight, eps, offset)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        ctx.kernels = not offset and not weight.requires_grad and x.dtype != torch.float64 and backend.triton_for(x)
+        if ctx.kernels:
+            y, rstd = forward(x.reshape(-1, x.shape[-1]), weight, eps)
+            ctx.save_for_backward(x, weight, rstd)
+            return y.view(x.shape)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
@@ -45,6 +54,9 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, rstd = ctx.saved_tensors
+        if ctx.kernels:
+            flat_dy, flat_x = (t.reshape(-1, t.shape[-1]) for t in (dy, x))
+            return backward(flat_dy, flat_x, weight, rstd).view(x.shape), None, None, None
         dx = dw = None
         wide, dy = x.to(rstd.dtype), dy.to(rstd.dtype)
         if ctx.needs_input_grad[1]:

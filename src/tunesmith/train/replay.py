@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tunesmith.levels import RECORDED
 from tunesmith.ops.attention import Layout, room_kernel
 from tunesmith.ops.linear_ce import IGNORED, linear_cross_entropy
 from tunesmith.train.loss import Noise, batch_loss
 from tunesmith.train.optim import Optimizer
 from tunesmith.types import Batch
 
-MOST_TOKENS = 16384  # beyond, launches are under 2 % of a pass
 MOST_KEPT = 48  # recordings; a Mistral-7B's takes some MiB of nodes on the device
 UNIT = 128  # tokens, and rows, that shapes are counted in: a GEMM's tile
 
@@ -183,7 +183,7 @@ class Passes:
             return "the head is trained"
         if self.device.type == "cuda" and not room_kernel(model.model.norm.weight, model.spec.head_dim):
             return "attention has no kernel for documents of any lengths"
-        if room.tokens > MOST_TOKENS:
+        if room.tokens > RECORDED:
             return "the pass is long"
         return "" if len(self._regime(batch, room)) == 1 else "its documents have rope tables of several kinds"
 
