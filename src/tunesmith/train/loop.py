@@ -103,7 +103,7 @@ def fit(
         examples = examples_of(step)
         total_loss, tokens = _gradient(passes, examples, state, hooks, step, seed, train.neftune_alpha)
         _check_rates(optimizer, rate)
-        norm = optimizer.step(total_loss)  # does nothing where either is not finite
+        norm = optimizer.step(total_loss)  # does nothing where either is not finite; train/inside.py what it can
         loss, norm = total_loss.item(), norm.item()
         finite = math.isfinite(loss) and math.isfinite(norm)
         if state.loss_scale.active and math.isfinite(loss) and not finite and state.loss_scale.overflowed():
