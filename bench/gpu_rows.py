@@ -74,7 +74,7 @@ ROWS = {
         Row("1x8192-ckpt", "mistral", 1, 8192, "ckpt", PAIR),
         Row("1x8192-keep", "mistral", 1, 8192, "keep", PAIR),
         Row("1x32768-ckpt", "mistral", 1, 32768, "ckpt", PAIR, steps=6),
-        Row("gsm8k", "mistral", EXAMPLES, 198, "keep", (*PAIR, "unsloth-padded", "hf"), data="gsm8k", steps=16),
+        Row("gsm8k", "mistral", EXAMPLES, 198, "keep", (*PAIR, "unsloth-padded", "hf"), data="gsm8k", steps=32),
         Row("llama-keep", "llama", 4, 2048, "keep", PAIR),
         Row("llama-ckpt", "llama", 4, 2048, "ckpt", PAIR),
         Row("phi-keep-bf16", "phi", 4, 2048, "keep", PAIR, store="dense"),

@@ -1,4 +1,4 @@
-"""The longest document that QLoRA of Llama-3.1-8B's shapes can train on in a card of so many GB: what the plan says, and a step of it.
+"""The longest document that QLoRA of Llama-3.1-8B's shapes trains on in a card of so many GB: what the plan says, and a step of it.
 
     python bench/longest.py --card 16 --card 24 --out FOLDER       on an NVIDIA GPU; random weights, no checkpoint is written
 
@@ -104,6 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
+    import tunesmith.models.place  # noqa: F401 - sets the allocator up, before it is first used
     from tunesmith.devices import local_device, parse_device
 
     device = parse_device("h100") if args.plan_only else local_device("cuda")

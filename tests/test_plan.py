@@ -289,7 +289,7 @@ def test_a_budget_between_two_levels_gets_two_kinds_of_layers_and_offloading_is_
     assert SAVED[low.level] != SAVED[high.level] and high.level == "keep", "what keeps more lies on top: its backward comes first"
     moved = plan(gpu="h200", memory={"budget_gb": 7.5, "offload": True, "micro_batch_tokens": 8192}, **rows)
     assert all(part.offload for part in moved.layers) and moved.host > 3 + 32 * 8192 * 8192 / GIB
-    no_room = replace(parse_device("h200"), host=2 * GIB)
+    no_room = replace(parse_device("h200"), host=GIB // 16)
     assert not any(part.offload for part in plan(gpu=no_room, memory={"budget_gb": 8}, **rows).layers)
 
 

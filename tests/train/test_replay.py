@@ -86,6 +86,7 @@ def test_what_a_room_holds(lengths):
         assert room.lengths == lengths and room.tokens == n
     else:
         assert room.tokens % UNIT == 0 and room.rows % UNIT == 0 and n <= room.tokens <= n + UNIT
+        assert len(these.rows) <= room.rows
 
 
 def test_few_rooms_serve_full_micro_batches():

@@ -244,25 +244,27 @@ def _backward(dy, halves, run, rows, keep, tile, need_x) -> tuple[Tensor | None,
             _attention_in(halves, run, keep, tile)
             keep["out"], keep["lse"] = attention.forward(keep["q"], keep["k"], keep["v"], run.layout, halves.scale, halves.window)
         _attention_out(halves, rows, keep)
-    dmid, dmid8, of_gate_up, of_down = _mlp_backward(dy, halves, run, keep, tile)
-    dx, of_qkv, of_o = _attention_backward(dmid, dmid8, halves, run, rows, keep, tile, need_x)
+    of_gate_up, of_down = _mlp_backward(dy, halves, run, keep, tile)
+    dx, of_qkv, of_o = _attention_backward(halves, run, rows, keep, tile, need_x)
     return dx, [*of_qkv, *of_o, *of_gate_up, *of_down]
 
 
-def _mlp_backward(
-    dy: Tensor, halves: Halves, run: Pass, keep: dict[str, Tensor], tile: int
-) -> tuple[Tensor, Rows | None, list[Tensor], list[Tensor]]:
-    """(gradient of mid with room for o's B^T dy beside it [L, D + R], its e4m3, of gate_up's parameters, of down's)."""
+def _mlp_backward(dy: Tensor, halves: Halves, run: Pass, keep: dict[str, Tensor], tile: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of gate_up's parameters and of down's; into `keep` that of mid, with room for o's B^T dy beside it [L, D + R], and
+    its e4m3. It overwrites what the layer above handed down.
+    """
     mid, width, up, down = keep.pop("mid"), halves.norm_2.shape[0], halves.gate_up, halves.down
     spans, hidden = list(_spans(len(mid), tile)), up.outputs // 2
-    dmid = mid.new_empty(len(mid), width + halves.o.extra)
+    dout_DR = _handed_down(dy, run, down.extra)
+    in_place = dout_DR is not None and down.extra == halves.o.extra
+    dmid = dout_DR if in_place else mid.new_empty(len(mid), width + halves.o.extra)
     dmid8 = halves.o.room(dmid[:, :width])
     of_up, of_down = None, None
     opened = (up.open(0), down.open(1)) if len(spans) > 1 else None
     again = "gate_up" not in keep and "codes" not in keep
     if "rstd_2" not in keep or again:
         keep["rstd_2"], keep["low_gate_up"] = _float(mid, len(mid)), mid.new_empty(len(mid), up.extra)
-    whole, dout_DR = keep.pop("gate_up", None), _handed_down(dy, run, down.extra)
+    whole = keep.pop("gate_up", None)
     for at in spans:
         n, weights = at.stop - at.start, opened[1] if opened else down.open()
         dout = mid.new_empty(n, width + down.extra) if dout_DR is None else dout_DR[at]
@@ -294,12 +296,13 @@ def _mlp_backward(
         of_tile = None if dmid8 is None else (dmid8[0][at], dmid8[1][at])
         rms_norm.backward(dnormed, mid[at], halves.norm_2, keep["rstd_2"][at], dy[at], dmid[at, :width], of_tile)
         del gate_up, both, both8, dnormed  # before the next tile takes its own
-    return dmid, dmid8, of_up or [], of_down or []
+    keep["dmid"], keep["dmid8"] = dmid, dmid8
+    return of_up or [], of_down or []
 
 
-def _attention_backward(dmid_DR, dmid8, halves, run, rows, keep, tile, need_x) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+def _attention_backward(halves, run, rows, keep, tile, need_x) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """(dx or None, gradients of qkv's parameters, of o's)."""
-    x, group, width = keep["x"], halves.qkv, halves.norm_1.shape[0]
+    x, group, width, dmid_DR, dmid8 = keep["x"], halves.qkv, halves.norm_1.shape[0], keep.pop("dmid"), keep.pop("dmid8")
     out, weights = keep.pop("out"), halves.o.open()
     flat = out.flatten(1) if rows is None else out.flatten(1)[rows]
     dmid = dmid_DR[:, :width]
@@ -308,14 +311,16 @@ def _attention_backward(dmid_DR, dmid8, halves, run, rows, keep, tile, need_x) -
     dout = torch.empty_like(flat)
     low_rank.add_(dout, weights.back(dmid_DR, out=dout, dy8=dmid8))
     of_o = halves.o.gradients(flat, dmid_DR, keep["low_o"], None) if halves.o.parameters else []
+    del flat, dmid8
     if rows is not None:
         dout = torch.zeros_like(out).flatten(1).index_copy_(0, rows, dout)
         dmid = torch.zeros_like(x).index_copy_(0, rows, dmid)
+    del dmid_DR
     if "q" not in keep:
         _attention_in(halves, run, keep, tile)
     q, k, v = keep.pop("q"), keep.pop("k"), keep.pop("v")
     grads = attention.backward(dout.view(q.shape), q, k, v, out, keep.pop("lse"), run.layout, halves.scale, halves.window)
-    del out, dout, flat, q, k, v, dmid_DR
+    del out, dout, q, k, v
     if not (need_x or group.parameters):
         return None, [], of_o
     dx, of_qkv, weights = _hand_down(x, run, halves.down.extra) if need_x else None, None, group.open()

@@ -57,12 +57,12 @@ class Room:
         tokens, rows, several = sum(lengths), len(batch.rows), len(lengths) > 1
         if several and len(set(lengths)) == 1:  # left as they are: for documents of one length there is a faster attention kernel
             return cls(tokens, rows, lengths, len(lengths), lengths[0])
-        alone = rows == tokens and _up(rows) > rows  # rows that only fill up look at a token that no label is predicted from
+        alone = rows == tokens and _up(rows, 8) > rows  # rows that only fill up look at a token that no label is predicted from
         filled = _up(tokens + alone)
         if not several:
-            return cls(filled, _up(rows), (filled,), 1, filled)
+            return cls(filled, _up(rows, 8), (filled,), 1, filled)
         longest = max(*lengths[:-1], lengths[-1] + filled - tokens)
-        return cls(filled, _up(rows), (), _power(max(8, len(lengths))), _power(longest))
+        return cls(filled, _up(rows, 8), (), _power(max(8, len(lengths))), _power(max(1024, longest)))
 
     def lengths_of(self, batch: Batch) -> tuple[int, ...]:
         """The documents' lengths once they fill the room."""
@@ -233,7 +233,9 @@ def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _up(n: int) -> int:
-    """`n` in whole UNITs; above 32 of them in larger ones, so that at most 1/32 is filled up more than a UNIT needs."""
-    unit = max(UNIT, _power(n) // 32)
+def _up(n: int, parts: int = 32) -> int:
+    """`n` in whole UNITs, or in `parts` of the next power of two where those are more. Rows reach the last layer's MLP and the head
+    alone, and are counted in coarser parts than tokens: fewer shapes to record.
+    """
+    unit = max(UNIT, _power(n) // parts)
     return -(-n // unit) * unit
