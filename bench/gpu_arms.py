@@ -57,12 +57,12 @@ def prepare_model(model: Any, knobs: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_optimizer(parameters: dict[str, Any], knobs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Our optimiser and what of the knobs it applies. `optimizer`: 8bit | 32bit moments."""
+    """Our optimiser and what of the knobs it applies. `optimizer`: 8bit | 32bit moments | inside the backward, 8 bits too."""
     from tunesmith.config.schema import Train
-    from tunesmith.train.optim import Optimizer
+    from tunesmith.train.inside import optimizer_for
 
-    kind = {"8bit": "adamw_8bit", "32bit": "adamw"}[knobs["optimizer"]]
-    optimizer = Optimizer(parameters, Train(weight_decay=0.01, optimizer=kind))
+    kind = {"8bit": "adamw_8bit", "32bit": "adamw", "inside": "adamw_8bit_inside"}[knobs["optimizer"]]
+    optimizer = optimizer_for(parameters, Train(weight_decay=0.01, optimizer=kind), fast=(), seed=0)
     optimizer.set_rate(RATE)
     return optimizer, {"optimizer": knobs["optimizer"]}
 
@@ -87,7 +87,7 @@ def default_knobs(row: Row, arm: str, budget_gib: float | None) -> dict[str, Any
         "compute": "fp8" if arm.startswith("ours-fp8") else "bf16",
         "recorded": True,  # as CUDA graphs
         "micro_batch_tokens": None,  # None: a step's tokens go through at once
-        "optimizer": "32bit" if row.model == "tiny" else "8bit",  # as the peers' is
+        "optimizer": "inside" if row.full else "32bit" if row.model == "tiny" else "8bit",  # as the peers' is
         "weight_cache": 14 << 30 if row.data == "gsm8k" and not arm.startswith("ours-fp8") else 0,
     }
 
@@ -135,7 +135,9 @@ class Ours:
         from tunesmith.data.pack import micro_batches
 
         budget, total = self.knobs["micro_batch_tokens"] or step.tokens, 0.0
-        for part in micro_batches([len(x) for x in step.ids], budget):
+        parts = micro_batches([len(x) for x in step.ids], budget)
+        self.optimizer.begin(len(parts))
+        for part in parts:
             total = total + self.passes(self.batch(step, part), 1 / step.trained)
         self.optimizer.step()
         return total / step.trained

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from tunesmith.config.schema import Lora, RunConfig
+from tunesmith.config.schema import INSIDE, Lora, RunConfig
 from tunesmith.devices import GIB, Device, smallest_that_holds
 from tunesmith.errors import DoesNotFit, ModelError
 from tunesmith.levels import RECORDED
@@ -74,7 +74,8 @@ LOGIT_BYTES = 64 << 20  # float32 logits of one chunk (ops/linear_ce.py) ...
 LOGIT_COPIES = 2.5  # ... with their 16-bit form before and after
 SOFTCAP_ROWS = 512  # query rows whose scores are written out at once (ops/attention.py)
 MASTER, GRADIENT = 4, 4  # the float32 master, its float32 gradient: bytes a trained parameter
-MOMENTS = {"adamw": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256}  # two averages; 8 bits have a float32 for 256
+EIGHT = 2 + 8 / 256  # two averages of 8 bits, each with a float32 for 256
+MOMENTS = {"adamw": 8, "adamw_8bit": EIGHT, "paged_adamw_8bit": EIGHT, INSIDE: EIGHT}
 
 MICRO_CAP = {"cuda": 1 << 17, "mps": 1 << 14, "cpu": 1 << 12}  # tokens at once beyond which nothing is gained
 SLACK = 1.03  # of plans within this factor of the fastest, the one that takes least memory
@@ -254,7 +255,7 @@ def make_plan(
     job.refuse(config)
     budget = config.memory.budget_gb if config.memory.budget_gb != "auto" else device.free * SPARED[device.kind] / GIB
     best = job.best(budget)
-    choices = tuple(replace(job, method=m).best(budget).choice(budget) for m in METHODS)
+    choices = tuple(job.by(m).best(budget).choice(budget) for m in METHODS)
     return Plan(
         model=config.model, method=job.method, device=device, dtype=job.dtype, activations=best.activations,
         layers=best.layers, path="composed" if job.composed_because else "half-blocks", path_why=job.composed_because,
@@ -348,6 +349,7 @@ class _Job:
     optimizer: str
     refused: str  # why no half-blocks run here whatever the adapter; empty: they may
     measured: Measured | None
+    fullest: int  # tokens that a step has at most
     mix: tuple[Layers, ...] = ()  # the layers as they were chosen, for what one knob would change
 
     @classmethod
@@ -374,7 +376,7 @@ class _Job:
             levels=LEVELS if memory.activations == "auto" else (memory.activations,),
             offloads=((False, True) if device.link else (False,)) if memory.offload == "auto" else (memory.offload,),
             tokens=None if memory.micro_batch_tokens == "auto" else memory.micro_batch_tokens, fp8=memory.compute == "fp8",
-            optimizer=train.optimizer, measured=measured,
+            optimizer=train.optimizer, measured=measured, fullest=_fullest(lengths, rows, config),
             refused=half_blocks_refusal(spec) or ("" if half_blocks else _no_half_blocks(device, dtype, memory.kernels)),
         )  # fmt: skip
 
@@ -392,6 +394,23 @@ class _Job:
                 raise ModelError(f"memory.{key}: {value} needs the half-blocks, which do not run here: {why}", fix)
         if self.optimizer != "adamw" and self.device.kind != "cuda":
             raise ModelError(f"train.optimizer: {self.optimizer} does not run on {self.device.name}", "set train.optimizer: adamw")
+        if self.inside and self.dtype == "fp16":
+            what = f"train.optimizer: {INSIDE} does not run in fp16, the 16-bit type of {self.device.name}: it has no loss scale"
+            raise ModelError(what, "set train.optimizer: adamw_8bit, or memory.dtype: fp32")
+        if self.inside and self.tokens is not None and self.tokens < self.fullest:
+            what = f"memory.micro_batch_tokens: {self.tokens:,} is less than the {self.fullest:,} tokens that a step may have, and "
+            what += f"train.optimizer: {INSIDE} takes a step in one micro-batch"
+            raise ModelError(what, "drop memory.micro_batch_tokens, lower train.batch_size, or set train.optimizer: adamw_8bit")
+
+    @property
+    def inside(self) -> bool:
+        """Whether each weight is updated inside the backward (train/inside.py): no masters, one gradient at a time."""
+        return self.method == "full" and self.optimizer == INSIDE
+
+    def by(self, method: Method) -> _Job:
+        """With another method, and an optimiser that goes with it."""
+        optimizer = "adamw" if method != "full" and self.optimizer == INSIDE else self.optimizer
+        return replace(self, method=method, optimizer=optimizer)
 
     @cached_property
     def composed_because(self) -> str:
@@ -486,12 +505,15 @@ class _Job:
             yield Component(
                 "adapter", n * (MASTER + copies), "device", f"{n:,} float32 masters{' and their 16-bit copies' if copies else ''}"
             )
-        elif w == 4:
-            n = count.total
         else:
             n = count.total
+        if self.method == "full" and w != 4 and not self.inside:
             yield Component("masters", n * MASTER, "device", "a float32 master of every weight: a 16-bit one loses small updates")
-        yield Component("gradients", n * GRADIENT, "device", "float32, so that micro-batches add up without rounding")
+        if not self.inside:
+            yield Component("gradients", n * GRADIENT, "device", "float32, so that micro-batches add up without rounding")
+        elif self.spec.tied:
+            shared = self.spec.vocab * self.spec.dim * w
+            yield Component("gradients", shared, "device", "the head's waits for the embedding's: they are one weight")
         words = "in float32" if self.optimizer == "adamw" else "in 8 bits, with a scale for 256"
         paged = self.optimizer.startswith("paged")
         where = f"AdamW's two averages {words}{', which the driver moves off a full device' if paged else ''}"
@@ -546,9 +568,9 @@ class _Job:
         flight = tokens * (2 * s.dim * w + max(4 * s.hidden * w, 16 * s.dim))  # swiglu's four, or a norm's four in float32
         again = tokens * self.kept_bytes + self._scores(tokens)[0] / s.layers if policy == "checkpoint" else 0
         backward = weight + flight + again + self._scores(tokens)[1]
-        logits = min(LOGIT_BYTES, 4 * s.vocab * tokens) * LOGIT_COPIES + (4 * s.vocab * s.dim if self._head_trains else 0)
+        logits = min(LOGIT_BYTES, 4 * s.vocab * tokens) * LOGIT_COPIES + ((4 + w) * s.vocab * s.dim if self._head_trains else 0)
         if logits > backward:
-            return logits, "one chunk of logits"
+            return logits, "one chunk of logits" + (", and the head's gradient in float32" if self._head_trains else "")
         return backward, f"the top layer's backward: {what}, its gradients" + (", and its activations made again" if again else "")
 
     @property
@@ -595,7 +617,7 @@ class _Job:
         whole = count.total * 2
         yield Component(
             "checkpoints",
-            round((self.keep + 1) * n * (MASTER + MOMENTS[self.optimizer])),
+            round((self.keep + 1) * n * ((self.width if self.inside else MASTER) + MOMENTS[self.optimizer])),
             "disk",
             f"{self.keep} kept and one being written",
         )
@@ -766,6 +788,8 @@ class _Job:
     def _token_sizes(self) -> list[int]:
         """A row is never cut: fewer tokens at once than the longest row has are not possible."""
         longest = self.rows.longest
+        if self.inside:
+            return [self.fullest]
         if self.tokens is not None:
             return [max(longest, self.tokens)]
         top = max(longest, min(MICRO_CAP[self.device.kind], self.batch_size * longest))
@@ -920,6 +944,16 @@ def _no_half_blocks(device: Device, dtype: str, kernels: str) -> str:
     return "memory.dtype is fp32" if dtype == "fp32" else "memory.kernels is reference" if kernels == "reference" else ""
 
 
+def _fullest(lengths: np.ndarray | None, rows: Rows, config: RunConfig) -> int:
+    """Tokens of the fullest step that the shuffling may make: the longest rows, each as often as its source's weight has it."""
+    batch = config.train.batch_size
+    if lengths is None or not len(lengths):
+        return batch * rows.longest
+    often = math.ceil(max(source.weight for source in config.data.train))
+    longest = np.sort(np.minimum(np.asarray(lengths, np.int64), config.data.max_length))[::-1][:batch]
+    return int(np.repeat(longest, often)[:batch].sum())
+
+
 def nf4_bytes(weights: int) -> int:
     """Bytes of one NF4 weight with double quantisation (ops/nf4.py): 0.5159 a weight."""
     blocks = -(-weights // 64)
@@ -967,7 +1001,7 @@ def _knobs(job: _Job, best: _Way) -> Iterator[tuple[str, str, _Job, str]]:
         here = here if job.composed_because else replace(here, offloads=(top.offload,))
     for method, note in (("lora", "trains an adapter, not every weight"), ("qlora", "4-bit base, some slower")):
         if METHODS.index(method) < METHODS.index(job.method):
-            yield "method", method, replace(here, method=method), note
+            yield "method", method, here.by(method), note
     lean = replace(here, levels=("checkpoint",), mix=())
     if any(part.level != "checkpoint" for part in best.layers):
         yield "memory.activations", "checkpoint", lean, "about a third more time"
@@ -977,12 +1011,16 @@ def _knobs(job: _Job, best: _Way) -> Iterator[tuple[str, str, _Job, str]]:
     if len(job.levels) == 1 and job.tokens is not None and top.level == "keep" and best.tokens > longest:
         lean = replace(here, levels=LEVELS, offloads=job.offloads, mix=(), tokens=longest)
         yield "memory.activations and memory.micro_batch_tokens", "auto", lean, "same result, some slower"
-    if best.tokens > longest:
+    if job.inside and job.batch_size > 1:
+        alone = replace(here, batch_size=1, fullest=longest, tokens=None)
+        yield "train.batch_size", "1", alone, "noisier steps, which want a lower learning rate"
+    elif best.tokens > longest:
         yield "memory.micro_batch_tokens", str(longest), replace(here, tokens=longest), "same result, some slower"
     if longest >= 256:
         half = longest // 2
         rows = replace(job.rows, longest=half, mean=min(job.rows.mean, half), squares=min(job.rows.squares, half))
-        yield "data.max_length", str(half), replace(here, rows=rows, tokens=half), "longer rows are refused, or cut if you say so"
+        short = replace(here, rows=rows, tokens=half, fullest=min(job.fullest, job.batch_size * half))
+        yield "data.max_length", str(half), short, "longer rows are refused, or cut if you say so"
     if job.method != "full":
         if job.lora.rank > 8:
             yield (
@@ -1024,9 +1062,16 @@ def _notes(job: _Job, config: RunConfig) -> Iterator[str]:
     if job.device.kind == "mps":
         yield "Apple GPUs run the reference operations; nobody has tested them"
     if job.method == "full":
-        ours = parameters(s).total * ((job.width if job.width == 2 else 0) + MASTER + GRADIENT + MOMENTS[job.optimizer])
-        usual = usual_full_bytes(s) / GIB
-        yield f"full holds {gb(ours / GIB)} GB before activations; the usual mixed-precision recipe {gb(usual)} GB"
+        total, usual = parameters(s).total, usual_full_bytes(s) / GIB
+        inside = total * (job.width + MOMENTS[INSIDE])
+        ours = inside if job.inside else total * ((job.width if job.width == 2 else 0) + MASTER + GRADIENT + MOMENTS[job.optimizer])
+        line = f"full holds {gb(ours / GIB)} GB before activations; the usual mixed-precision recipe {gb(usual)} GB"
+        if job.inside:
+            yield line
+            yield f"train.optimizer: {INSIDE} takes a step in one micro-batch, of up to {job.fullest:,} tokens, and clips nothing"
+        else:
+            cheaper = job.device.kind == "cuda" and job.dtype != "fp16"
+            yield line + f"; train.optimizer: {INSIDE} {gb(inside / GIB)} GB" * cheaper
     if job.method != "full" and config.lora.continue_from != "none":
         yield "the adapter in lora.continue_from decides rank and targets; the defaults are counted here"
     if s.attention_softcap is not None:

@@ -24,7 +24,7 @@ from rich.text import Text
 from torch import nn
 
 from tunesmith import adapters, models
-from tunesmith.config.schema import RunConfig
+from tunesmith.config.schema import INSIDE, RunConfig
 from tunesmith.data.pack import steps
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.render import Renderer, build_renderer
@@ -48,9 +48,10 @@ from tunesmith.spec import plan_spec
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.train import checkpoint, loop
 from tunesmith.train.checkpoint import Found
+from tunesmith.train.inside import optimizer_for
 from tunesmith.train.log import TRACKERS, Log, Progress
 from tunesmith.train.loop import Hooks, State, Stopped
-from tunesmith.train.optim import LossScale, Optimizer, learning_rate
+from tunesmith.train.optim import LossScale, learning_rate
 from tunesmith.train.signals import graceful
 
 EVALUATIONS, APART = 10, 3  # when eval.every_steps is auto: at most so many in a run, at least so many steps apart
@@ -217,7 +218,8 @@ class _Session:
         parameters = adapters.trainable(model) if config.method != "full" else dict(model.named_parameters())
         if not parameters:
             raise AdapterError("nothing is trained: no adapter, no token, no module", "set lora.targets")
-        self.optimizer = Optimizer(parameters, config.train, fast=adapters.fast(model) if config.method != "full" else ())
+        fast = adapters.fast(model) if config.method != "full" else ()
+        self.optimizer = optimizer_for(parameters, config.train, fast=fast, seed=config.seed)
         limit = context(model) or math.inf
         if (most := max(int(rows.lengths.max()) for rows in (prepared.train, self.held_out) if len(rows))) > limit:
             what = f"the longest row has {most:,} tokens, and this model was made for {limit:,}"
@@ -245,7 +247,8 @@ class _Session:
         """
         masters = self._masters()
         moments = {f"{key}/{name}": m for key in ("exp_avg", "exp_avg_sq") for name, m in masters.items()}
-        kept = {self.run.checkpoints: {**masters, **moments}} | ({self.run.path / "best": masters} if self.keeps_best else {})
+        whole = self.optimizer.state() if self.config.train.optimizer == INSIDE else {**masters, **moments}
+        kept = {self.run.checkpoints: whole} | ({self.run.path / "best": masters} if self.keeps_best else {})
         checkpoint.preflight(kept, self.config.checkpoint.keep)
 
     def go(self, found: Found | None, *, again: bool) -> None:
@@ -360,7 +363,7 @@ class _Session:
         return (losses, answers) if sound else None
 
     def _restore(self, found: Found) -> State:
-        tensors, saved = checkpoint.load(found, self.where.device)
+        tensors, saved = checkpoint.load(found)  # in main memory: a second set would not fit the device
         self.optimizer.load(tensors)
         for line in checkpoint.restore_rng(tensors, saved.pop("rng")):
             self.event(line, step=found.step)
@@ -379,7 +382,7 @@ class _Session:
         """Take the best weights, compare them with the untuned ones, write adapter or model, draw the report."""
         step = state.step
         if self.keeps_best and 0 <= state.best_step < step:
-            best, _ = checkpoint.load(self._best(state), self.where.device)
+            best, _ = checkpoint.load(self._best(state))
             self.optimizer.put(best)
             step = state.best_step
             self.event(f"ending with the weights of step {step}, whose held-out loss was the lowest", step=state.step)

@@ -59,6 +59,7 @@ def _pattern(value: str) -> str:
 
 
 LATER = "contradictions are looked for later"  # the context with which load.py validates
+INSIDE = "adamw_8bit_inside"  # train.optimizer: each weight is updated inside the backward
 Auto = Literal["auto"]
 Text = Annotated[str, AfterValidator(_text)]
 Place = Annotated[str, AfterValidator(place)]
@@ -357,17 +358,19 @@ class Train(Section):
         trl="max_grad_norm",
         unsloth="max_grad_norm",
     )
-    """The gradient's norm is cut to this; 0 turns clipping off."""
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = key(
+    """The gradient's norm is cut to this; 0 turns clipping off. adamw_8bit_inside never clips."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adamw_8bit_inside"] = key(
         "adamw",
         wrong="8 bits save 6 bytes a trained weight: much with method: full, a quarter GiB for an adapter of a 7B. They need an "
-        "NVIDIA GPU and bitsandbytes.",
+        "NVIDIA GPU, the first two bitsandbytes. adamw_8bit_inside needs 4 bytes a weight where adamw needs 18, and gives up "
+        "clipping, micro-batches and float32 masters for it.",
         axolotl="optimizer",
         trl="optim",
         unsloth="optim",
     )
     """AdamW with averages in float32, or in 8 bits (bitsandbytes; tensors of fewer than 4,096 numbers stay in 32); paged ones move
-    to main memory when the device is full."""
+    to main memory when the device is full. adamw_8bit_inside, for method: full, updates each weight inside the backward and keeps
+    neither gradients nor float32 masters: a step is one micro-batch, bf16 weights are rounded stochastically."""
     neftune_alpha: PositiveOrZero = key(
         0.0,
         high="Training loss stays high and facts blur; above 15 is too much.",
@@ -660,10 +663,35 @@ def contradictions(config: RunConfig) -> Iterator[Contradiction]:
         yield Contradiction(
             "memory.dtype", "memory.device", "fp16 is not trained on memory.device: cpu; write auto or fp32", idle=False
         )
+    yield from _inside(config, written)
     if config.memory.kernels == "triton" and config.memory.device in ("cpu", "mps"):
         what = f"triton needs an NVIDIA GPU, and memory.device is {config.memory.device}; write auto"
         yield Contradiction("memory.kernels", "memory.device", what, idle=False)
     yield from _same_place(config)
+
+
+def _inside(config: RunConfig, written: list[str]) -> Iterator[Contradiction]:
+    """What train.optimizer: adamw_8bit_inside cannot hold.
+
+    Clipping is refused only where it was written down: who did so counts on it, and an override must not drop it silently.
+    """
+    if config.train.optimizer != INSIDE:
+        return
+    if config.method != "full":
+        what = f"{INSIDE} is for method: full; an adapter's averages are small: write adamw, or method: full"
+        yield Contradiction("train.optimizer", "method", what, idle=False)
+    if "train.max_grad_norm" in written and config.train.max_grad_norm:
+        what = (
+            f"train.optimizer: {INSIDE} cannot clip: the norm over all gradients is known only when every weight has moved; "
+            "write 0 or drop it, or write train.optimizer: adamw_8bit"
+        )
+        yield Contradiction("train.max_grad_norm", "train.optimizer", what, idle=False)
+    if config.memory.dtype == "fp16":
+        what = f"fp16 needs a loss scale and steps that can be left out, which train.optimizer: {INSIDE} cannot; write bf16"
+        yield Contradiction("memory.dtype", "train.optimizer", what, idle=False)
+    if config.memory.device in ("cpu", "mps"):
+        what = f"{INSIDE} needs an NVIDIA GPU, and memory.device is {config.memory.device}; write adamw"
+        yield Contradiction("train.optimizer", "memory.device", what, idle=False)
 
 
 def _same_place(config: RunConfig) -> Iterator[Contradiction]:

@@ -125,7 +125,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (d_x, d_w), ctx.gradients = ctx.gradients, (None, None)  # scaled in place: of 131,072 rows a copy would be 1 GiB
         return (
             None if d_x is None else d_x.mul_(d_sum.to(d_x.dtype)),
-            None if d_w is None else (d_w * d_sum).to(ctx.weight_dtype),
+            None if d_w is None else d_w.mul_(d_sum).to(ctx.weight_dtype),
             None,
             None,
             None,

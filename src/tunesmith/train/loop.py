@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from tunesmith.config.schema import Train
+from tunesmith.config.schema import INSIDE, Train
 from tunesmith.data.pack import collate, micro_batches
 from tunesmith.errors import DoesNotFit, Interrupted, TrainingFailed
 from tunesmith.train.loss import batch_loss, draw, neftune
@@ -103,7 +103,7 @@ def fit(
         examples = examples_of(step)
         total_loss, tokens = _gradient(passes, examples, state, hooks, step, seed, train.neftune_alpha)
         _check_rates(optimizer, rate)
-        norm = optimizer.step(total_loss)  # does nothing where either is not finite
+        norm = optimizer.step(total_loss)  # does nothing where either is not finite; train/inside.py what it can
         loss, norm = total_loss.item(), norm.item()
         finite = math.isfinite(loss) and math.isfinite(norm)
         if state.loss_scale.active and math.isfinite(loss) and not finite and state.loss_scale.overflowed():
@@ -147,7 +147,9 @@ def _gradient(passes: Passes, examples, state, hooks, step, seed, alpha) -> tupl
     while True:
         try:
             total, tokens = torch.zeros((), device=device, dtype=torch.float64 if device.type != "mps" else torch.float32), 0
-            for i, part in enumerate(micro_batches(lengths, state.micro_batch_tokens)):
+            parts = micro_batches(lengths, state.micro_batch_tokens)
+            passes.optimizer.begin(len(parts))
+            for i, part in enumerate(parts):
                 batch = collate([examples[j] for j in part])
                 torch.manual_seed(draw(seed, step, i))  # dropout: a resumed step draws what the unbroken one drew
                 noise = neftune(alpha, batch, [draw(seed, step, j, 1) for j in part])
@@ -160,7 +162,8 @@ def _gradient(passes: Passes, examples, state, hooks, step, seed, alpha) -> tupl
             passes.optimizer.clear()
         passes.clear()
         torch.cuda.empty_cache()  # out here the failed pass and its tensors are gone
-        _make_room(passes.model, state, hooks, step, max(lengths), min(state.micro_batch_tokens, sum(lengths)))
+        least = sum(lengths) if passes.optimizer.train.optimizer == INSIDE else max(lengths)  # a step that cannot be halved
+        _make_room(passes.model, state, hooks, step, least, min(state.micro_batch_tokens, sum(lengths)))
 
 
 def _make_room(model, state: State, hooks: Hooks, step: int, longest: int, at_once: int) -> None:
@@ -205,7 +208,7 @@ def _check_moves(optimizer: Optimizer, state: State, hooks: Hooks) -> None:
 
 def _not_finite(model, optimizer, examples, state, hooks, loss, norm, device) -> None:
     """Name the rows whose loss or gradient is nan or inf; the third step in a row ends the run."""
-    bad = []
+    bad, outcome = [], optimizer.outcome()
     for e in examples:
         alone, _ = batch_loss(model, collate([e]), device)
         alone.backward()
@@ -213,7 +216,7 @@ def _not_finite(model, optimizer, examples, state, hooks, loss, norm, device) ->
             bad.append(str(e.origin))
         optimizer.clear()
     rows = _some(bad or [str(e.origin) for e in examples])
-    hooks.event("step not applied: its loss or gradient is not finite", step=state.step, loss=loss, grad_norm=norm, rows=rows)
+    hooks.event(f"{outcome}: its loss or gradient is not finite", step=state.step, loss=loss, grad_norm=norm, rows=rows)
     if state.not_finite >= IN_A_ROW:
         raise TrainingFailed(
             f"{IN_A_ROW} steps in a row gave a loss or gradient that is nan or inf; the last was step {state.step}, rows {rows}",

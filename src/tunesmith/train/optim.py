@@ -117,6 +117,13 @@ class Optimizer:
         else:
             self.adamw = torch.optim.AdamW(chosen, betas=train.betas, fused=self.fused)
 
+    def begin(self, parts: int) -> None:
+        """A step of so many micro-batches begins; here they only add up (train/inside.py cannot)."""
+
+    def outcome(self) -> str:
+        """What became of a step whose loss or gradient is not finite."""
+        return "step not applied"
+
     def set_rate(self, rate: float) -> None:
         """Set the rate of the next step; LoRA+'s fast group learns at its multiple."""
         for group, ratio in zip(self.adamw.param_groups, self.ratios, strict=True):
