@@ -15,6 +15,8 @@ from triton.runtime import JITFunction, driver
 
 from tunesmith.ops import adamw8, backend, fp8, int8, linear_ce, low_rank, nf4, rms_norm, rotary, swiglu
 
+cast_fp8 = fp8.cast
+
 
 def main(capability: int, folder: str | None = None) -> None:
     target = GPUTarget("cuda", capability, 32)
@@ -53,8 +55,8 @@ def call_all(
         if fp8:
             nf4.decode_fp8(q, torch.ones(rows), torch.empty(rows, columns, dtype=e4m3))
             nf4.decode_fp8_transposed(q, torch.ones(columns), torch.empty(columns, rows, dtype=e4m3))
-            fp8.cast(torch.empty(rows, columns, dtype=dtype), torch.ones(rows), torch.empty(rows, columns, dtype=e4m3), False)
-            fp8.cast(torch.empty(rows, columns, dtype=dtype), torch.ones(columns), torch.empty(columns, rows, dtype=e4m3), True)
+            cast_fp8(torch.empty(rows, columns, dtype=dtype), torch.ones(rows), torch.empty(rows, columns, dtype=e4m3), False)
+            cast_fp8(torch.empty(rows, columns, dtype=dtype), torch.ones(columns), torch.empty(columns, rows, dtype=e4m3), True)
     for d, f, v in ((width, hidden, vocab), (33, 35, 101))[: 1 + odd]:
         x, weight = torch.randn(tokens, d, dtype=dtype), torch.ones(d, dtype=dtype)
         h, rstd = rms_norm.forward(x, weight, 1e-5)

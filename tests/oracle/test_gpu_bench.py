@@ -26,9 +26,9 @@ def call(script, *args):
 
 @pytest.fixture(scope="module")
 def gsm8k(tmp_path_factory):
-    """Tokens as --make-gsm8k writes them, of sixteen steps."""
+    """Tokens as --make-gsm8k writes them, of 32 steps."""
     file, generator = tmp_path_factory.mktemp("gsm8k") / "gsm8k.npz", np.random.default_rng(1)
-    lengths = generator.integers(8, 40, 16 * 8).astype(np.int32)
+    lengths = generator.integers(8, 40, 32 * 8).astype(np.int32)
     learn = np.concatenate([np.arange(n) >= n // 2 for n in lengths])
     np.savez_compressed(file, ids=generator.integers(3, 32000, lengths.sum()).astype(np.uint16), learn=learn, lengths=lengths)
     return file
