@@ -92,7 +92,7 @@ def section(records: list[Record], picture: bool) -> str:
     for card in dict.fromkeys(r["card"] for r in records if not r.get("tiny")):
         mine = [r for r in records if r["card"] == card and not r.get("tiny")]
         newest, rates = mine[-1], mine[-1]["rates"]
-        found = {k: v for r in mine for k, v in r.get("versions", {}).items()}
+        found = {k: v for r in mine for k, v in (r.get("versions") or {}).items()}
         measured = ", ".join(f"{k} {v:.4g}" for k, v in rates.items() if isinstance(v, float))
         when = f"{mine[0]['call'][:10]} to {newest['call'][:10]}"
         lines += ["", f"### {card}", "", *table(records, card), ""]
