@@ -2,17 +2,18 @@
 
     python bench/base.py --data FOLDER --prepared .cache/base [--model embedded] [--only bits | xz | reading]
 
-`--prepared` is the folder that recipes/base/prepare.py wrote: every model is scored on the bytes of its `held_out`, and xz is primed
-with its `train`. FOLDER holds `weights/TinyStories-656K`, `weights/stories260K` and `rag/fairytaleqa`; what is absent is left out.
+`--prepared` is the folder that recipes/base/prepare.py wrote: every model is scored on the bytes of its `held_out`, and xz is
+primed with its `train`. FOLDER holds `weights/TinyStories-656K`, `weights/stories260K` and `rag/fairytaleqa`; what is absent is
+left out.
 Prints tables and writes results/base.json; a second call with another `--model` or `--only` adds to it.
 
 Bits per byte: a document is read in windows as long as the model's context that move on by half of it, so all but a document's
-beginning is predicted from at least half a context. Models with a beginning-of-text token get it in front of each window; where there
-is none, nothing predicts the first token, which costs log2(vocabulary). A byte that a vocabulary cannot say costs 8 bits. xz (-9e) reads all the source's training text first; a
-document costs what it adds, and the next one begins from the training text again.
+beginning is predicted from at least half a context. Models with a beginning-of-text token get it in front of each window; where
+there is none, nothing predicts the first token, which costs log2(vocabulary). A byte that a vocabulary cannot say costs 8 bits.
+xz (-9e) reads all the source's training text first; a document costs what it adds, and the next one begins from there again.
 
-Reading: FairytaleQA's test split, token F1 as in SQuAD (lower case, no punctuation, no articles), the best of the given answers; the
-gold sections in the prompt, or the question alone. Beside it the sentence of the passage that shares most words with the question.
+Reading: FairytaleQA's test split, token F1 as in SQuAD (lower case, no punctuation, no articles), the best of the given answers;
+the gold sections in the prompt, or the question alone. Beside it the passage's sentence that shares most words with the question.
 """
 
 from __future__ import annotations
@@ -207,7 +208,7 @@ def others(data: Path, work: Path) -> Iterator[tuple[str, Any, Encode, int, int]
 
 
 def _counted(tokenizer, unknown: int, lead: str = "") -> Encode:
-    """TinyStories-656K has no token for brackets, percent and curly quotes: what such a token stands for costs its bytes as well."""
+    """TinyStories-656K has no token for brackets, percent and curly quotes: what its unknown token stands for costs as well."""
 
     def encode(text: str) -> tuple[Sequence[int], int]:
         found, whole = tokenizer.encode(lead + text, add_special_tokens=False), lead + text
@@ -291,7 +292,9 @@ def main() -> None:
     parser.add_argument("--prepared", type=Path, default=Path(".cache/base"), help="folder with held_out/ and train/")
     parser.add_argument("--model", default="embedded", help="ours: a Hugging Face folder, a run folder, or `embedded`")
     parser.add_argument("--name", default="ours", help="its name in the table")
-    parser.add_argument("--only", choices=("bits", "xz", "others", "reading"), action="append", help="do this alone; may be repeated")
+    parser.add_argument(
+        "--only", choices=("bits", "xz", "others", "reading"), action="append", help="do this alone; may be repeated"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results/base.json")
     parser.add_argument("--questions", type=int, help="read only this many questions")
     args = parser.parse_args()
@@ -304,7 +307,12 @@ def main() -> None:
     def keep(name: str, score: Callable[[str], float]) -> None:
         began = time.monotonic()
         table[name] = {source: round(score(source), 4) for source in SOURCES}
-        print(f"{name:20}", "  ".join(f"{s} {v:.3f}" for s, v in table[name].items()), f"  {time.monotonic() - began:.0f} s", flush=True)
+        print(
+            f"{name:20}",
+            "  ".join(f"{s} {v:.3f}" for s, v in table[name].items()),
+            f"  {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
 
     talker = None
     if {"bits", "reading"} & set(parts):
@@ -312,7 +320,12 @@ def main() -> None:
 
         talker = Talker.open(args.model)
     if "bits" in parts:
-        keep(args.name, lambda s: per_byte(talker.model, lambda t: (talker.renderer.tokenizer.encode(t), 0), held[s], context=talker.context, bos=None))
+        keep(
+            args.name,
+            lambda s: per_byte(
+                talker.model, lambda t: (talker.renderer.tokenizer.encode(t), 0), held[s], context=talker.context, bos=None
+            ),
+        )
     if "others" in parts:
         with tempfile.TemporaryDirectory() as work:
             for name, model, encode, context, bos in others(args.data, Path(work)):
@@ -337,7 +350,10 @@ def show(result: dict[str, Any]) -> None:
         print(f"| {name} |", " | ".join(f"{row[s]:.2f}" for s in SOURCES), "|")
     print("| at most |", " | ".join(f"{TARGETS[s]:.2f}" for s in SOURCES), "|")
     for name, row in result["reading"].items():
-        print(f"reading, {name}: F1 {row['with_passage']:.1f} with the passage" + (f", {row['without']:.1f} without" if "without" in row else ""))
+        print(
+            f"reading, {name}: F1 {row['with_passage']:.1f} with the passage"
+            + (f", {row['without']:.1f} without" if "without" in row else "")
+        )
 
 
 if __name__ == "__main__":

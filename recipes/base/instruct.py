@@ -3,8 +3,9 @@
     python recipes/base/instruct.py --data FOLDER --out .cache/base
 
 Writes instruct.jsonl (rasbt, Apache-2.0; short rows of gpteacher's role-play, MIT; questions on factbook entries, CC0),
-reading.jsonl (fairytaleqa's train split, Apache-2.0: the passage in the prompt, one in seven with numbered passages to cite as [n],
-one in seven without an answer) and reading_held_out.jsonl (its validation split, one passage). The test split is never read.
+reading.jsonl (fairytaleqa's train split, Apache-2.0, each question in two rows: the passage in the prompt, one in seven with
+numbered passages to cite as [n], one in seven without an answer), tales.jsonl (the stories of that split as plain text) and
+reading_held_out.jsonl (its validation split, one passage). The test split is never read.
 """
 
 from __future__ import annotations
@@ -16,22 +17,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from prepare import documents, held_out_keys  # beside this file
+from drills import ASK, CITE, NO_ANSWER  # beside this file
+from prepare import documents, held_out_keys
 
 Row = dict[str, list[dict[str, str]]]
 PLAIN = re.compile(r"[A-Za-z0-9 \n.,;:!?'\"()$%/+-]*\Z")  # no code, no tables, no other scripts
-NO_ANSWER = ("The text does not say.", "The passage does not tell us that.", "I cannot find that in the text.")
-ASK = (
-    "Read the text and answer the question.\n\n{passage}\n\nQuestion: {question}",
-    "{passage}\n\n{question}",
-    "Text:\n{passage}\n\nQuestion: {question}\nAnswer:",
-    "Answer from this passage: {question}\n\n{passage}",
-    "Question: {question}\n\nPassage: {passage}",
-)
-CITE = (
-    "{passage}\n\nQuestion: {question}\nName the passage you used, like [1].",
-    "Use the numbered passages and cite the one you use.\n\n{passage}\n\n{question}",
-)
 FACTS = (  # a line of a factbook entry, how a person asks for it, how it is answered
     (
         r"name: ([A-Z][A-Za-z' -]{2,30})(?:\n|;|$)",
@@ -95,12 +85,12 @@ def reading(data: Path, split: str, draw: random.Random, *, mixed: bool) -> Iter
     names = sorted(stories)
     with (data / "rag/fairytaleqa/questions.jsonl").open(encoding="utf-8") as lines:
         for row in map(json.loads, lines):
-            if row["split"] != split or len(row["gold_sections"]) != 1:
+            if row["split"] != split:
                 continue
             own = stories[row["document"]]
-            gold, question = own[row["gold_sections"][0]], row["question"].strip()
+            gold, question = "\n\n".join(own[i] for i in row["gold_sections"]), row["question"].strip()
             answer = row["answers"][0].strip()
-            if len(gold.split()) > 260 or not answer:
+            if len(gold.split()) > 500 or not answer:
                 continue
             if not answer.endswith((".", "!", "?", '"')):
                 answer += "."
@@ -119,8 +109,17 @@ def reading(data: Path, split: str, draw: random.Random, *, mixed: bool) -> Iter
                 yield chat(draw.choice(ASK).format(passage=gold, question=question), answer)
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+def tales(data: Path, split: str = "train") -> Iterator[dict[str, str]]:
+    """The split's stories as plain text."""
+    with (data / "rag/fairytaleqa/documents.jsonl").open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            if row["split"] == split:
+                yield {"text": "\n\n".join(s["text"] for s in row["sections"])}
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    with path.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     print(f"{path}: {len(rows):,} rows, {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -132,7 +131,9 @@ def main() -> None:
     draw = random.Random(0)
     args.out.mkdir(parents=True, exist_ok=True)
     write(args.out / "instruct.jsonl", [*instructions(args.data), *facts(args.data, draw)])
-    write(args.out / "reading.jsonl", list(reading(args.data, "train", draw, mixed=True)))
+    twice = [row for _ in range(2) for row in reading(args.data, "train", draw, mixed=True)]
+    write(args.out / "reading.jsonl", twice)
+    write(args.out / "tales.jsonl", list(tales(args.data)))
     write(args.out / "reading_held_out.jsonl", list(reading(args.data, "val", draw, mixed=False))[:400])
 
 
