@@ -94,6 +94,13 @@ def data(tmp_path_factory):
                     "answers": ["the cat"],
                 }
                 out.write(json.dumps(row | {"question": f"Who in {split} sat on mat {n}?"}) + "\n")
+    (folder / "sft/medquad").mkdir(parents=True)
+    (folder / "sft/gsm8k").mkdir()
+    (folder / "sft/customer_support/banking77").mkdir(parents=True)
+    health = {"instruction": "What is (are) gout ?", "output": "Gout is a kind of arthritis that comes and goes. More."}
+    (folder / "sft/medquad/medquad.jsonl").write_text(json.dumps(health) + "\n")
+    (folder / "sft/gsm8k/train.jsonl").write_text(json.dumps({"question": "What is 2 and 2?", "answer": "#### 4"}) + "\n")
+    (folder / "sft/customer_support/banking77/train.csv").write_text('text,category\n"Where, then, is my card?",card_arrival\n')
     (folder / "sft/rasbt").mkdir(parents=True)
     (folder / "sft/gpteacher").mkdir()
     (folder / "sft/rasbt/instruction-data.json").write_text(
@@ -324,20 +331,40 @@ def test_drills_are_of_the_passage_or_say_that_it_holds_no_answer(recipe):
     assert [len(p.split()) for p in cut] == [80, 90]
 
 
+def test_scope_rows_say_what_a_question_is_about_and_keep_to_a_subject(recipe, data):
+    instruct = recipe["instruct"]
+    asked = instruct.subjects(data, random.Random(0))
+    assert asked["money and banks"] == ["Where, then, is my card?"] and asked["health"] == ["What is (are) gout?"]
+    assert all("Who in train" in q for q in asked["stories"]) and len(asked["stories"]) == 100
+    of = {q: name for name, questions in asked.items() for q in questions}
+    kept = turned = 0
+    for row in instruct.scope(data, random.Random(0), 400):
+        *before, question, answer = (m["content"] for m in row["messages"])
+        about = next(name for q, name in of.items() if q in question)
+        assert about in answer
+        if before:  # a system message names the subject
+            same = about in before[0]
+            kept, turned = kept + same, turned + (not same)
+            assert same == ("can help" in answer or "can help with that" in answer)
+    assert kept > 60 and turned > 60
+    (row,) = instruct.health(data)
+    assert row["messages"][1]["content"] == "Gout is a kind of arthritis that comes and goes."
+
+
 @pytest.mark.parametrize("name", ["pretrain", "instruct", "reading"])
 def test_run_files_are_valid_and_follow_each_other(recipe, name):
     config = RunConfig.model_validate(yaml.safe_load((RECIPE / f"{name}.yaml").read_text()))
     texts = [*recipe["prepare"].SOURCES.values(), "drills"]
     made = {f".cache/base/train/{source}.jsonl" for source in texts}
-    made |= {f".cache/base/{rows}.jsonl" for rows in ("instruct", "drills", "tales", "reading")}
+    made |= {f".cache/base/{rows}.jsonl" for rows in ("instruct", "drills", "scope", "tales", "reading")}
     assert config.method == "full" and {source.path for source in config.data.train} <= made
     before = {"pretrain": ".cache/base/init", "instruct": "runs/base-1-pretrain/model", "reading": "runs/base-2-instruct/model"}
     assert config.model == before[name]
 
 
 def test_readme_names_the_files_we_have(shared_data):
-    listed = re.findall(r"^\| (\S+\.(?:xz|jsonl?)) \|.*\| ([0-9a-f]{64}) \|$", (RECIPE / "README.md").read_text(), re.MULTILINE)
-    assert len(listed) == 9
+    listed = re.findall(r"^\| (\S+\.(?:xz|jsonl?|csv)) \|.*\| ([0-9a-f]{64}) \|$", (RECIPE / "README.md").read_text(), re.MULTILINE)
+    assert len(listed) == 12
     for name, sha256 in listed:
         with (shared_data / name).open("rb") as file:
             assert hashlib.file_digest(file, "sha256").hexdigest() == sha256, name

@@ -44,6 +44,7 @@ PACKED = (
     "init",
     "instruct.jsonl",
     "drills.jsonl",
+    "scope.jsonl",
     "tales.jsonl",
     "reading.jsonl",
     "reading_held_out.jsonl",
