@@ -273,7 +273,7 @@ def test_instruction_rows_are_short_plain_and_never_from_the_test_split(recipe, 
     assert len(reading) == 100 and "test" not in "".join(re.findall(r"Who in (\w+)", json.dumps(reading)))
     cited = [a for a in answers if re.search(r" \[[123]\]$", a)]
     without = [a for a in answers if a in instruct.NO_ANSWER]
-    assert 5 <= len(cited) <= 25 and 5 <= len(without) <= 25 and answers.count("The cat.") == 100 - len(cited) - len(without)
+    assert 5 <= len(cited) <= 25 and 2 <= len(without) <= 15 and answers.count("The cat.") == 100 - len(cited) - len(without)
     golds = [story["sections"][0]["text"] for story in rows(data / "rag/fairytaleqa/documents.jsonl")[:4]]
     for row, answer in zip(reading, answers, strict=True):
         prompt = row["messages"][0]["content"]

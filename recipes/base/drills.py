@@ -194,13 +194,13 @@ def as_text(passage: str, pairs: list[Pair], draw: random.Random) -> str:
 
 
 def as_chat(passage: str, pairs: list[Pair], others: list[str], draw: random.Random) -> dict:
-    """One conversation: mostly the passage and one or two questions; one in ten has passages to cite, one in ten no answer."""
+    """One conversation: mostly the passage and one or two questions; one in ten has passages to cite, one in 25 no answer."""
     question, answer = pairs[0]
     chance = draw.random()
-    if chance < 0.1 and others:
+    if chance < 0.04 and others:
         ask, answer = draw.choice(ASK).format(passage=draw.choice(others), question=question), draw.choice(NO_ANSWER)
         pairs = pairs[:1]
-    elif chance < 0.2 and others:
+    elif chance < 0.14 and others:
         numbered = [passage, draw.choice(others)]
         draw.shuffle(numbered)
         block = "\n\n".join(f"[{i}] {p}" for i, p in enumerate(numbered, 1))
