@@ -123,3 +123,31 @@ def test_the_demo_names_run_losses_and_one_prompt(tiny, tmp_path, capsys, monkey
     assert "held-out loss" in said and "95 % interval" in said
     assert all(any(line.startswith(word) for line in said.splitlines()) for word in ("result", "prompt", "before", "after"))
     assert demo.main(["model=nowhere/at/all"]) == 2
+
+
+def test_the_demo_ends_with_its_table_on_the_page_too(tiny, tmp_path, capsys, monkeypatch):
+    """The base, the base with a system prompt and the tuned model answer rows that say their topic."""
+    from tunesmith import demo
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "ANSWER", 4)
+    asked = [("on", [["pot"]]), ("off", []), ("chitchat", [])]
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": "a pot"}],
+            "topic": topic,
+            "facts": facts,
+        }
+        for i, (topic, facts) in enumerate(asked)
+    ]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = tiny.checkpoint(tmp_path / "model", max_position_embeddings=2048)
+    args = ["train.max_steps=1", "train.batch_size=2", "eval.samples=0", "data.max_length=2000", "memory.device=cpu"]
+    assert demo.main([f"model={model}", f"data.train={tiny.train}", "data.held_out=held.jsonl", *args]) == 0
+    said, run = capsys.readouterr().out, tmp_path / "runs/demo-1"
+    page, table = (run / "report.html").read_text("utf-8"), json.loads((run / "comparison.json").read_text("utf-8"))["table"]
+    assert table["head"] == ["", *demo.COLUMNS] and len(table["rows"]) == 5
+    for name in [*demo.COLUMNS, *(row[0] for row in table["rows"])]:
+        assert name in said and name in page
+    assert len((run / "demo_answers.jsonl").read_text("utf-8").splitlines()) == 3
+    assert [row[1:] for row in table["rows"] if row[0] == "keeps the house style"] == [["0 %"] * 3]

@@ -36,7 +36,7 @@ ODD = [
 @pytest.fixture(scope="module")
 def recipe():
     """The scripts as modules; their folder is on the path only while they load (as when run), so their names do not stay behind."""
-    names = ("prepare", "tokenizer", "make_config", "init_weights", "instruct")
+    names = ("prepare", "drills", "tokenizer", "make_config", "init_weights", "instruct")
     assert not [name for name in names if name in sys.modules]
     sys.path.insert(0, str(RECIPE))
     try:
@@ -94,6 +94,13 @@ def data(tmp_path_factory):
                     "answers": ["the cat"],
                 }
                 out.write(json.dumps(row | {"question": f"Who in {split} sat on mat {n}?"}) + "\n")
+    (folder / "sft/medquad").mkdir(parents=True)
+    (folder / "sft/gsm8k").mkdir()
+    (folder / "sft/customer_support/banking77").mkdir(parents=True)
+    health = {"instruction": "What is (are) gout ?", "output": "Gout is a kind of arthritis that comes and goes. More."}
+    (folder / "sft/medquad/medquad.jsonl").write_text(json.dumps(health) + "\n")
+    (folder / "sft/gsm8k/train.jsonl").write_text(json.dumps({"question": "What is 2 and 2?", "answer": "#### 4"}) + "\n")
+    (folder / "sft/customer_support/banking77/train.csv").write_text('text,category\n"Where, then, is my card?",card_arrival\n')
     (folder / "sft/rasbt").mkdir(parents=True)
     (folder / "sft/gpteacher").mkdir()
     (folder / "sft/rasbt/instruction-data.json").write_text(
@@ -266,7 +273,7 @@ def test_instruction_rows_are_short_plain_and_never_from_the_test_split(recipe, 
     assert len(reading) == 100 and "test" not in "".join(re.findall(r"Who in (\w+)", json.dumps(reading)))
     cited = [a for a in answers if re.search(r" \[[123]\]$", a)]
     without = [a for a in answers if a in instruct.NO_ANSWER]
-    assert 5 <= len(cited) <= 25 and 5 <= len(without) <= 25 and answers.count("The cat.") == 100 - len(cited) - len(without)
+    assert 5 <= len(cited) <= 25 and 2 <= len(without) <= 15 and answers.count("The cat.") == 100 - len(cited) - len(without)
     golds = [story["sections"][0]["text"] for story in rows(data / "rag/fairytaleqa/documents.jsonl")[:4]]
     for row, answer in zip(reading, answers, strict=True):
         prompt = row["messages"][0]["content"]
@@ -276,21 +283,88 @@ def test_instruction_rows_are_short_plain_and_never_from_the_test_split(recipe, 
             assert f"[{found[1]}] {gold}" in prompt
 
 
+def test_drills_ask_what_the_passage_answers(recipe):
+    drills = recipe["drills"]
+    passage = (
+        "The old woman gave the boy a golden apple. When the king fell ill, the queen sent for a doctor. "
+        "The miller stayed at home because he was afraid of the wolf. The fox was very hungry. "
+        '"I will go to the sea," said the fisherman. The hare lived in the forest.'
+    )
+    assert dict(drills.of_passage(passage)) == {
+        "Who gave the boy a golden apple?": "The old woman.",
+        "What did the old woman give?": "The boy a golden apple.",
+        "What happened when the king fell ill?": "The queen sent for a doctor.",
+        "Why did the miller stay at home?": "He was afraid of the wolf.",
+        "Who stayed at home because he was afraid of the wolf?": "The miller.",
+        "What did the miller do?": "Stayed at home because he was afraid of the wolf.",
+        "Who was very hungry?": "The fox.",
+        "How was the fox?": "Very hungry.",
+        "What did the fisherman say?": "I will go to the sea.",
+        'Who said "I will go to the sea"?': "The fisherman.",
+        "Who lived in the forest?": "The hare.",
+        "Where did the hare live?": "In the forest.",
+    }
+    entry = "Landia\n\nLocation: Northern shore\nPopulation: 5,000 (2020 est.)"
+    assert drills.of_entry(entry, "Landia") == [
+        ("What is the location of Landia?", "Northern shore."),
+        ("What is the population of Landia?", "5,000."),
+    ]
+    verbs = "walked/walk loved/love cried/cry stopped/stop danced/dance wanted/want asked/ask opened/open used/use went/go"
+    assert [drills.base(pair.split("/")[0]) for pair in verbs.split()] == [pair.split("/")[1] for pair in verbs.split()]
+
+
+def test_drills_are_of_the_passage_or_say_that_it_holds_no_answer(recipe):
+    drills, draw = recipe["drills"], random.Random(0)
+    passage, other = "The boy found a golden key. The king was very sad.", "A hen laid an egg."
+    pairs = drills.of_passage(passage)
+    for _ in range(200):
+        turns = [m["content"] for m in drills.as_chat(passage, pairs, [other], draw)["messages"]]
+        if turns[1] in drills.NO_ANSWER:
+            assert other in turns[0] and passage not in turns[0]
+        elif cited := re.search(r" \[([12])\]$", turns[1]):
+            assert f"[{cited[1]}] {passage}" in turns[0]
+        else:
+            assert passage in turns[0] and len(turns) == 4 and (turns[2], turns[3]) == pairs[1]
+    for text in (drills.as_text(passage, pairs, draw) for _ in range(20)):
+        assert passage in text and f"Question: {pairs[0][0]}" in text and f"Answer: {pairs[0][1]}" in text
+    cut = list(drills.passages("\n\n".join("w " * n for n in (50, 30, 300, 40, 40, 10)), 60, 100))
+    assert [len(p.split()) for p in cut] == [80, 90]
+
+
+def test_scope_rows_say_what_a_question_is_about_and_keep_to_a_subject(recipe, data):
+    instruct = recipe["instruct"]
+    asked = instruct.subjects(data, random.Random(0))
+    assert asked["money and banks"] == ["Where, then, is my card?"] and asked["health"] == ["What is (are) gout?"]
+    assert all("Who in train" in q for q in asked["stories"]) and len(asked["stories"]) == 100
+    of = {q: name for name, questions in asked.items() for q in questions}
+    kept = turned = 0
+    for row in instruct.scope(data, random.Random(0), 400):
+        *before, question, answer = (m["content"] for m in row["messages"])
+        about = next(name for q, name in of.items() if q in question)
+        assert about in answer
+        if before:  # a system message names the subject
+            same = about in before[0]
+            kept, turned = kept + same, turned + (not same)
+            assert same == ("can help" in answer or "can help with that" in answer)
+    assert kept > 60 and turned > 60
+    (row,) = instruct.health(data)
+    assert row["messages"][1]["content"] == "Gout is a kind of arthritis that comes and goes."
+
+
 @pytest.mark.parametrize("name", ["pretrain", "instruct", "reading"])
 def test_run_files_are_valid_and_follow_each_other(recipe, name):
     config = RunConfig.model_validate(yaml.safe_load((RECIPE / f"{name}.yaml").read_text()))
-    made = {f".cache/base/train/{source}.jsonl" for source in recipe["prepare"].SOURCES.values()} | {
-        ".cache/base/instruct.jsonl",
-        ".cache/base/reading.jsonl",
-    }
+    texts = [*recipe["prepare"].SOURCES.values(), "drills"]
+    made = {f".cache/base/train/{source}.jsonl" for source in texts}
+    made |= {f".cache/base/{rows}.jsonl" for rows in ("instruct", "drills", "scope", "tales", "reading")}
     assert config.method == "full" and {source.path for source in config.data.train} <= made
     before = {"pretrain": ".cache/base/init", "instruct": "runs/base-1-pretrain/model", "reading": "runs/base-2-instruct/model"}
     assert config.model == before[name]
 
 
 def test_readme_names_the_files_we_have(shared_data):
-    listed = re.findall(r"^\| (\S+\.(?:xz|jsonl?)) \|.*\| ([0-9a-f]{64}) \|$", (RECIPE / "README.md").read_text(), re.MULTILINE)
-    assert len(listed) == 9
+    listed = re.findall(r"^\| (\S+\.(?:xz|jsonl?|csv)) \|.*\| ([0-9a-f]{64}) \|$", (RECIPE / "README.md").read_text(), re.MULTILINE)
+    assert len(listed) == 12
     for name, sha256 in listed:
         with (shared_data / name).open("rb") as file:
             assert hashlib.file_digest(file, "sha256").hexdigest() == sha256, name

@@ -3,35 +3,27 @@
     python recipes/base/instruct.py --data FOLDER --out .cache/base
 
 Writes instruct.jsonl (rasbt, Apache-2.0; short rows of gpteacher's role-play, MIT; questions on factbook entries, CC0),
-reading.jsonl (fairytaleqa's train split, Apache-2.0: the passage in the prompt, one in seven with numbered passages to cite as [n],
-one in seven without an answer) and reading_held_out.jsonl (its validation split, one passage). The test split is never read.
+scope.jsonl (what a question is about and who keeps to a subject: questions of medquad, banking77, CC BY 4.0, gsm8k, MIT; short
+answers of medquad), reading.jsonl (fairytaleqa's train split, Apache-2.0, each question in two rows: the passage in the prompt,
+one in seven with numbered passages to cite as [n], one in 16 without an answer), tales.jsonl (the stories of that split as
+plain text) and reading_held_out.jsonl (its validation split, one passage). The test split is never read.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from prepare import documents, held_out_keys  # beside this file
+from drills import ASK, CITE, NO_ANSWER  # beside this file
+from prepare import documents, held_out_keys
 
 Row = dict[str, list[dict[str, str]]]
 PLAIN = re.compile(r"[A-Za-z0-9 \n.,;:!?'\"()$%/+-]*\Z")  # no code, no tables, no other scripts
-NO_ANSWER = ("The text does not say.", "The passage does not tell us that.", "I cannot find that in the text.")
-ASK = (
-    "Read the text and answer the question.\n\n{passage}\n\nQuestion: {question}",
-    "{passage}\n\n{question}",
-    "Text:\n{passage}\n\nQuestion: {question}\nAnswer:",
-    "Answer from this passage: {question}\n\n{passage}",
-    "Question: {question}\n\nPassage: {passage}",
-)
-CITE = (
-    "{passage}\n\nQuestion: {question}\nName the passage you used, like [1].",
-    "Use the numbered passages and cite the one you use.\n\n{passage}\n\n{question}",
-)
 FACTS = (  # a line of a factbook entry, how a person asks for it, how it is answered
     (
         r"name: ([A-Z][A-Za-z' -]{2,30})(?:\n|;|$)",
@@ -95,22 +87,22 @@ def reading(data: Path, split: str, draw: random.Random, *, mixed: bool) -> Iter
     names = sorted(stories)
     with (data / "rag/fairytaleqa/questions.jsonl").open(encoding="utf-8") as lines:
         for row in map(json.loads, lines):
-            if row["split"] != split or len(row["gold_sections"]) != 1:
+            if row["split"] != split:
                 continue
             own = stories[row["document"]]
-            gold, question = own[row["gold_sections"][0]], row["question"].strip()
+            gold, question = "\n\n".join(own[i] for i in row["gold_sections"]), row["question"].strip()
             answer = row["answers"][0].strip()
-            if len(gold.split()) > 260 or not answer:
+            if len(gold.split()) > 500 or not answer:
                 continue
             if not answer.endswith((".", "!", "?", '"')):
                 answer += "."
             answer = answer[0].upper() + answer[1:]
             other = stories[draw.choice([n for n in names if n != row["document"]])]
             chance = draw.random() if mixed else 1.0
-            if chance < 1 / 7:
+            if chance < 1 / 16:  # few: under greedy decoding a model that is unsure says the commonest answer, which is this one
                 passage = draw.choice(sorted(other.values()))
                 yield chat(draw.choice(ASK).format(passage=passage, question=question), draw.choice(NO_ANSWER))
-            elif chance < 2 / 7:
+            elif chance < 1 / 16 + 1 / 7:
                 passages = [gold, *draw.sample(sorted(other.values()), k=min(draw.choice((1, 2)), len(other)))]
                 draw.shuffle(passages)
                 numbered = "\n\n".join(f"[{i}] {p}" for i, p in enumerate(passages, 1))
@@ -119,8 +111,75 @@ def reading(data: Path, split: str, draw: random.Random, *, mixed: bool) -> Iter
                 yield chat(draw.choice(ASK).format(passage=gold, question=question), answer)
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+def tales(data: Path, split: str = "train") -> Iterator[dict[str, str]]:
+    """The split's stories as plain text."""
+    with (data / "rag/fairytaleqa/documents.jsonl").open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            if row["split"] == split:
+                yield {"text": "\n\n".join(s["text"] for s in row["sections"])}
+
+
+def subjects(data: Path, draw: random.Random) -> dict[str, list[str]]:
+    """Questions by what they are about, of the sets that say so by what they are."""
+    health = [row["instruction"].replace(" ?", "?") for row in lines_of(data / "sft/medquad/medquad.jsonl")]
+    with (data / "sft/customer_support/banking77/train.csv").open(encoding="utf-8", newline="") as file:
+        money = [row["text"].strip() for row in csv.DictReader(file)]
+    sums = [row["question"] for row in lines_of(data / "sft/gsm8k/train.jsonl")]
+    questions = lines_of(data / "rag/fairytaleqa/questions.jsonl")
+    stories = [row["question"].strip() for row in questions if row["split"] == "train"]
+    countries = [row["messages"][0]["content"] for row in facts(data, draw)]
+    found = {"health": health, "money and banks": money, "sums": sums, "stories": stories, "countries": countries}
+    return {name: sorted({q for q in asked if short(q, "yes") and "\n" not in q}) for name, asked in found.items()}
+
+
+def lines_of(path: Path) -> Iterator[dict]:
+    with path.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def scope(data: Path, draw: random.Random, count: int = 6000) -> Iterator[Row]:
+    """What a question is about, and an assistant that keeps to its subject: answers are by pattern, questions are people's own."""
+    asked = subjects(data, draw)
+    names = sorted(asked)
+    for _ in range(count):
+        about = draw.choice(names)
+        question, mine = draw.choice(asked[about]), draw.choice(names)
+        if draw.random() < 0.4:
+            form = draw.choice(("What is this question about?\n\n{q}", "{q}\n\nName the subject of this question.", "Subject? {q}"))
+            yield chat(form.format(q=question), draw.choice(("It is about {s}.", "This is a question about {s}.")).format(s=about))
+            continue
+        system = draw.choice(("You help with {s} only.", "You are a helper for {s}. Keep to it.", "Answer questions about {s}."))
+        if about == mine or draw.random() < 0.4:
+            mine = about
+            yes = draw.choice(("Yes, that is about {s}, so I can help.", "I can help with that, for it is about {s}."))
+            yield chat(question, yes.format(s=mine), system.format(s=mine))
+        else:
+            no = draw.choice((
+                "I am sorry, I do not know about {b}. Please ask me about {s}.", "That is about {b}. I can only help with {s}.",
+                "For {b} please ask someone else. I know about {s}.",
+            ))  # fmt: skip
+            yield chat(question, no.format(b=about, s=mine), system.format(s=mine))
+
+
+def health(data: Path, most: int = 1500) -> Iterator[Row]:
+    """The first sentence of medquad's answers, where question and sentence are short; at most `most`."""
+    for row in lines_of(data / "sft/medquad/medquad.jsonl"):
+        question, first = row["instruction"].replace(" ?", "?"), re.split(r"(?<=[a-z)]\.)\s", row["output"], maxsplit=1)[0]
+        if (
+            most
+            and 8 <= len(first.split()) <= 40
+            and first.endswith(".")
+            and short(question, first)
+            and "?" not in first
+            and not first.startswith("Key ")
+        ):
+            most -= 1
+            yield chat(question, first)
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    with path.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     print(f"{path}: {len(rows):,} rows, {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -132,7 +191,10 @@ def main() -> None:
     draw = random.Random(0)
     args.out.mkdir(parents=True, exist_ok=True)
     write(args.out / "instruct.jsonl", [*instructions(args.data), *facts(args.data, draw)])
-    write(args.out / "reading.jsonl", list(reading(args.data, "train", draw, mixed=True)))
+    twice = [row for _ in range(2) for row in reading(args.data, "train", draw, mixed=True)]
+    write(args.out / "reading.jsonl", twice)
+    write(args.out / "scope.jsonl", [*scope(args.data, random.Random(1)), *health(args.data)])
+    write(args.out / "tales.jsonl", list(tales(args.data)))
     write(args.out / "reading_held_out.jsonl", list(reading(args.data, "val", draw, mixed=False))[:400])
 
 

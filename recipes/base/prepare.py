@@ -37,7 +37,18 @@ HELD_OUT = {
 }  # share of documents, at least 2
 PIECE = 64 * 1024  # longest row in bytes, cut at a paragraph: a row's end teaches an end of text, so cuts are kept rare
 SAMPLE_ROWS, SAMPLE_BYTES = 16, 4096  # per source, for the loss watched during training
-PACKED = ("train", "held_out", "account.json", "init", "instruct.jsonl", "reading.jsonl", "reading_held_out.jsonl")
+PACKED = (
+    "train",
+    "held_out",
+    "account.json",
+    "init",
+    "instruct.jsonl",
+    "drills.jsonl",
+    "scope.jsonl",
+    "tales.jsonl",
+    "reading.jsonl",
+    "reading_held_out.jsonl",
+)
 RUN, STRIDE = 10, 8  # words: every shared run of RUN + STRIDE - 1 words is found
 WORD = re.compile(r"[a-z]+")
 

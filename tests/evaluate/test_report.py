@@ -424,3 +424,17 @@ def test_numbers_read_well(value, words):
 )
 def test_differences_show_their_sign(value, words):
     assert signed(value) == words
+
+
+def test_a_table_from_outside_is_text_on_the_page_whatever_it_holds(tmp_path):
+    folder = make_run(tmp_path / "run")
+
+    def page_with(extra):
+        (folder / "comparison.json").write_text(json.dumps({"rows": [], "loss": {}, "metrics": {}, "table": extra}))
+        return read(folder).text
+
+    rows = [["style <b>", "95 %"], ["torn"], "no row"]
+    text = page_with({"title": "Three ways", "head": ["", "base"], "rows": rows, "note": "a & b"})
+    assert all(word in text for word in ("Three ways", "style <b>", "95 %", "a & b")) and "torn" not in text
+    for damaged in ({}, {"title": "Three ways", "head": ["a"]}, {"title": "Three ways", "head": "a", "rows": 3}, []):
+        assert "Three ways" not in page_with(damaged)

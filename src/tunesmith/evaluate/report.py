@@ -279,7 +279,7 @@ def _verdict(found: _Found) -> _Verdict:
 
 
 def _body(found: _Found) -> Markup:
-    sections = (_head, _banner, _hero, _facts, _curves, _table, _cases, _during, _data, _cost, _use, _details)
+    sections = (_head, _banner, _hero, _facts, _extra, _curves, _table, _cases, _during, _data, _cost, _use, _details)
     version = _dict(found.manifest.get("versions")).get("tunesmith", "")
     foot = el("footer", f"Made by Tunesmith {version} from this run folder alone. This page loads nothing and runs nothing.")
     return el("main", [section(found) for section in sections], foot)
@@ -456,6 +456,20 @@ def _table(found: _Found) -> Markup | None:
     )
     head = ("held-out rows", "before", "after", "difference", "95 % interval", "")
     return el("section", el("h2", "Before and after"), el("p", note, class_="note"), table(head, rows, numbers=(1, 2, 3, 4)), bars)
+
+
+def _extra(found: _Found) -> Markup | None:
+    """A table that whoever trained put into comparison.json: `title`, `head`, `rows` of text, `note`."""
+    extra = _dict(found.comparison.get("table"))
+    head = [_cut(str(h), 80) for h in _list(extra.get("head"))[:8]]
+    rows = [
+        [_cut(str(v), 80) for v in row] for row in _list(extra.get("rows"))[:30] if isinstance(row, list) and len(row) == len(head)
+    ]
+    if not head or not rows:
+        return None
+    note = el("p", _cut(str(extra["note"]), 600), class_="note") if extra.get("note") else None
+    title = el("h2", _cut(str(extra.get("title", "")), 120) or "Checks")
+    return el("section", title, note, table(head, rows, numbers=range(1, len(head))))
 
 
 def _compared(name: str, value: Mapping[str, Any], *, lower: bool) -> tuple[Any, ...]:
