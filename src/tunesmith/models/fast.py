@@ -94,7 +94,7 @@ class FastLayers:
         """What a recorded pass rests on: it must be recorded again once this has changed."""
         kept = tuple(group.kept is not None for halves in self.halves for group in halves.groups)
         places = tuple(buffer.data_ptr() for buffer in self.scratch.buffers.values())
-        return id(self), self.policies, self.signature, kept, places
+        return self, self.policies, self.signature, kept, places  # itself, not its id: another may come to lie where it was
 
     def cache(self, budget: int) -> int:
         """Keep decoded NF4 weights, group by group, while they fit `budget` bytes; returns what they take."""
