@@ -18,10 +18,10 @@ SPEC = dict(vocab=64, dim=32, hidden=48, layers=2, heads=4, kv_heads=2, head_dim
 CPU = torch.device("cpu")
 
 
-def decoder(level="keep", flat=True, **spec):
+def decoder(level="keep", flat=True, lora=None, **spec):
     torch.manual_seed(0)
     model = Decoder(Spec(**SPEC | spec)).requires_grad_(False)
-    adapters.attach(model, Lora(rank=4), seed=0)
+    adapters.attach(model, Lora(rank=4, **lora or {}), seed=0)
     trained = adapters.trainable(model)
     for name, p in trained.items():
         if "lora_B" in name:
@@ -58,6 +58,27 @@ def test_filled_up_it_has_the_loss_and_the_gradient_of_the_definition(lengths, l
     passes(these, 0.3)  # adds up
     for a, b in zip(adapters.trainable(one).values(), adapters.trainable(two).values(), strict=True):
         assert torch.allclose(a.grad, 2 * b.grad, rtol=1e-4, atol=2e-6 * b.grad.abs().max())
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layer_without_an_adapter_passes_its_gradient_on(layer):
+    lora = {"targets": (f"/.*layers\\.{layer}\\..*q_proj/",)}
+    (one, passes), (two, _) = decoder(lora=lora), decoder(flat=False, lora=lora)
+    these = batch(5, 9, 2)
+    assert passes.obstacle(these, Room.of(these)) == ""
+    passes(these, 0.3), plain(two, these, CPU, 0.3)
+    for a, b in zip(adapters.trainable(one).values(), adapters.trainable(two).values(), strict=True):
+        assert b.grad.any() and torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6 * b.grad.abs().max())
+
+
+def test_a_last_norm_that_is_trained_has_its_gradient():
+    lora = {"modules_to_save": ("norm",)}
+    (one, passes), (two, _) = decoder(lora=lora), decoder(flat=False, lora=lora)
+    these = batch(5, 9, 2)
+    assert "norm" in passes.obstacle(these, Room.of(these))
+    passes(these, 0.3), plain(two, these, CPU, 0.3)
+    for (name, a), b in zip(adapters.trainable(one).items(), adapters.trainable(two).values(), strict=True):
+        assert b.grad.any() and torch.equal(a.grad, b.grad), name
 
 
 def test_a_room_is_shared_by_what_fits_it_and_each_micro_batch_is_its_own():

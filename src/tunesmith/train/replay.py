@@ -181,6 +181,8 @@ class Passes:
             return "rows of the embedding are trained"
         if (head := model.plain_head()) is None or head[0].requires_grad:
             return "the head is trained"
+        if any(p.requires_grad for p in model.model.norm.parameters()):  # `body` adds up the layers' gradients alone
+            return "the last norm is trained"
         if self.device.type == "cuda" and not room_kernel(model.model.norm.weight, model.spec.head_dim):
             return "attention has no kernel for documents of any lengths"
         if room.tokens > RECORDED:
