@@ -1,5 +1,7 @@
 """Recorded passes: what fills a room up changes neither loss nor gradient. Real recordings are tested on a GPU (tests/gpu)."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -146,3 +148,33 @@ def test_another_policy_or_adapter_state_records_anew():
     assert model.leaner() == "recompute"
     passes(batch(60, 30), 1.0)
     assert list(passes.recordings.values()) != [first]
+
+
+class Graph:
+    """Stands for a CUDA graph whose capture ends badly, as it does where copies to main memory are under way."""
+
+    def capture_begin(self, **_): ...
+
+    def capture_end(self):
+        raise RuntimeError("unjoined work")
+
+
+@pytest.mark.parametrize(("error", "raised"), [(torch.OutOfMemoryError, torch.OutOfMemoryError), (RuntimeError, None)])
+def test_a_capture_that_fails_is_told_from_one_without_memory(monkeypatch, error, raised):
+    model, passes = decoder()
+    passes(batch(60, 30), 1.0)
+    (recording,) = passes.recordings.values()
+    for name in ("synchronize", "empty_cache", "graph_pool_handle", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *a: object())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(recording, "body", lambda *a: (_ for _ in ()).throw(error("made by a test")))
+    passes.device, said = torch.device("cuda"), []
+    passes.tell = lambda *what, **why: said.append(what)
+    if raised:
+        with pytest.raises(raised, match="made by a test"):
+            passes._captured(recording)
+        assert passes.record and not said
+    else:
+        assert not passes._captured(recording)
+        assert not passes.record and said and not passes.recordings and passes.pool is None
