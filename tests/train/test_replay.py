@@ -129,6 +129,11 @@ def test_what_cannot_be_recorded_says_why_and_is_the_definition():
     assert passes(both, 1.0).item() == plain(two, both, CPU, 1.0).item() and not passes.recordings
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(adapters.trainable(one).values(), adapters.trainable(two).values(),
                                                            strict=True))  # fmt: skip
+    (_, passes), alike = decoder(rope=Rope(theta=1e4, kind="dynamic", scaling=(("factor", 2.0),)), context=64), batch(100, 100)
+    assert (
+        "its length alone" in passes.obstacle(alike, Room.of(alike))
+        and passes.obstacle(batch(40, 40), Room.of(batch(40, 40))) == ""
+    )
     _, passes = decoder(flat=False)
     assert "float32 on an NVIDIA GPU" in passes.obstacle(near, Room.of(near))
     model, passes = decoder()

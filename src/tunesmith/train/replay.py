@@ -189,6 +189,8 @@ class Passes:
             return "attention has no kernel for documents of any lengths"
         if room.tokens > RECORDED:
             return "the pass is long"
+        if model.spec.rope.kind == "dynamic" and max(room.lengths_of(batch)) > model.spec.context:
+            return "its rope table is of its length alone"  # `rotary` keeps the newest few, a recording would read a dropped one
         return "" if len(self._regime(batch, room)) == 1 else "its documents have rope tables of several kinds"
 
     def _regime(self, batch: Batch, room: Room) -> frozenset[tuple[int, ...]]:
