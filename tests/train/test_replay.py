@@ -166,7 +166,7 @@ class Graph:
 
 @pytest.mark.parametrize(("error", "raised"), [(torch.OutOfMemoryError, torch.OutOfMemoryError), (RuntimeError, None)])
 def test_a_capture_that_fails_is_told_from_one_without_memory(monkeypatch, error, raised):
-    model, passes = decoder()
+    _, passes = decoder()
     passes(batch(60, 30), 1.0)
     (recording,) = passes.recordings.values()
     for name in ("synchronize", "empty_cache", "graph_pool_handle", "Stream"):
