@@ -266,3 +266,9 @@ def test_in_fp16_the_gradient_of_a_is_not_multiplied_past_its_range():
     da, _ = group.gradients(x, dy, torch.randn(6, group.extra).half(), None, (rstd, gain))
     wanted = dy[:, 8:12].float().t() @ (x.float() * rstd[:, None] * gain.float())
     assert (da - wanted).abs().max() < 5e-3 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", ["mlp", "self_attn", "model.layers.1"])
+def test_a_module_of_several_linears_that_is_trained_whole_refuses_the_half_blocks(name):
+    targets = {"mlp": "q_proj", "self_attn": "gate_proj", "model.layers.1": "model.layers.0.mlp.gate_proj"}[name]
+    assert "trained whole" in refusal(decoder("mistral", targets=(targets,), modules_to_save=(name,)))
