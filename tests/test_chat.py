@@ -56,7 +56,7 @@ def talker(folder):
 class Scripted(nn.Module):
     """Answers the ids it is given, one after the other, and remembers its prompts."""
 
-    spec = None
+    spec, device = None, torch.device("cpu")
 
     def __init__(self, *scripts, context=None):
         super().__init__()

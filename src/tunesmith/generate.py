@@ -72,7 +72,7 @@ def stream(
     An answer ends at a stop token, after `max_tokens`, or where the model's context does. Raises DataError, before the first token,
     for every prompt that is empty or leaves no room in the context; ModelError where the model answers nan.
     """
-    stop, device = set(stop_ids), next(model.parameters()).device
+    stop, device = set(stop_ids), model.device
     room = [min(max_tokens, r) for r in _room(model, prompts)] if max_tokens > 0 else []
     was_training = model.training
     model.eval()

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from tunesmith.generate import generate
 from tunesmith.models.decoder import Decoder
 from tunesmith.models.linear import Linear, NF4Linear
 from tunesmith.ops.attention import Layout
@@ -229,3 +230,15 @@ def test_rows_of_the_embedding_may_lie_elsewhere():
     assert untied.requires_grad_(False).embedding_to_host() and untied.embedding_device.type == "cpu"
     untied.model.norm.to("meta"), untied.model.embed_tokens.to("cpu")
     assert untied.embed(torch.arange(3)).device.type == "meta"  # where the layers are, whatever holds the rows
+
+
+def test_answers_are_written_where_the_layers_are():
+    """The first parameter is the embedding's, which may lie elsewhere: "meta" here, "cpu" beside an NVIDIA GPU."""
+    model = model_of("plain").requires_grad_(False)
+    how = {"stop_ids": [], "max_tokens": 4}
+    before = generate(model, [[1, 2, 3], [4]], **how)
+    rows = model.model.embed_tokens.weight.detach().clone()
+    model.model.embed_tokens.to("meta")
+    model.embed = lambda tokens: torch.nn.functional.embedding(tokens, rows)
+    assert model.embedding_device.type == "meta" and model.device.type == "cpu"
+    assert generate(model, [[1, 2, 3], [4]], **how) == before

@@ -252,3 +252,23 @@ def test_a_layer_is_its_definition(family):
     dy = torch.randn_like(x)
     wanted = torch.autograd.grad(reference(x, halves, run, linear), inputs, dy)
     close(list(torch.autograd.grad(layer(x, halves, run, Policy()), inputs, dy)), list(wanted), 1e-10)
+
+
+def test_in_fp16_the_gradient_of_a_is_not_multiplied_past_its_range():
+    """A row of size 1/1000 and a gradient of 1,000, as a loss scale makes them: their product is 1, either over rms is not."""
+    torch.manual_seed(0)
+    linear = Linear(64, 8, dtype=torch.float16).requires_grad_(False)
+    group = Group([adapters.lora.Lora(linear, 4, 1.0)], Scratch(), torch.float16)
+    x, gain = torch.randn(6, 64).mul(1e-3).half(), torch.rand(64).half()
+    rstd = x.float().square().mean(-1).rsqrt()
+    dy = torch.randn(6, 8 + group.extra).half()
+    dy[:, 8:] *= 1000
+    da, _ = group.gradients(x, dy, torch.randn(6, group.extra).half(), None, (rstd, gain))
+    wanted = dy[:, 8:12].float().t() @ (x.float() * rstd[:, None] * gain.float())
+    assert (da - wanted).abs().max() < 5e-3 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", ["mlp", "self_attn", "model.layers.1"])
+def test_a_module_of_several_linears_that_is_trained_whole_refuses_the_half_blocks(name):
+    targets = {"mlp": "q_proj", "self_attn": "gate_proj", "model.layers.1": "model.layers.0.mlp.gate_proj"}[name]
+    assert "trained whole" in refusal(decoder("mistral", targets=(targets,), modules_to_save=(name,)))

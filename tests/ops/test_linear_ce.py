@@ -115,3 +115,11 @@ def test_an_ignored_row_has_neither_loss_nor_gradient(kernels, softcap):
     assert not rows[[0, 3, 6]].any() and not x.grad[[0, 3, 6]].any()
     logits = (x @ weight.t()).detach()
     assert torch.allclose(softmax_ce_(logits, labels), reference(x, weight, labels), atol=1e-5) and not logits[[0, 3, 6]].any()
+
+
+def test_a_second_backward_is_an_error_not_a_missing_gradient():
+    x, w = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8)
+    total, _ = linear_cross_entropy(x, w, torch.arange(4))
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="earlier backward"):
+        total.backward()

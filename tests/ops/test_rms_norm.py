@@ -122,3 +122,13 @@ def test_the_backward_quantises_what_it_gives(kernels, padded, same_e4m3, shape,
     assert torch.equal(dx, op.backward(dh, x, weight, rstd, residual))
     assert torch.equal(scale, fp8.reference_quantise_rows(dx)[1])
     assert not x.numel() or same_e4m3(x8, dx.float() * (1 / scale))
+
+
+def test_autograd_over_the_kernels_takes_gradients_of_any_strides(kernels):
+    x, weight = torch.randn(6, 40, device=kernels), torch.randn(40, device=kernels)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    rms_norm(ours, weight, 1e-5).sum().backward()  # one number, expanded
+    reference(theirs, weight, 1e-5).sum().backward()
+    assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+    x = x.t().contiguous().t()
+    assert_close(rms_norm(x, weight, 1e-5), reference(x, weight, 1e-5), rtol=1e-5, atol=1e-5)

@@ -1,5 +1,7 @@
 """How many micro-batches a step takes changes nothing: 16x1 = 4x4 = 1x16, ragged tails, out of memory half-way."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from tunesmith.data.pack import micro_batches
 from tunesmith.errors import DoesNotFit
 from tunesmith.train import loop
 from tunesmith.train.optim import Optimizer
+from tunesmith.train.replay import Passes
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
@@ -108,6 +111,49 @@ def test_out_of_memory_first_gives_back_decoded_weights_and_last_keeps_less(benc
     )
     assert [values.get("activations") for _, values in recorder.events[-2:]] == ["recompute", "attention"]
     assert state.micro_batch_tokens == longest and model.fast.leaner() == "checkpoint" and model.fast.leaner() == ""
+
+
+def test_out_of_memory_gives_back_recordings_before_all_else(bench, monkeypatch):
+    """Beside a pass too long to be recorded they take memory that the plan counts once: twice they are given back, the
+    second time for good, and only without them the micro-batch is halved."""
+    model = bench.model()
+    rows, recorder, state = bench.examples(6), bench.Recorder(), loop.State(micro_batch_tokens=10_000)
+    passes = Passes(model, Optimizer(bench.parameters(model), schema.Train()), torch.device("cpu"))
+    held = SimpleNamespace(graph=object())
+    seen = []
+
+    def full(passes, batch, factor, noise=None):
+        seen.append((bool(passes.recordings), passes.paused, len(batch.tokens)))
+        if not passes.paused:
+            passes.recordings["one"] = held
+        if len(seen) < 4:
+            raise torch.OutOfMemoryError("made by a test")
+        return torch.zeros(())
+
+    passes.recordings["one"] = held
+    monkeypatch.setattr(Passes, "__call__", full)
+    loop._gradient(passes, rows, state, recorder.hooks(), 0, 5, 0.0)
+    assert [s[:2] for s in seen[:4]] == [(True, False), (False, False), (False, True), (False, False)]
+    assert ["recorded" in message for message, _ in recorder.events] == [True, True, False]
+    assert state.step_downs == 1 and seen[3][2] < seen[0][2]
+
+
+def test_an_evaluation_out_of_memory_is_read_again_without_recordings(bench):
+    passes, recorder = Passes(bench.model(), None, torch.device("cpu")), bench.Recorder([1.5])
+    read, state = recorder.evaluate, loop.State(step=1)
+
+    def evaluate(state):
+        if passes.recordings:
+            raise torch.OutOfMemoryError("made by a test")
+        return read(state)
+
+    recorder.evaluate = evaluate
+    passes.recordings["one"] = SimpleNamespace(graph=object())
+    loop._evaluate(state, recorder.hooks(), 0, passes)
+    assert state.best_loss == 1.5 and not passes.recordings
+    recorder.evaluate = lambda state: (_ for _ in ()).throw(torch.OutOfMemoryError("made by a test"))
+    with pytest.raises(torch.OutOfMemoryError):
+        loop._evaluate(state, recorder.hooks(), 0, passes)
 
 
 def _failing(device, full, tokens, layout, how):

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -267,6 +268,38 @@ def test_8_bit_averages_go_on_from_a_checkpoint_and_follow_torchs(name, size, mo
     whole["a.lora_A.weight"].grad = torch.full_like(before, math.nan)
     one.step()
     assert torch.equal(before, whole["a.lora_A.weight"]) and one.never_moved() == []
+
+
+def test_8_bit_averages_laid_flat_go_on_where_a_size_is_no_multiple_of_a_block(monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    eight_bit = optim._eight_bit
+    monkeypatch.setattr(optim, "_eight_bit", lambda name, devices: eight_bit(name, {"cuda"}))
+    shapes, train = {"a.lora_A.weight": (37, 131), "a.lora_B.weight": (66, 41)}, schema.Train(optimizer="adamw_8bit")
+    whole, again = parameters(shapes=shapes), parameters(shapes=shapes)
+    one, other = Optimizer(whole, train, flat=True), Optimizer(again, train, flat=True)
+
+    def steps(optimizer, ps, which):
+        for k in which:
+            for n, g in gradients(k, ps).items():  # smaller and smaller: what a block's scale holds of before shows
+                ps[n].grad.copy_(g * 0.1**k)
+            optimizer.set_rate(0.01)
+            optimizer.step()
+
+    steps(one, whole, range(3))
+    saved = {k: v.clone() for k, v in one.state().items()}
+    other.load(saved)
+    assert all(torch.equal(v, saved[k]) for k, v in other.state().items())
+    steps(one, whole, range(3, 6)), steps(other, again, range(3, 6))
+    assert all(torch.equal(p, again[n]) for n, p in whole.items())
+    assert all(torch.equal(v, one.state()[k]) for k, v in other.state().items())
+
+
+def test_laid_flat_is_what_one_gpu_holds_and_32_bits_count():
+    def of(count, dtype=torch.float32, device="cuda"):
+        return SimpleNamespace(dtype=dtype, device=torch.device(device), numel=lambda: count)
+
+    assert optim.flat_fits([of(1 << 30), of(1 << 29)]) and not optim.flat_fits([of(1 << 30), of(1 << 30)])
+    assert not optim.flat_fits([of(8), of(8, torch.bfloat16)]) and not optim.flat_fits([of(8, device="cpu")])
 
 
 @pytest.mark.parametrize("ratio", [1.0, 4.0])

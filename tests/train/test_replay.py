@@ -1,5 +1,7 @@
 """Recorded passes: what fills a room up changes neither loss nor gradient. Real recordings are tested on a GPU (tests/gpu)."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -18,10 +20,10 @@ SPEC = dict(vocab=64, dim=32, hidden=48, layers=2, heads=4, kv_heads=2, head_dim
 CPU = torch.device("cpu")
 
 
-def decoder(level="keep", flat=True, **spec):
+def decoder(level="keep", flat=True, lora=None, **spec):
     torch.manual_seed(0)
     model = Decoder(Spec(**SPEC | spec)).requires_grad_(False)
-    adapters.attach(model, Lora(rank=4), seed=0)
+    adapters.attach(model, Lora(rank=4, **lora or {}), seed=0)
     trained = adapters.trainable(model)
     for name, p in trained.items():
         if "lora_B" in name:
@@ -58,6 +60,27 @@ def test_filled_up_it_has_the_loss_and_the_gradient_of_the_definition(lengths, l
     passes(these, 0.3)  # adds up
     for a, b in zip(adapters.trainable(one).values(), adapters.trainable(two).values(), strict=True):
         assert torch.allclose(a.grad, 2 * b.grad, rtol=1e-4, atol=2e-6 * b.grad.abs().max())
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layer_without_an_adapter_passes_its_gradient_on(layer):
+    lora = {"targets": (f"/.*layers\\.{layer}\\..*q_proj/",)}
+    (one, passes), (two, _) = decoder(lora=lora), decoder(flat=False, lora=lora)
+    these = batch(5, 9, 2)
+    assert passes.obstacle(these, Room.of(these)) == ""
+    passes(these, 0.3), plain(two, these, CPU, 0.3)
+    for a, b in zip(adapters.trainable(one).values(), adapters.trainable(two).values(), strict=True):
+        assert b.grad.any() and torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6 * b.grad.abs().max())
+
+
+def test_a_last_norm_that_is_trained_has_its_gradient():
+    lora = {"modules_to_save": ("norm",)}
+    (one, passes), (two, _) = decoder(lora=lora), decoder(flat=False, lora=lora)
+    these = batch(5, 9, 2)
+    assert "norm" in passes.obstacle(these, Room.of(these))
+    passes(these, 0.3), plain(two, these, CPU, 0.3)
+    for (name, a), b in zip(adapters.trainable(one).items(), adapters.trainable(two).values(), strict=True):
+        assert b.grad.any() and torch.equal(a.grad, b.grad), name
 
 
 def test_a_room_is_shared_by_what_fits_it_and_each_micro_batch_is_its_own():
@@ -106,6 +129,11 @@ def test_what_cannot_be_recorded_says_why_and_is_the_definition():
     assert passes(both, 1.0).item() == plain(two, both, CPU, 1.0).item() and not passes.recordings
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(adapters.trainable(one).values(), adapters.trainable(two).values(),
                                                            strict=True))  # fmt: skip
+    (_, passes), alike = decoder(rope=Rope(theta=1e4, kind="dynamic", scaling=(("factor", 2.0),)), context=64), batch(100, 100)
+    assert (
+        "its length alone" in passes.obstacle(alike, Room.of(alike))
+        and passes.obstacle(batch(40, 40), Room.of(batch(40, 40))) == ""
+    )
     _, passes = decoder(flat=False)
     assert "float32 on an NVIDIA GPU" in passes.obstacle(near, Room.of(near))
     model, passes = decoder()
@@ -125,3 +153,33 @@ def test_another_policy_or_adapter_state_records_anew():
     assert model.leaner() == "recompute"
     passes(batch(60, 30), 1.0)
     assert list(passes.recordings.values()) != [first]
+
+
+class Graph:
+    """Stands for a CUDA graph whose capture ends badly, as it does where copies to main memory are under way."""
+
+    def capture_begin(self, **_): ...
+
+    def capture_end(self):
+        raise RuntimeError("unjoined work")
+
+
+@pytest.mark.parametrize(("error", "raised"), [(torch.OutOfMemoryError, torch.OutOfMemoryError), (RuntimeError, None)])
+def test_a_capture_that_fails_is_told_from_one_without_memory(monkeypatch, error, raised):
+    _, passes = decoder()
+    passes(batch(60, 30), 1.0)
+    (recording,) = passes.recordings.values()
+    for name in ("synchronize", "empty_cache", "graph_pool_handle", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *a: object())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(recording, "body", lambda *a: (_ for _ in ()).throw(error("made by a test")))
+    passes.device, said = torch.device("cuda"), []
+    passes.tell = lambda *what, **why: said.append(what)
+    if raised:
+        with pytest.raises(raised, match="made by a test"):
+            passes._captured(recording)
+        assert passes.record and not said
+    else:
+        assert not passes._captured(recording)
+        assert not passes.record and said and not passes.recordings and passes.pool is None

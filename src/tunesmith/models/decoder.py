@@ -170,6 +170,11 @@ class Decoder(nn.Module):
         return True
 
     @property
+    def device(self) -> torch.device:
+        """Where the layers run."""
+        return self.model.norm.weight.device
+
+    @property
     def embedding_device(self) -> torch.device:
         """Where `hidden` looks its tokens up: tokens that are there already are not moved."""
         embedding = self.model.embed_tokens
@@ -177,7 +182,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """What enters the layers [T, D], on their device: the tokens' rows, scaled where the family does."""
-        there, device = self.embedding_device, self.model.norm.weight.device
+        there, device = self.embedding_device, self.device
         if there == device:
             x = self.model.embed_tokens(tokens_T)
         else:
@@ -266,7 +271,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_T: Tensor, layout: Layout | None = None) -> Tensor:
         """Logits [T, V]; `layout` None: one document."""
-        return self.logits(self.hidden(tokens_T, layout or Layout.of([len(tokens_T)], tokens_T.device)))
+        return self.logits(self.hidden(tokens_T, layout or Layout.of([len(tokens_T)], self.device)))
 
     def _tables(self, positions_T: Tensor, lengths: Sequence[int], layout: Layout, dtype: torch.dtype) -> tuple[Tables, Tables]:
         """Cosines and sines for full and for sliding layers, in float32, then in the model's dtype."""

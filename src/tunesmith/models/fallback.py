@@ -80,6 +80,11 @@ class Fallback(nn.Module):
         return "; ".join(self.notes)
 
     @property
+    def device(self) -> torch.device:
+        """Where it runs, as `embedding_device`."""
+        return self.embedding_device
+
+    @property
     def embedding_device(self) -> torch.device:
         """Where its tokens are looked up."""
         return next(self.hf.parameters()).device

@@ -36,6 +36,8 @@ def refusal(model: nn.Module) -> str:
     if reason := half_blocks_refusal(model.spec):
         return reason
     for i, block in enumerate(model.model.layers):
+        if any(hasattr(module, "base") for module in (block, getattr(block, "self_attn", None), getattr(block, "mlp", None))):
+            return f"layer {i}: a module of several linears is trained whole"
         for module in (m for group in linears(block) for m in group):
             if reason := groups.refusal(module):
                 return f"layer {i}: {reason}"

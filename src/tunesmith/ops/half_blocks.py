@@ -135,7 +135,7 @@ class _Layer(torch.autograd.Function):
         kept, ctx.ticket = ctx.run.stash.take(ctx.ticket), None
         halves, run = ctx.halves, ctx.run
         dx, found = _backward(dy, halves, run, ctx.rows, kept, ctx.policy.tile, ctx.needs_input_grad[0])
-        if run.adds:
+        if run.adds and found:  # none where only layers below have adapters
             torch._foreach_add_([p.grad for p in ctx.parameters], found)
             found = [None] * len(found)
         return dx, None, None, None, None, *found

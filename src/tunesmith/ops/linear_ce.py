@@ -122,7 +122,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_sum, _):
-        (d_x, d_w), ctx.gradients = ctx.gradients, (None, None)  # scaled in place: of 131,072 rows a copy would be 1 GiB
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy: its gradient was given away by an earlier backward; call it again")
+        (d_x, d_w), ctx.gradients = ctx.gradients, None  # scaled in place: of 131,072 rows a copy would be 1 GiB
         return (
             None if d_x is None else d_x.mul_(d_sum.to(d_x.dtype)),
             None if d_w is None else d_w.mul_(d_sum).to(ctx.weight_dtype),

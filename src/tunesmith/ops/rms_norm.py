@@ -37,7 +37,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         ctx.kernels = not offset and not weight.requires_grad and x.dtype != torch.float64 and backend.triton_for(x)
         if ctx.kernels:
-            y, rstd = forward(x.reshape(-1, x.shape[-1]), weight, eps)
+            y, rstd = forward(_rows(x), weight, eps)
             ctx.save_for_backward(x, weight, rstd)
             return y.view(x.shape)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -55,8 +55,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, rstd = ctx.saved_tensors
         if ctx.kernels:
-            flat_dy, flat_x = (t.reshape(-1, t.shape[-1]) for t in (dy, x))
-            return backward(flat_dy, flat_x, weight, rstd).view(x.shape), None, None, None
+            return backward(_rows(dy), _rows(x), weight, rstd).view(x.shape), None, None, None
         dx = dw = None
         wide, dy = x.to(rstd.dtype), dy.to(rstd.dtype)
         if ctx.needs_input_grad[1]:
@@ -67,6 +66,12 @@ class _RMSNorm(torch.autograd.Function):
             along = torch.linalg.vecdot(g, wide).unsqueeze(-1).mul_(rstd.pow(3)).div_(x.shape[-1])
             dx = g.mul_(rstd).sub_(wide * along).to(x.dtype)
         return dx, dw, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[T, D] as the kernels read it: an expanded gradient, as a sum's, has no contiguous rows."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
 # ---- what a hand-written half-block calls: no autograd, no gradient of a frozen weight, Llama's rounding (offset 0) ----------

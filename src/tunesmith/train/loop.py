@@ -85,7 +85,7 @@ def fit(
         signal = hooks.stop()
         if not signal and state.evaluated < state.step and (state.step == total or state.step % eval_every == 0):
             try:
-                _evaluate(state, hooks, early_stop)
+                _evaluate(state, hooks, early_stop, passes)
             except Stopped:
                 signal = hooks.stop()
         done = state.step == total or bool(early_stop and state.since_best >= early_stop)
@@ -123,9 +123,9 @@ def fit(
             _check_moves(optimizer, state, hooks)
 
 
-def _evaluate(state: State, hooks: Hooks, early_stop: int) -> None:
+def _evaluate(state: State, hooks: Hooks, early_stop: int, passes: Passes) -> None:
     """The held-out loss, whether it is the best so far, and whether waiting for a better one has lasted long enough."""
-    found = hooks.evaluate(state)
+    found = _held_out(state, hooks, passes)
     state.evaluated = state.step
     if found is None:
         return
@@ -138,10 +138,22 @@ def _evaluate(state: State, hooks: Hooks, early_stop: int) -> None:
         hooks.event(f"stopped early: {early_stop} evaluations without a better held-out loss", step=state.step)
 
 
+def _held_out(state: State, hooks: Hooks, passes: Passes) -> float | None:
+    """Where memory is short once more without recordings: the plan lets answers have what training leaves, and they hold it."""
+    try:
+        return hooks.evaluate(state)
+    except torch.OutOfMemoryError:
+        if not passes.recordings:
+            raise
+    passes.clear()  # out here the failed evaluation's tensors are gone
+    return hooks.evaluate(state)
+
+
 def _gradient(passes: Passes, examples, state, hooks, step, seed, alpha) -> tuple[torch.Tensor, int]:
     """Add up the gradient over micro-batches: (mean loss per trained token, a scalar on the device; tokens).
 
     Out of memory: give back what only saves time, else halve the micro-batch, else keep less for the backward; then begin again.
+    Recordings go first: beside a pass that is too long to be recorded they hold what the plan counts once.
     """
     trained, lengths, device = sum(int(e.learn.sum()) for e in examples), [len(e.ids) for e in examples], passes.device
     while True:
@@ -160,8 +172,11 @@ def _gradient(passes: Passes, examples, state, hooks, step, seed, alpha) -> tupl
             return total / trained, tokens
         except torch.OutOfMemoryError:
             passes.optimizer.clear()
-        passes.clear()
+        gave = passes.relieve()
         torch.cuda.empty_cache()  # out here the failed pass and its tensors are gone
+        if gave:
+            hooks.event("out of device memory: gave back recorded passes, same gradient", step=step + 1)
+            continue
         least = sum(lengths) if passes.optimizer.train.optimizer == INSIDE else max(lengths)  # a step that cannot be halved
         _make_room(passes.model, state, hooks, step, least, min(state.micro_batch_tokens, sum(lengths)))
 

@@ -251,6 +251,9 @@ class Optimizer:
                     self.adamw.state[tensor] = {"step": torch.zeros((), device=tensor.device)} | moments
                 kept = self.adamw.state[tensor]
                 step = state[f"step/{there[0]}"]
+                if self.eight and id(tensor) in flats and kept["state1"].dtype is torch.uint8:
+                    # of what fills a block up nothing was saved, and code 0 is the lowest value: it would widen the block's scale
+                    kept["state1"].fill_(int(kept["qmap1"].abs().argmin()))
                 kept["step"] = int(step) if self.eight else step.to(tensor.device, torch.float32, copy=True)
                 for name in there:
                     for key, value in self._moments(name).items():
@@ -260,8 +263,11 @@ class Optimizer:
 
 
 def flat_fits(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether these are laid flat: all float32, on one NVIDIA GPU."""
+    """Whether these are laid flat: all float32, on one NVIDIA GPU, and fewer than bitsandbytes counts in 32 bits."""
+    parameters = list(parameters)
     kinds = {(p.dtype, p.device) for p in parameters}
+    if sum(-(-p.numel() // Flat.BLOCK) * Flat.BLOCK for p in parameters) >= 1 << 31:
+        return False
     return len(kinds) == 1 and all(dtype is torch.float32 and device.type == "cuda" for dtype, device in kinds)
 
 

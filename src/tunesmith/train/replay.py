@@ -138,6 +138,8 @@ class Passes:
     device: torch.device
     tell: Callable[..., Any] = lambda message, **values: None
     record: bool = True  # until it fails
+    gave: int = 0  # times that an out-of-memory took them back
+    paused: bool = False  # since the second time
     recordings: dict[tuple, Recording] = field(default_factory=dict)
     state: Any = None  # of the half-blocks, when they were recorded
     pool: Any = None
@@ -169,7 +171,7 @@ class Passes:
     def obstacle(self, batch: Batch, room: Room, noise: Noise | None = None) -> str:
         """Why this pass cannot be recorded, and runs as `plain`; empty when it can."""
         model = self.model
-        if not self.record:
+        if not self.record or self.paused:
             return "it was given up"
         if not self.optimizer.flats:
             return "what is trained is not float32 on an NVIDIA GPU"
@@ -181,10 +183,14 @@ class Passes:
             return "rows of the embedding are trained"
         if (head := model.plain_head()) is None or head[0].requires_grad:
             return "the head is trained"
+        if any(p.requires_grad for p in model.model.norm.parameters()):  # `body` adds up the layers' gradients alone
+            return "the last norm is trained"
         if self.device.type == "cuda" and not room_kernel(model.model.norm.weight, model.spec.head_dim):
             return "attention has no kernel for documents of any lengths"
         if room.tokens > RECORDED:
             return "the pass is long"
+        if model.spec.rope.kind == "dynamic" and max(room.lengths_of(batch)) > model.spec.context:
+            return "its rope table is of its length alone"  # `rotary` keeps the newest few, a recording would read a dropped one
         return "" if len(self._regime(batch, room)) == 1 else "its documents have rope tables of several kinds"
 
     def _regime(self, batch: Batch, room: Room) -> frozenset[tuple[int, ...]]:
@@ -196,6 +202,14 @@ class Passes:
         self.pool = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def relieve(self) -> bool:
+        """After an out-of-memory: give the recordings back; True where they held memory. The second time none are made again."""
+        held = any(recording.graph is not None for recording in self.recordings.values())
+        self.clear()
+        self.gave += held
+        self.paused = held and self.gave > 1
+        return held
 
     def _run(self, recording: Recording) -> None:
         self.warm = True
@@ -219,10 +233,12 @@ class Passes:
                 finally:
                     graph.capture_end()
         except torch.OutOfMemoryError:
-            self.clear()
             raise
         except RuntimeError as e:
+            if isinstance(e.__context__, torch.OutOfMemoryError):  # the capture's end found copies to main memory under way
+                raise e.__context__ from None
             self.record = False
+            self.clear()  # what runs from now on needs the memory
             self.tell("passes are not recorded as CUDA graphs, steps are the same and slower", why=str(e).splitlines()[0][:200])
             return False
         recording.graph = graph
