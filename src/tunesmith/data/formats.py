@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from tunesmith.data import exports
 from tunesmith.data.sources import Row
 from tunesmith.errors import DataError
 from tunesmith.registry import Registry
@@ -402,6 +403,16 @@ def _messages(value: Mapping[str, Any], fixes: list[str]) -> Found:
     return "chat", lead + turns, _tools(value)
 
 
+def _chatgpt(value: Mapping[str, Any], fixes: list[str]) -> Found:
+    """One conversation of ChatGPT's export: the path that was seen last."""
+    _refuse_media(value)
+    try:
+        messages = exports.chatgpt(value, fixes)
+    except exports.ExportError as e:
+        raise FormatError(str(e)) from None
+    return "chat", [_turn(m, i, fixes) for i, m in enumerate(messages, 1)], ()
+
+
 def _prompt_completion(value: Mapping[str, Any], fixes: list[str]) -> Found:
     """Two texts: plain concatenation, no template. Two lists of messages: a chat whose prompt is not learned."""
     if isinstance(value.get("label"), bool):
@@ -467,6 +478,17 @@ FORMATS: Registry[Format] = Registry(
                     {"role": "user", "content": "Hello"},
                     {"role": "assistant", "content": "Hello! How can I help?", "weight": 1},
                 ]
+            },
+        ),
+        "chatgpt": Format(
+            (("mapping", "current_node"), ("mapping", "create_time")),
+            _chatgpt,
+            {
+                "current_node": "b",
+                "mapping": {
+                    "a": {"parent": None, "message": {"author": {"role": "user"}, "content": {"parts": ["Hello"]}}},
+                    "b": {"parent": "a", "message": {"author": {"role": "assistant"}, "content": {"parts": ["Hello!"]}}},
+                },
             },
         ),
         "prompt_completion": Format((("prompt", "completion"),), _prompt_completion, {"prompt": "2 + 2 =", "completion": " 4"}),

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TextIO
 
+from tunesmith.data.exports import BESIDE, CONVERSATIONS
 from tunesmith.errors import DataError
 from tunesmith.types import Origin
 
@@ -46,6 +47,7 @@ ONE_ROW_KEYS = {
     "messages",
     "conversations",
     "conversation",
+    "mapping",
     "instruction",
     "prompt",
     "question",
@@ -59,7 +61,8 @@ COLUMNS = frozenset((
     "messages", "conversation", "conversations", "tools", "functions", "instruction", "input", "output", "response", "system",
     "system_prompt", "context", "history", "question", "answer", "query", "prompt", "completion", "inputs", "targets", "text",
     "label", "input_ids", "message_tree_id", "role", "chosen", "rejected", "chosen_messages", "rejected_messages", "response_j",
-    "response_k", "preferred_output", "non_preferred_output", "image", "images", "audio", "audios", "video", "videos",
+    "response_k", "mapping", "current_node", "create_time", "preferred_output", "non_preferred_output",
+    "image", "images", "audio", "audios", "video", "videos",
 ))
 # fmt: on
 """Keys that formats.py reads of a row: a table's column is found by them however its name is capitalised."""
@@ -131,13 +134,15 @@ def find(path: str | Path) -> Files:
     every = [p for p in sorted(root.rglob("*")) if p.is_file() and not any(s.startswith(".") for s in p.relative_to(root).parts)]
     runs = {p.parent for p in every if p.name == "run.yaml" and (p.parent / "manifest.json").is_file()}
     every = [p for p in every if runs.isdisjoint(p.parents)]
-    with_rows = [p for p in every if _suffix(p) in ROWS_SUFFIXES and p.name not in NOT_ROWS]
+    exported = {p.parent for p in every if CONVERSATIONS.fullmatch(p.name)}
+    beside = {p for p in every if p.name in NOT_ROWS or (p.parent in exported and BESIDE.fullmatch(p.name))}
+    with_rows = [p for p in every if _suffix(p) in ROWS_SUFFIXES and p not in beside]
     text = [p for p in every if _suffix(p) in TEXT_SUFFIXES]
     if not with_rows and not text:
         _fault(root, "the folder holds no file with rows", _KNOWN)
     chosen = with_rows or text
     skipped = [
-        f"{p} ({'text beside files with rows' if p in text else 'metadata' if p.name in NOT_ROWS else 'unknown type'})"
+        f"{p} ({'text beside files with rows' if p in text else 'metadata' if p in beside else 'unknown type'})"
         for p in every
         if p not in set(chosen)
     ]
