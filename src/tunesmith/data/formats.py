@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -88,6 +88,11 @@ def detect(value: dict[str, Any] | str) -> str | None:
         return "text"
     found = _matches(tuple(k for k, v in value.items() if v is not None))
     return found[0] if len(found) == 1 else None
+
+
+def knows(keys: Sequence[str]) -> bool:
+    """Whether rows with these keys are read, or are refused for what they are: then nothing is guessed about their columns."""
+    return bool(_matches(tuple(keys))) or any(set(keys).issuperset(k) for k, _ in REFUSED_KEYS)
 
 
 def conversation(row: Row) -> Conversation:

@@ -19,11 +19,13 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TextIO
 
+from tunesmith.data.columns import SAMPLE_CHARS, SAMPLE_ROWS, ColumnsError, choose, rename
 from tunesmith.data.exports import BESIDE, CONVERSATIONS
 from tunesmith.errors import DataError
 from tunesmith.types import Origin
@@ -94,6 +96,7 @@ class Chunk:
     lines: list[int]
     items: list[Any]
     position: int  # bytes of the file on disk that have been read
+    columns: Mapping[str, str] = field(default_factory=dict)  # under which keys its rows are, where the person has said so
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class Files:
     label: str
     paths: tuple[Path, ...]
     skipped: tuple[str, ...] = ()  # files of a folder that hold no rows, with the reason
-    notes: Counter[str] = field(default_factory=Counter)  # what was mended in whole files, e.g. a byte order mark
+    notes: Counter[str] = field(default_factory=Counter)  # what was mended or guessed in whole files, e.g. a byte order mark
+    columns: Mapping[str, str] = field(default_factory=dict)  # data.train[].columns: what is what, as the person wrote it
 
     @property
     def size(self) -> int:
@@ -111,13 +115,13 @@ class Files:
         return sum(p.stat().st_size for p in self.paths)
 
 
-def find(path: str | Path) -> Files:
+def find(path: str | Path, columns: Mapping[str, str] | None = None) -> Files:
     """The files of a source. A folder is walked in name order; hidden files are passed over. DataError when nothing is there.
 
     Beside files with rows, text files are left aside (a dataset's README is not training text); alone, they are the data. A run
     folder inside is passed over: its samples and held-out rows would be trained on.
     """
-    label = str(path)
+    label, columns = str(path), columns or {}
     if label.startswith("hub:"):
         from tunesmith.hub import resolve_dataset
 
@@ -126,7 +130,7 @@ def find(path: str | Path) -> Files:
     if root.is_file():
         if _suffix(root) not in ROWS_SUFFIXES + TEXT_SUFFIXES:
             _fault(root, f"files of type {root.suffix or 'without a suffix'} are not read", _KNOWN)
-        return Files(label, (root,))
+        return Files(label, (root,), columns=columns)
     if not root.exists():
         near = sorted(p.name for p in root.parent.iterdir() if not p.name.startswith("."))[:8] if root.parent.is_dir() else []
         beside = f"; {root.parent} holds {', '.join(near)}" if near else ""
@@ -147,7 +151,7 @@ def find(path: str | Path) -> Files:
         if p not in set(chosen)
     ]
     skipped += [f"{run} (a run folder)" for run in sorted(runs)]
-    return Files(label, tuple(chosen), tuple(skipped))
+    return Files(label, tuple(chosen), tuple(skipped), columns=columns)
 
 
 def chunks(files: Files) -> Iterator[Chunk]:
@@ -155,7 +159,7 @@ def chunks(files: Files) -> Iterator[Chunk]:
     faults: list[DataError] = []
     for path in files.paths:
         try:
-            yield from _grouped(path, files.notes)
+            yield from _grouped(path, files)
         except DataError as e:
             faults.append(e)
         except OSError as e:
@@ -179,7 +183,14 @@ def parse(chunk: Chunk) -> list[Row | Refused]:
             out.append(_from_json(item, Origin(chunk.file, line)))
         else:
             out.append(Row(item, Origin(chunk.file, line)))
-    return out
+    return [_renamed(row, chunk.columns) for row in out] if chunk.columns else out
+
+
+def _renamed(row: Row | Refused, columns: Mapping[str, str]) -> Row | Refused:
+    if isinstance(row, Refused) or not isinstance(row.value, dict):
+        return row
+    value = rename(row.value, columns)
+    return Refused(row.origin, value, str(row.value)[:300]) if isinstance(value, str) else Row(value, row.origin)
 
 
 def rows(path: str | Path) -> Iterator[Row | Refused]:
@@ -282,12 +293,13 @@ def _wide(head: bytes) -> str:
     return ""
 
 
-def _grouped(path: Path, notes: Counter[str]) -> Iterator[Chunk]:
+def _grouped(path: Path, files: Files) -> Iterator[Chunk]:
     """One file as chunks of at most CHUNK_ROWS rows and about CHUNK_CHARS characters."""
-    suffix = _suffix(path)
+    suffix, notes = _suffix(path), files.notes
     if suffix == ".parquet":
-        yield from _parquet(path)
+        yield from _parquet(path, files.columns)
         return
+    columns: Mapping[str, str] = files.columns if suffix in (".jsonl", ".json") else {}
     f, tell = _open(path, notes)
     with f:
         if suffix == ".json" and (first := _json_kind(f, path)) != "lines":
@@ -295,7 +307,7 @@ def _grouped(path: Path, notes: Counter[str]) -> Iterator[Chunk]:
         elif suffix in (".jsonl", ".json"):
             raw, items = True, _lines(f, path)
         elif suffix in (".csv", ".tsv"):
-            raw, items = False, _csv(f, path, suffix, notes)
+            raw, items = False, _csv(f, path, suffix, files)
         else:
             raw, items = False, _text(f, path)
         lines: list[int] = []
@@ -306,11 +318,11 @@ def _grouped(path: Path, notes: Counter[str]) -> Iterator[Chunk]:
             values.append(item)
             size += chars
             if len(lines) >= CHUNK_ROWS or size >= CHUNK_CHARS:
-                yield Chunk(str(path), raw, lines, values, tell())
+                yield Chunk(str(path), raw, lines, values, tell(), columns)
                 total += len(lines)
                 lines, values, size = [], [], 0
         if lines:
-            yield Chunk(str(path), raw, lines, values, path.stat().st_size)
+            yield Chunk(str(path), raw, lines, values, path.stat().st_size, columns)
         elif not total:
             _fault(path, "the file holds no rows", "remove it, or write its rows again")
 
@@ -598,21 +610,33 @@ def _elements(stream: _Stream, path: Path, notes: Counter[str]) -> Iterator[Item
 # ---- tables and text -----------------------------------------------------------------------------------------------------------
 
 
-def _csv(f: BinaryIO, path: Path, suffix: str, notes: Counter[str]) -> Iterator[Item]:
+def _csv(f: BinaryIO, path: Path, suffix: str, files: Files) -> Iterator[Item]:
     """One row a record, its keys from the first line. An empty cell is an empty string."""
     csv.field_size_limit(MAX_ROW)
-    name, text = str(path), _decoded(f, path)
-    first = next(text, "")
-    mark = "\t" if suffix == ".tsv" else ";" if "," not in first and ";" in first else ","
-    reader = csv.reader(_chain(first, text), delimiter=mark, strict=True)
+    text = _decoded(f, path)
+    first, before = next(text, ""), 0
+    mark = "\t" if suffix == ".tsv" else _mark(first)
+    if said := re.fullmatch(r"sep=(.)\s*", first):  # what Excel writes for itself
+        mark, first, before = said[1], next(text, ""), 1
+        files.notes["line sep= passed over"] += 1
+    reader = csv.reader(chain([first], text), delimiter=mark, strict=True)
     try:
         header = next(reader, [])
     except csv.Error as e:
         _fault(path, f"the header cannot be read ({e})", "mend the first line; it names the columns")
-    keys = _columns(header, path)
-    notes.update(f"column {h!r} read as {k!r}" for h, k in zip(header, keys, strict=True) if h != k)
+    yield from _table(header, _records(reader, path, before), path, files, mark)
+
+
+def _mark(header: str) -> str:
+    """What stands between the columns: the commonest of comma, semicolon and tab outside quotes."""
+    bare = re.sub(r'"[^"]*"', "", header)
+    return max(",;\t", key=bare.count)
+
+
+def _records(reader: Any, path: Path, before: int) -> Iterator[tuple[int, list[str] | Refused]]:
+    """The records behind the header, each with the line it begins in."""
     while True:
-        line = reader.line_num + 1
+        line = reader.line_num + 1 + before
         try:
             cells = next(reader)
         except StopIteration:
@@ -620,20 +644,52 @@ def _csv(f: BinaryIO, path: Path, suffix: str, notes: Counter[str]) -> Iterator[
         except csv.Error as e:
             if "unexpected end of data" in str(e):
                 _fault(path, f"the quotes opened in line {line} are never closed", "close them, or copy the file again")
-            yield line, Refused(Origin(name, line), f"not a valid record ({e})"), 0
+            yield line, Refused(Origin(str(path), line), f"not a valid record ({e})")
             continue
-        if not cells or cells == [""]:
+        yield line, cells
+
+
+def _table(
+    header: list[str], records: Iterator[tuple[int, list[str] | Refused]], path: Path, files: Files, mark: str
+) -> Iterator[Item]:
+    """The rows of a table under the keys that formats.py reads: its own names, or else as `columns.choose` finds."""
+    name, keys = str(path), _columns(header, path)
+    first: list[tuple[int, list[str] | Refused]] = []
+    wanted: dict[str, str] = {}
+    if files.columns or not _known_keys(keys):
+        size = 0
+        for record in records:
+            first.append(record)
+            size += sum(map(len, record[1])) if isinstance(record[1], list) else 0
+            if len(first) >= SAMPLE_ROWS or size >= SAMPLE_CHARS:
+                break
+        try:
+            wanted, notes = choose(keys, [r for _, r in first if isinstance(r, list)], files.columns)
+        except ColumnsError as e:
+            _fault(path, e.what, e.fix)
+    else:
+        notes = [f"column {h!r} read as {k!r}" for h, k in zip(header, keys, strict=True) if h != k]
+    files.notes.update(notes)
+    for line, cells in chain(first, records):
+        if isinstance(cells, Refused):
+            yield line, cells, 0
+        elif not cells or cells == [""]:
             continue
-        if len(cells) != len(keys):
-            yield (
-                line,
-                Refused(Origin(name, line), f"{len(cells)} columns, the header names {len(keys)}", mark.join(cells)[:300]),
-                0,
-            )
+        elif len(cells) != len(keys):
+            reason = f"{len(cells)} columns, the header names {len(keys)}"
+            yield line, Refused(Origin(name, line), reason, mark.join(cells)[:300]), 0
         elif any("\0" in c for c in cells):
             yield line, Refused(Origin(name, line), "a zero character (NUL) in the text"), 0
         else:
-            yield line, dict(zip(keys, cells, strict=True)), sum(map(len, cells))
+            value: Any = dict(zip(keys, cells, strict=True))
+            yield line, rename(value, wanted) if wanted else value, sum(map(len, cells))
+
+
+def _known_keys(keys: list[str]) -> bool:
+    """Whether formats.py knows what rows with these keys are, be it only why they are refused."""
+    from tunesmith.data import formats  # which is above this module
+
+    return formats.knows(keys)
 
 
 def _columns(header: list[str], path: Path) -> list[str]:
@@ -650,11 +706,6 @@ def _columns(header: list[str], path: Path) -> list[str]:
             )
         keys[key] = name
     return list(keys)
-
-
-def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 def _decoded(f: BinaryIO, path: Path) -> Iterator[str]:
@@ -692,7 +743,7 @@ def _text(f: BinaryIO, path: Path) -> Iterator[Item]:
         yield made()
 
 
-def _parquet(path: Path) -> Iterator[Chunk]:
+def _parquet(path: Path, columns: Mapping[str, str]) -> Iterator[Chunk]:
     """Rows of a parquet file, a batch at a time."""
     import pyarrow as pa
     from pyarrow import parquet
@@ -711,7 +762,7 @@ def _parquet(path: Path) -> Iterator[Chunk]:
                 values = [_plain(v, Origin(str(path), done + i)) for i, v in enumerate(batch.to_pylist(), 1)]
                 lines = list(range(done + 1, done + len(values) + 1))
                 done += len(values)
-                yield Chunk(str(path), False, lines, values, size * done // total)
+                yield Chunk(str(path), False, lines, values, size * done // total, columns)
         if not done:
             _fault(path, "the file holds no rows", "remove it, or write its rows again")
     except (pa.ArrowException, ValueError, OSError, OverflowError) as e:
