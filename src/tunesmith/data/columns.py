@@ -19,33 +19,35 @@ SENTENCE = 20  # two unnamed columns are question and answer only if one is at l
 A_ROW_NOT_A_NAME = 60  # characters: a longer "column name" is a row's content
 
 
-def _words(names: str) -> frozenset[str]:
+def word_set(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
 
 # Whole names and single words of names, in the languages that exports come in; without accents, in lower case.
 NAMES = {
-    "prompt": _words(
+    "prompt": word_set(
         """question questions prompt instruction instructions query user human customer client request asked ask inquiry enquiry
         input problem ticket frage fragen anfrage kunde kundenfrage eingabe aufgabe pregunta consulta cliente entrada demande
         requete domanda richiesta pergunta pedido vraag klant fraga pytanie"""
     ),
-    "answer": _words(
+    "answer": word_set(
         """answer answers response responses reply replies completion output assistant agent solution resolution bot gpt antwort
         antworten losung loesung ausgabe reponse respuesta salida risposta resposta antwoord oplossing svar odpowiedz"""
     ),
-    "system": _words("system persona systemprompt"),
-    "id": _words("id uuid guid nr key rowid"),
-    "text": _words("""text body content article story document passage inhalt artikel texte contenu contenido testo texto tekst"""),
+    "system": word_set("system persona systemprompt"),
+    "id": word_set("id uuid guid nr key rowid"),
+    "text": word_set(
+        """text body content article story document passage inhalt artikel texte contenu contenido testo texto tekst"""
+    ),
 }
-ABOUT = _words(  # `answer_date`, `customer name`: a fact about it, not itself
+ABOUT = word_set(  # `answer_date`, `customer name`: a fact about it, not itself
     """id uuid nr no number date datum time timestamp created updated at on by name email mail phone count length len type typ
     status state lang language score rating url link tokens model author category kategorie tag tags priority"""
 )
 _NUMBER = re.compile(r"[-+]?[\d.,\s]*\d[\d.,\s]*%?")
 _DATE = re.compile(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}([T ,]+\d{1,2}:\d{2}(:\d{2})?.*)?")
 _ADDRESS = re.compile(r"\S+@\S+\.\w+|https?://\S+")
-_PLAIN = str.maketrans("äàáâãåçèéêëìíîïñòóôõöøùúûüýąćęłńśźż", "aaaaaaceeeeiiiinoooooouuuuyacelnszz")
+PLAIN = str.maketrans("äàáâãåçèéêëìíîïñòóôõöøùúûüýąćęłńśźż", "aaaaaaceeeeiiiinoooooouuuuyacelnszz")
 
 
 class ColumnsError(Exception):
@@ -159,7 +161,7 @@ def _guess(names: list[str], cells: dict[str, list[str]], chosen: dict[str, str]
 
 def _plain(name: str) -> str:
     """`userMessage`, `User-Message`, ` user message ` -> `user message`."""
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name.strip()).casefold().translate(_PLAIN)
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name.strip()).casefold().translate(PLAIN)
     return " ".join(re.findall(r"\w+", name.replace("_", " ")))
 
 

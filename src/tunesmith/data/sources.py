@@ -20,11 +20,13 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TextIO
 
+from tunesmith.data import dialogues
 from tunesmith.data.columns import SAMPLE_CHARS, SAMPLE_ROWS, ColumnsError, choose, rename
 from tunesmith.data.exports import BESIDE, CONVERSATIONS
 from tunesmith.errors import DataError
@@ -157,14 +159,34 @@ def find(path: str | Path, columns: Mapping[str, str] | None = None) -> Files:
 def chunks(files: Files) -> Iterator[Chunk]:
     """Every row of every file, in order. Raises one DataError at the end that names all bad files."""
     faults: list[DataError] = []
+    voices = _voices(files)
     for path in files.paths:
         try:
-            yield from _grouped(path, files)
+            yield from _grouped(path, files, voices)
         except DataError as e:
             faults.append(e)
         except OSError as e:
             faults.append(DataError(f"{path}: cannot be read: {e.strerror or e}", "check its permissions and the disk"))
     raise_all(faults)
+
+
+def _voices(files: Files) -> dialogues.Voices:
+    """Who speaks in the dialogues among the files: a look at the beginning of each. Faults are told when they are read."""
+    voices = dialogues.Voices()
+    if files.columns.keys() & {"text", "answer"}:
+        return voices
+    for path in files.paths:
+        if _suffix(path) in TEXT_SUFFIXES:
+            with suppress(DataError, OSError), _open(path, Counter())[0] as f:
+                if found := _look(f, files):
+                    voices.add(found)
+    return voices
+
+
+def _look(f: BinaryIO, files: Files) -> dialogues.Look | None:
+    if "text" in files.columns:
+        return None
+    return dialogues.look(f.peek(BLOCK)[: dialogues.HEAD].decode(errors="ignore"), files.columns)  # type: ignore[attr-defined]
 
 
 def raise_all(faults: list[DataError]) -> None:
@@ -293,7 +315,7 @@ def _wide(head: bytes) -> str:
     return ""
 
 
-def _grouped(path: Path, files: Files) -> Iterator[Chunk]:
+def _grouped(path: Path, files: Files, voices: dialogues.Voices) -> Iterator[Chunk]:
     """One file as chunks of at most CHUNK_ROWS rows and about CHUNK_CHARS characters."""
     suffix, notes = _suffix(path), files.notes
     if suffix == ".parquet":
@@ -308,6 +330,11 @@ def _grouped(path: Path, files: Files) -> Iterator[Chunk]:
             raw, items = True, _lines(f, path)
         elif suffix in (".csv", ".tsv"):
             raw, items = False, _csv(f, path, suffix, files)
+        elif found := _look(f, files):
+            raw, items = False, _dialogue(f, path, found, files, voices)
+        elif files.columns.keys() & {"prompt", "answer"}:
+            fix = "correct data.train[].columns: in text files it names speakers, as in `Anna: ...`; or drop it"
+            _fault(path, "no lines of speakers are found", fix)
         else:
             raw, items = False, _text(f, path)
         lines: list[int] = []
@@ -741,6 +768,17 @@ def _text(f: BinaryIO, path: Path) -> Iterator[Item]:
         size += len(line)
     if any(not s.isspace() for s in piece):
         yield made()
+
+
+def _dialogue(f: BinaryIO, path: Path, found: dialogues.Look, files: Files, voices: dialogues.Voices) -> Iterator[Item]:
+    """The conversations of a text file with speakers."""
+    try:
+        how, told = dialogues.plan(found, files.columns, voices)
+    except dialogues.SpeakerError as e:
+        _fault(path, str(e), "correct the name in data.train[].columns, or drop it to see whom `tunesmith check` takes")
+    files.notes[told] += 1
+    for line, row, chars in dialogues.read(_decoded(f, path), how, files.notes):
+        yield line, Refused(Origin(str(path), line), row) if isinstance(row, str) else row, chars
 
 
 def _parquet(path: Path, columns: Mapping[str, str]) -> Iterator[Chunk]:
