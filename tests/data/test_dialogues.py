@@ -218,8 +218,8 @@ def test_a_million_turns_and_a_turn_of_megabytes_take_bounded_rows(tmp_path):
     assert max(len(r.value["messages"]) for r in read(one_sided)[0]) <= dialogues.MOST_TURNS
 
 
-LINES = """User: a|Assistant: b|Ben: c|Anna:|**Ben:** x|## User|---|```||text|Note: y|\0|System: s|Q: a|A: b|[02.02.24, 10:00] Ben left
-[01.02.24, 10:00] Ben: hi|[02.02.24, 10:00] Anna: ho"""
+LINES = """User: a|Assistant: b|Ben: c|Anna:|**Ben:** x|## User|---|```||text|Note: y|\0|System: s|Q: a|A: b
+[02.02.24, 10:00] Ben left|[01.02.24, 10:00] Ben: hi|[02.02.24, 10:00] Anna: ho"""
 lines = st.sampled_from(LINES.replace("\n", "|").split("|")) | st.text(max_size=12)
 
 

@@ -95,7 +95,7 @@ class Source(Section):
         axolotl="datasets[].path",
         trl="ScriptArguments.dataset_name",
     )
-    """A file, a folder of files (jsonl, json, csv, parquet, txt, md; .gz too), or a hub dataset,
+    """A file, a folder of files (jsonl, json, csv, xlsx, parquet, txt, md, html, pdf, docx), or a hub dataset,
     `hub:owner/name[@revision][/split]`."""
     weight: Positive = key(
         1.0,

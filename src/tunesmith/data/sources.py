@@ -1,4 +1,4 @@
-"""Files to rows: jsonl, json, csv, tsv, parquet, txt, md (each also .gz), a folder of them, or `hub:owner/name`.
+"""Files to rows: jsonl, json, csv, tsv, parquet, txt, md, html (each also .gz), xlsx, pdf, docx, a folder of these, or hub:o/name.
 
 Two kinds of fault, never mixed. A bad row is a `Refused` with its file, line and reason, and reading goes on. A bad file (missing,
 empty, not UTF-8, cut off, damaged, a decompression bomb) is a DataError with the fix; all bad files of a folder are named at once,
@@ -19,14 +19,14 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TextIO
 
-from tunesmith.data import dialogues
+from tunesmith.data import dialogues, documents
 from tunesmith.data.columns import SAMPLE_CHARS, SAMPLE_ROWS, ColumnsError, choose, rename
 from tunesmith.data.exports import BESIDE, CONVERSATIONS
 from tunesmith.errors import DataError
@@ -39,8 +39,10 @@ TEXT_PIECE = 64 << 10  # a raw text file is cut at blank lines into pieces of ab
 BLOCK = 1 << 20
 BOMB_FROM, BOMB_RATIO, BOMB_MAX = 64 << 20, 20, 4 << 30  # gzip: real text packs 3x to 10x
 
-ROWS_SUFFIXES, TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet"), (".txt", ".md")
-ALIASES = {".ndjson": ".jsonl", ".text": ".txt", ".markdown": ".md"}
+ROWS_SUFFIXES, TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx"), (".txt", ".md", ".html", ".pdf", ".docx")
+SPOKEN = (".txt", ".md")  # text that may be a dialogue
+PACKED = (".xlsx", ".pdf", ".docx")  # whole files, which are packed themselves: not read as .gz
+ALIASES = {".htm": ".html", ".xhtml": ".html", ".ndjson": ".jsonl", ".text": ".txt", ".markdown": ".md"}
 NOT_ROWS = {
     "dataset_info.json",
     "dataset_infos.json",
@@ -176,7 +178,7 @@ def _voices(files: Files) -> dialogues.Voices:
     if files.columns.keys() & {"text", "answer"}:
         return voices
     for path in files.paths:
-        if _suffix(path) in TEXT_SUFFIXES:
+        if _suffix(path) in SPOKEN:
             with suppress(DataError, OSError), _open(path, Counter())[0] as f:
                 if found := _look(f, files):
                     voices.add(found)
@@ -223,7 +225,7 @@ def rows(path: str | Path) -> Iterator[Row | Refused]:
 
 # ---- files ---------------------------------------------------------------------------------------------------------------------
 
-_KNOWN = f"give a file ending in {', '.join(ROWS_SUFFIXES + TEXT_SUFFIXES)} (each also .gz), a folder of them, or hub:owner/name"
+_KNOWN = f"give a file ending in {', '.join(ROWS_SUFFIXES + TEXT_SUFFIXES)} (most also .gz), a folder of them, or hub:owner/name"
 
 
 def _suffix(path: Path) -> str:
@@ -321,6 +323,9 @@ def _grouped(path: Path, files: Files, voices: dialogues.Voices) -> Iterator[Chu
     if suffix == ".parquet":
         yield from _parquet(path, files.columns)
         return
+    if suffix in PACKED:
+        yield from _collected(path, False, _packed(path, suffix, files), lambda: 0, {})
+        return
     columns: Mapping[str, str] = files.columns if suffix in (".jsonl", ".json") else {}
     f, tell = _open(path, notes)
     with f:
@@ -330,28 +335,51 @@ def _grouped(path: Path, files: Files, voices: dialogues.Voices) -> Iterator[Chu
             raw, items = True, _lines(f, path)
         elif suffix in (".csv", ".tsv"):
             raw, items = False, _csv(f, path, suffix, files)
+        elif suffix == ".html":
+            raw, items = False, _text(documents.html(_decoded(f, path), path), path)
         elif found := _look(f, files):
             raw, items = False, _dialogue(f, path, found, files, voices)
         elif files.columns.keys() & {"prompt", "answer"}:
             fix = "correct data.train[].columns: in text files it names speakers, as in `Anna: ...`; or drop it"
             _fault(path, "no lines of speakers are found", fix)
         else:
-            raw, items = False, _text(f, path)
-        lines: list[int] = []
-        values: list[Any] = []
-        size, total = 0, 0
-        for line, item, chars in items:
-            lines.append(line)
-            values.append(item)
-            size += chars
-            if len(lines) >= CHUNK_ROWS or size >= CHUNK_CHARS:
-                yield Chunk(str(path), raw, lines, values, tell(), columns)
-                total += len(lines)
-                lines, values, size = [], [], 0
-        if lines:
-            yield Chunk(str(path), raw, lines, values, path.stat().st_size, columns)
-        elif not total:
-            _fault(path, "the file holds no rows", "remove it, or write its rows again")
+            raw, items = False, _text(enumerate(_decoded(f, path), 1), path)
+        yield from _collected(path, raw, items, tell, columns)
+
+
+def _collected(path: Path, raw: bool, items: Iterator[Item], tell: Any, columns: Mapping[str, str]) -> Iterator[Chunk]:
+    """Items as chunks."""
+    lines: list[int] = []
+    values: list[Any] = []
+    size, total = 0, 0
+    for line, item, chars in items:
+        lines.append(line)
+        values.append(item)
+        size += chars
+        if len(lines) >= CHUNK_ROWS or size >= CHUNK_CHARS:
+            yield Chunk(str(path), raw, lines, values, tell(), columns)
+            total += len(lines)
+            lines, values, size = [], [], 0
+    if lines:
+        yield Chunk(str(path), raw, lines, values, path.stat().st_size, columns)
+    elif not total:
+        _fault(path, "the file holds no rows", "remove it, or write its rows again")
+
+
+def _packed(path: Path, suffix: str, files: Files) -> Iterator[Item]:
+    """The rows of a spreadsheet, or the pieces of a document."""
+    if path.name.lower().endswith(".gz"):
+        _fault(path, f"a {suffix} file is not read as .gz", f"gzip -dk {path}, and use the unpacked file")
+    if not path.stat().st_size:
+        _fault(path, "the file is empty", "remove it, or save it again")
+    if suffix == ".xlsx":
+        found = documents.xlsx(path, files.notes)
+        header = next(found, (0, []))[1]
+        if not header:
+            _fault(path, "no sheet holds a row", "remove it, or save it again")
+        yield from _table(header, found, path, files, ",")
+    else:
+        yield from _text((documents.pdf if suffix == ".pdf" else documents.docx)(path, files.notes), path)
 
 
 Item = tuple[int, Any, int]  # line or row number, what it holds, its size in characters
@@ -750,7 +778,7 @@ def _decoded(f: BinaryIO, path: Path) -> Iterator[str]:
         yield line
 
 
-def _text(f: BinaryIO, path: Path) -> Iterator[Item]:
+def _text(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[Item]:
     """Raw text in pieces of about TEXT_PIECE characters, cut at a blank line, or at any line once a piece is twice as long."""
     name, piece, size, start = str(path), [], 0, 1
 
@@ -759,7 +787,9 @@ def _text(f: BinaryIO, path: Path) -> Iterator[Item]:
         bad = "\0" in text
         return start, Refused(Origin(name, start), "a zero character (NUL) in the text", text[:300]) if bad else text, len(text)
 
-    for number, line in enumerate(_decoded(f, path), 1):
+    for number, line in lines:
+        if not piece:
+            start = number
         if size >= TEXT_PIECE and (not line.strip() or size >= 2 * TEXT_PIECE):
             if size and any(not s.isspace() for s in piece):
                 yield made()
