@@ -12,8 +12,8 @@ FOUR = {"model": "embedded", "data": "chats.jsonl", "method": "lora", "output": 
 # A ratchet: a new key is a promise to every run file ever written. Add one here only with its reason in the commit.
 KEYS = """
 model method output seed
-data.train data.train[].path data.train[].weight data.held_out data.template data.train_on data.add_eos data.max_length
-data.overlength data.max_refused data.workers
+data.train data.train[].path data.train[].weight data.train[].columns data.held_out data.template data.train_on data.add_eos
+data.max_length data.overlength data.max_refused data.workers
 lora.rank lora.alpha lora.dropout lora.targets lora.variant lora.rank_pattern lora.alpha_pattern lora.continue_from
 lora.new_tokens lora.modules_to_save
 train.epochs train.max_steps train.batch_size train.learning_rate train.schedule train.warmup_ratio train.weight_decay

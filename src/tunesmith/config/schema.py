@@ -95,7 +95,7 @@ class Source(Section):
         axolotl="datasets[].path",
         trl="ScriptArguments.dataset_name",
     )
-    """A file, a folder of files (jsonl, json, csv, parquet, txt, md; .gz too), or a hub dataset,
+    """A file, a folder of files (jsonl, json, csv, xlsx, parquet, txt, md, html, pdf, docx), or a hub dataset,
     `hub:owner/name[@revision][/split]`."""
     weight: Positive = key(
         1.0,
@@ -103,6 +103,16 @@ class Source(Section):
         low="The model hardly sees this source.",
     )
     """Share of this source's rows used in an epoch: 0.5 takes half, 2 takes each twice."""
+    columns: dict[Literal["prompt", "answer", "system", "id", "text"], Text] = key(
+        {},
+        wrong="Question and answer swapped: the model learns to ask. `tunesmith check` says what was guessed, and shows rows.",
+        axolotl="datasets[].field_instruction, field_output, field_system",
+        trl="dataset.rename_columns before training",
+        unsloth="dataset.rename_columns before training",
+    )
+    """Which column, or key of a row, is the `prompt`, `answer`, `system`, `id`, or the `text` to learn as it stands. What is not
+    said is guessed from the names and contents of a table, and told. In dialogues `answer` is the speaker that the model is to
+    be."""
 
 
 class Data(Section):
@@ -114,7 +124,7 @@ class Data(Section):
         trl="train_dataset",
         unsloth="train_dataset",
     )
-    """Rows to train on: a path, a list of paths, or a list of `{path:, weight:}`."""
+    """Rows to train on: a path, a list of paths, or a list of `{path:, weight:, columns:}`."""
     held_out: Place | Fraction = key(
         0.05,
         high="Few rows are left to learn from.",

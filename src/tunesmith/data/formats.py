@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from tunesmith.data import exports
 from tunesmith.data.sources import Row
 from tunesmith.errors import DataError
 from tunesmith.registry import Registry
@@ -87,6 +88,11 @@ def detect(value: dict[str, Any] | str) -> str | None:
         return "text"
     found = _matches(tuple(k for k, v in value.items() if v is not None))
     return found[0] if len(found) == 1 else None
+
+
+def knows(keys: Sequence[str]) -> bool:
+    """Whether rows with these keys are read, or are refused for what they are: then nothing is guessed about their columns."""
+    return bool(_matches(tuple(keys))) or any(set(keys).issuperset(k) for k, _ in REFUSED_KEYS)
 
 
 def conversation(row: Row) -> Conversation:
@@ -402,6 +408,16 @@ def _messages(value: Mapping[str, Any], fixes: list[str]) -> Found:
     return "chat", lead + turns, _tools(value)
 
 
+def _chatgpt(value: Mapping[str, Any], fixes: list[str]) -> Found:
+    """One conversation of ChatGPT's export: the path that was seen last."""
+    _refuse_media(value)
+    try:
+        messages = exports.chatgpt(value, fixes)
+    except exports.ExportError as e:
+        raise FormatError(str(e)) from None
+    return "chat", [_turn(m, i, fixes) for i, m in enumerate(messages, 1)], ()
+
+
 def _prompt_completion(value: Mapping[str, Any], fixes: list[str]) -> Found:
     """Two texts: plain concatenation, no template. Two lists of messages: a chat whose prompt is not learned."""
     if isinstance(value.get("label"), bool):
@@ -467,6 +483,17 @@ FORMATS: Registry[Format] = Registry(
                     {"role": "user", "content": "Hello"},
                     {"role": "assistant", "content": "Hello! How can I help?", "weight": 1},
                 ]
+            },
+        ),
+        "chatgpt": Format(
+            (("mapping", "current_node"), ("mapping", "create_time")),
+            _chatgpt,
+            {
+                "current_node": "b",
+                "mapping": {
+                    "a": {"parent": None, "message": {"author": {"role": "user"}, "content": {"parts": ["Hello"]}}},
+                    "b": {"parent": "a", "message": {"author": {"role": "assistant"}, "content": {"parts": ["Hello!"]}}},
+                },
             },
         ),
         "prompt_completion": Format((("prompt", "completion"),), _prompt_completion, {"prompt": "2 + 2 =", "completion": " 4"}),

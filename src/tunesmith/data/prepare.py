@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import connection, util
 from pathlib import Path
 from secrets import token_hex
@@ -52,7 +52,7 @@ from tunesmith.types import Conversation, Example
 if TYPE_CHECKING:
     from rich.console import Console
 
-VERSION = 2  # raise it when the same rows would be prepared differently
+VERSION = 3  # raise it when the same rows would be prepared differently
 INLINE_ROWS = 500  # rows prepared here before workers are started: a forked one begins with what these taught the tokenizer
 BYTES_A_WORKER = {"fork": 1 << 20, "spawn": 4 << 20}  # `workers: auto`: files for each, that it is worth its start (0.2 or 1-3 s)
 HELD_OUT_MOST = 500  # rows a held-out share takes at most
@@ -279,9 +279,13 @@ def prepare(
 def _find_all(data: Data) -> list[Files]:
     """The files of every training source, then those of the held-out file if there is one."""
     found, faults = [], []
-    for path in [s.path for s in data.train] + ([data.held_out] if isinstance(data.held_out, str) else []):
+    wanted = [(s.path, s.columns) for s in data.train]
+    if isinstance(data.held_out, str):  # it is like the training rows: where those agree on the columns, so are its
+        same = all(columns == wanted[0][1] for _, columns in wanted)
+        wanted.append((data.held_out, wanted[0][1] if same else {}))
+    for path, columns in wanted:
         try:
-            found.append(find(path))
+            found.append(find(path, columns))
         except DataError as e:
             faults.append(e)
     raise_all(faults)
@@ -295,11 +299,13 @@ def _settings(data: Data) -> dict[str, Any]:
 
 def _question(data: Data, model: str | Path, seed: int) -> str:
     """Names the newest result for these settings, whatever the files hold now."""
-    return sha256(json.dumps([_settings(data), [s.path for s in data.train], os.path.abspath(model), seed], sort_keys=True))[:32]
+    return sha256(
+        json.dumps([_settings(data), [[s.path, s.columns] for s in data.train], os.path.abspath(model), seed], sort_keys=True)
+    )[:32]
 
 
 def _fingerprint(data: Data, renderer: str, seed: int, found: list[Files]) -> str:
-    files = [[f.label, [[str(p), sha256_file(p)] for p in f.paths], f.skipped] for f in found]
+    files = [[f.label, [[str(p), sha256_file(p)] for p in f.paths], f.skipped, dict(f.columns)] for f in found]
     drawn = seed if not isinstance(data.held_out, str) and data.held_out else 0
     return sha256(json.dumps([VERSION, renderer, drawn, _settings(data), files], sort_keys=True))
 
@@ -736,7 +742,7 @@ def _write_conversations(path: Path, found: list[Files], held: np.ndarray) -> No
                 return
             here = [i for i in range(len(chunk.lines)) if start + i in wanted]
             start += len(chunk.lines)
-            some = Chunk(chunk.file, chunk.raw, [chunk.lines[i] for i in here], [chunk.items[i] for i in here], chunk.position)
+            some = replace(chunk, lines=[chunk.lines[i] for i in here], items=[chunk.items[i] for i in here])
             for row in parse(some):
                 if isinstance(row, Refused):
                     raise DataError(f"{chunk.file}: changed while it was read", "run it again when nothing writes to the file")

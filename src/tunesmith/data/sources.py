@@ -1,4 +1,4 @@
-"""Files to rows: jsonl, json, csv, tsv, parquet, txt, md (each also .gz), a folder of them, or `hub:owner/name`.
+"""Files to rows: jsonl, json, csv, tsv, parquet, txt, md, html (each also .gz), xlsx, pdf, docx, a folder of these, or hub:o/name.
 
 Two kinds of fault, never mixed. A bad row is a `Refused` with its file, line and reason, and reading goes on. A bad file (missing,
 empty, not UTF-8, cut off, damaged, a decompression bomb) is a DataError with the fix; all bad files of a folder are named at once,
@@ -19,11 +19,16 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TextIO
 
+from tunesmith.data import dialogues, documents
+from tunesmith.data.columns import SAMPLE_CHARS, SAMPLE_ROWS, ColumnsError, choose, rename
+from tunesmith.data.exports import BESIDE, CONVERSATIONS
 from tunesmith.errors import DataError
 from tunesmith.types import Origin
 
@@ -34,8 +39,10 @@ TEXT_PIECE = 64 << 10  # a raw text file is cut at blank lines into pieces of ab
 BLOCK = 1 << 20
 BOMB_FROM, BOMB_RATIO, BOMB_MAX = 64 << 20, 20, 4 << 30  # gzip: real text packs 3x to 10x
 
-ROWS_SUFFIXES, TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet"), (".txt", ".md")
-ALIASES = {".ndjson": ".jsonl", ".text": ".txt", ".markdown": ".md"}
+ROWS_SUFFIXES, TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xlsx"), (".txt", ".md", ".html", ".pdf", ".docx")
+SPOKEN = (".txt", ".md")  # text that may be a dialogue
+PACKED = (".xlsx", ".pdf", ".docx")  # whole files, which are packed themselves: not read as .gz
+ALIASES = {".htm": ".html", ".xhtml": ".html", ".ndjson": ".jsonl", ".text": ".txt", ".markdown": ".md"}
 NOT_ROWS = {
     "dataset_info.json",
     "dataset_infos.json",
@@ -46,6 +53,7 @@ ONE_ROW_KEYS = {
     "messages",
     "conversations",
     "conversation",
+    "mapping",
     "instruction",
     "prompt",
     "question",
@@ -59,7 +67,8 @@ COLUMNS = frozenset((
     "messages", "conversation", "conversations", "tools", "functions", "instruction", "input", "output", "response", "system",
     "system_prompt", "context", "history", "question", "answer", "query", "prompt", "completion", "inputs", "targets", "text",
     "label", "input_ids", "message_tree_id", "role", "chosen", "rejected", "chosen_messages", "rejected_messages", "response_j",
-    "response_k", "preferred_output", "non_preferred_output", "image", "images", "audio", "audios", "video", "videos",
+    "response_k", "mapping", "current_node", "create_time", "preferred_output", "non_preferred_output",
+    "image", "images", "audio", "audios", "video", "videos",
 ))
 # fmt: on
 """Keys that formats.py reads of a row: a table's column is found by them however its name is capitalised."""
@@ -91,6 +100,7 @@ class Chunk:
     lines: list[int]
     items: list[Any]
     position: int  # bytes of the file on disk that have been read
+    columns: Mapping[str, str] = field(default_factory=dict)  # under which keys its rows are, where the person has said so
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,8 @@ class Files:
     label: str
     paths: tuple[Path, ...]
     skipped: tuple[str, ...] = ()  # files of a folder that hold no rows, with the reason
-    notes: Counter[str] = field(default_factory=Counter)  # what was mended in whole files, e.g. a byte order mark
+    notes: Counter[str] = field(default_factory=Counter)  # what was mended or guessed in whole files, e.g. a byte order mark
+    columns: Mapping[str, str] = field(default_factory=dict)  # data.train[].columns: what is what, as the person wrote it
 
     @property
     def size(self) -> int:
@@ -108,13 +119,13 @@ class Files:
         return sum(p.stat().st_size for p in self.paths)
 
 
-def find(path: str | Path) -> Files:
+def find(path: str | Path, columns: Mapping[str, str] | None = None) -> Files:
     """The files of a source. A folder is walked in name order; hidden files are passed over. DataError when nothing is there.
 
     Beside files with rows, text files are left aside (a dataset's README is not training text); alone, they are the data. A run
     folder inside is passed over: its samples and held-out rows would be trained on.
     """
-    label = str(path)
+    label, columns = str(path), columns or {}
     if label.startswith("hub:"):
         from tunesmith.hub import resolve_dataset
 
@@ -123,7 +134,7 @@ def find(path: str | Path) -> Files:
     if root.is_file():
         if _suffix(root) not in ROWS_SUFFIXES + TEXT_SUFFIXES:
             _fault(root, f"files of type {root.suffix or 'without a suffix'} are not read", _KNOWN)
-        return Files(label, (root,))
+        return Files(label, (root,), columns=columns)
     if not root.exists():
         near = sorted(p.name for p in root.parent.iterdir() if not p.name.startswith("."))[:8] if root.parent.is_dir() else []
         beside = f"; {root.parent} holds {', '.join(near)}" if near else ""
@@ -131,31 +142,53 @@ def find(path: str | Path) -> Files:
     every = [p for p in sorted(root.rglob("*")) if p.is_file() and not any(s.startswith(".") for s in p.relative_to(root).parts)]
     runs = {p.parent for p in every if p.name == "run.yaml" and (p.parent / "manifest.json").is_file()}
     every = [p for p in every if runs.isdisjoint(p.parents)]
-    with_rows = [p for p in every if _suffix(p) in ROWS_SUFFIXES and p.name not in NOT_ROWS]
+    exported = {p.parent for p in every if CONVERSATIONS.fullmatch(p.name)}
+    beside = {p for p in every if p.name in NOT_ROWS or (p.parent in exported and BESIDE.fullmatch(p.name))}
+    with_rows = [p for p in every if _suffix(p) in ROWS_SUFFIXES and p not in beside]
     text = [p for p in every if _suffix(p) in TEXT_SUFFIXES]
     if not with_rows and not text:
         _fault(root, "the folder holds no file with rows", _KNOWN)
     chosen = with_rows or text
     skipped = [
-        f"{p} ({'text beside files with rows' if p in text else 'metadata' if p.name in NOT_ROWS else 'unknown type'})"
+        f"{p} ({'text beside files with rows' if p in text else 'metadata' if p in beside else 'unknown type'})"
         for p in every
         if p not in set(chosen)
     ]
     skipped += [f"{run} (a run folder)" for run in sorted(runs)]
-    return Files(label, tuple(chosen), tuple(skipped))
+    return Files(label, tuple(chosen), tuple(skipped), columns=columns)
 
 
 def chunks(files: Files) -> Iterator[Chunk]:
     """Every row of every file, in order. Raises one DataError at the end that names all bad files."""
     faults: list[DataError] = []
+    voices = _voices(files)
     for path in files.paths:
         try:
-            yield from _grouped(path, files.notes)
+            yield from _grouped(path, files, voices)
         except DataError as e:
             faults.append(e)
         except OSError as e:
             faults.append(DataError(f"{path}: cannot be read: {e.strerror or e}", "check its permissions and the disk"))
     raise_all(faults)
+
+
+def _voices(files: Files) -> dialogues.Voices:
+    """Who speaks in the dialogues among the files: a look at the beginning of each. Faults are told when they are read."""
+    voices = dialogues.Voices()
+    if files.columns.keys() & {"text", "answer"}:
+        return voices
+    for path in files.paths:
+        if _suffix(path) in SPOKEN:
+            with suppress(DataError, OSError), _open(path, Counter())[0] as f:
+                if found := _look(f, files):
+                    voices.add(found)
+    return voices
+
+
+def _look(f: BinaryIO, files: Files) -> dialogues.Look | None:
+    if "text" in files.columns:
+        return None
+    return dialogues.look(f.peek(BLOCK)[: dialogues.HEAD].decode(errors="ignore"), files.columns)  # type: ignore[attr-defined]
 
 
 def raise_all(faults: list[DataError]) -> None:
@@ -174,7 +207,14 @@ def parse(chunk: Chunk) -> list[Row | Refused]:
             out.append(_from_json(item, Origin(chunk.file, line)))
         else:
             out.append(Row(item, Origin(chunk.file, line)))
-    return out
+    return [_renamed(row, chunk.columns) for row in out] if chunk.columns else out
+
+
+def _renamed(row: Row | Refused, columns: Mapping[str, str]) -> Row | Refused:
+    if isinstance(row, Refused) or not isinstance(row.value, dict):
+        return row
+    value = rename(row.value, columns)
+    return Refused(row.origin, value, str(row.value)[:300]) if isinstance(value, str) else Row(value, row.origin)
 
 
 def rows(path: str | Path) -> Iterator[Row | Refused]:
@@ -185,7 +225,7 @@ def rows(path: str | Path) -> Iterator[Row | Refused]:
 
 # ---- files ---------------------------------------------------------------------------------------------------------------------
 
-_KNOWN = f"give a file ending in {', '.join(ROWS_SUFFIXES + TEXT_SUFFIXES)} (each also .gz), a folder of them, or hub:owner/name"
+_KNOWN = f"give a file ending in {', '.join(ROWS_SUFFIXES + TEXT_SUFFIXES)} (most also .gz), a folder of them, or hub:owner/name"
 
 
 def _suffix(path: Path) -> str:
@@ -277,12 +317,16 @@ def _wide(head: bytes) -> str:
     return ""
 
 
-def _grouped(path: Path, notes: Counter[str]) -> Iterator[Chunk]:
+def _grouped(path: Path, files: Files, voices: dialogues.Voices) -> Iterator[Chunk]:
     """One file as chunks of at most CHUNK_ROWS rows and about CHUNK_CHARS characters."""
-    suffix = _suffix(path)
+    suffix, notes = _suffix(path), files.notes
     if suffix == ".parquet":
-        yield from _parquet(path)
+        yield from _parquet(path, files.columns)
         return
+    if suffix in PACKED:
+        yield from _collected(path, False, _packed(path, suffix, files), lambda: 0, {})
+        return
+    columns: Mapping[str, str] = files.columns if suffix in (".jsonl", ".json") else {}
     f, tell = _open(path, notes)
     with f:
         if suffix == ".json" and (first := _json_kind(f, path)) != "lines":
@@ -290,24 +334,52 @@ def _grouped(path: Path, notes: Counter[str]) -> Iterator[Chunk]:
         elif suffix in (".jsonl", ".json"):
             raw, items = True, _lines(f, path)
         elif suffix in (".csv", ".tsv"):
-            raw, items = False, _csv(f, path, suffix, notes)
+            raw, items = False, _csv(f, path, suffix, files)
+        elif suffix == ".html":
+            raw, items = False, _text(documents.html(_decoded(f, path), path), path)
+        elif found := _look(f, files):
+            raw, items = False, _dialogue(f, path, found, files, voices)
+        elif files.columns.keys() & {"prompt", "answer"}:
+            fix = "correct data.train[].columns: in text files it names speakers, as in `Anna: ...`; or drop it"
+            _fault(path, "no lines of speakers are found", fix)
         else:
-            raw, items = False, _text(f, path)
-        lines: list[int] = []
-        values: list[Any] = []
-        size, total = 0, 0
-        for line, item, chars in items:
-            lines.append(line)
-            values.append(item)
-            size += chars
-            if len(lines) >= CHUNK_ROWS or size >= CHUNK_CHARS:
-                yield Chunk(str(path), raw, lines, values, tell())
-                total += len(lines)
-                lines, values, size = [], [], 0
-        if lines:
-            yield Chunk(str(path), raw, lines, values, path.stat().st_size)
-        elif not total:
-            _fault(path, "the file holds no rows", "remove it, or write its rows again")
+            raw, items = False, _text(enumerate(_decoded(f, path), 1), path)
+        yield from _collected(path, raw, items, tell, columns)
+
+
+def _collected(path: Path, raw: bool, items: Iterator[Item], tell: Any, columns: Mapping[str, str]) -> Iterator[Chunk]:
+    """Items as chunks."""
+    lines: list[int] = []
+    values: list[Any] = []
+    size, total = 0, 0
+    for line, item, chars in items:
+        lines.append(line)
+        values.append(item)
+        size += chars
+        if len(lines) >= CHUNK_ROWS or size >= CHUNK_CHARS:
+            yield Chunk(str(path), raw, lines, values, tell(), columns)
+            total += len(lines)
+            lines, values, size = [], [], 0
+    if lines:
+        yield Chunk(str(path), raw, lines, values, path.stat().st_size, columns)
+    elif not total:
+        _fault(path, "the file holds no rows", "remove it, or write its rows again")
+
+
+def _packed(path: Path, suffix: str, files: Files) -> Iterator[Item]:
+    """The rows of a spreadsheet, or the pieces of a document."""
+    if path.name.lower().endswith(".gz"):
+        _fault(path, f"a {suffix} file is not read as .gz", f"gzip -dk {path}, and use the unpacked file")
+    if not path.stat().st_size:
+        _fault(path, "the file is empty", "remove it, or save it again")
+    if suffix == ".xlsx":
+        found = documents.xlsx(path, files.notes)
+        header = next(found, (0, []))[1]
+        if not header:
+            _fault(path, "no sheet holds a row", "remove it, or save it again")
+        yield from _table(header, found, path, files, ",")
+    else:
+        yield from _text((documents.pdf if suffix == ".pdf" else documents.docx)(path, files.notes), path)
 
 
 Item = tuple[int, Any, int]  # line or row number, what it holds, its size in characters
@@ -593,21 +665,33 @@ def _elements(stream: _Stream, path: Path, notes: Counter[str]) -> Iterator[Item
 # ---- tables and text -----------------------------------------------------------------------------------------------------------
 
 
-def _csv(f: BinaryIO, path: Path, suffix: str, notes: Counter[str]) -> Iterator[Item]:
+def _csv(f: BinaryIO, path: Path, suffix: str, files: Files) -> Iterator[Item]:
     """One row a record, its keys from the first line. An empty cell is an empty string."""
     csv.field_size_limit(MAX_ROW)
-    name, text = str(path), _decoded(f, path)
-    first = next(text, "")
-    mark = "\t" if suffix == ".tsv" else ";" if "," not in first and ";" in first else ","
-    reader = csv.reader(_chain(first, text), delimiter=mark, strict=True)
+    text = _decoded(f, path)
+    first, before = next(text, ""), 0
+    mark = "\t" if suffix == ".tsv" else _mark(first)
+    if said := re.fullmatch(r"sep=(.)\s*", first):  # what Excel writes for itself
+        mark, first, before = said[1], next(text, ""), 1
+        files.notes["line sep= passed over"] += 1
+    reader = csv.reader(chain([first], text), delimiter=mark, strict=True)
     try:
         header = next(reader, [])
     except csv.Error as e:
         _fault(path, f"the header cannot be read ({e})", "mend the first line; it names the columns")
-    keys = _columns(header, path)
-    notes.update(f"column {h!r} read as {k!r}" for h, k in zip(header, keys, strict=True) if h != k)
+    yield from _table(header, _records(reader, path, before), path, files, mark)
+
+
+def _mark(header: str) -> str:
+    """What stands between the columns: the commonest of comma, semicolon and tab outside quotes."""
+    bare = re.sub(r'"[^"]*"', "", header)
+    return max(",;\t", key=bare.count)
+
+
+def _records(reader: Any, path: Path, before: int) -> Iterator[tuple[int, list[str] | Refused]]:
+    """The records behind the header, each with the line it begins in."""
     while True:
-        line = reader.line_num + 1
+        line = reader.line_num + 1 + before
         try:
             cells = next(reader)
         except StopIteration:
@@ -615,20 +699,52 @@ def _csv(f: BinaryIO, path: Path, suffix: str, notes: Counter[str]) -> Iterator[
         except csv.Error as e:
             if "unexpected end of data" in str(e):
                 _fault(path, f"the quotes opened in line {line} are never closed", "close them, or copy the file again")
-            yield line, Refused(Origin(name, line), f"not a valid record ({e})"), 0
+            yield line, Refused(Origin(str(path), line), f"not a valid record ({e})")
             continue
-        if not cells or cells == [""]:
+        yield line, cells
+
+
+def _table(
+    header: list[str], records: Iterator[tuple[int, list[str] | Refused]], path: Path, files: Files, mark: str
+) -> Iterator[Item]:
+    """The rows of a table under the keys that formats.py reads: its own names, or else as `columns.choose` finds."""
+    name, keys = str(path), _columns(header, path)
+    first: list[tuple[int, list[str] | Refused]] = []
+    wanted: dict[str, str] = {}
+    if files.columns or not _known_keys(keys):
+        size = 0
+        for record in records:
+            first.append(record)
+            size += sum(map(len, record[1])) if isinstance(record[1], list) else 0
+            if len(first) >= SAMPLE_ROWS or size >= SAMPLE_CHARS:
+                break
+        try:
+            wanted, notes = choose(keys, [r for _, r in first if isinstance(r, list)], files.columns)
+        except ColumnsError as e:
+            _fault(path, e.what, e.fix)
+    else:
+        notes = [f"column {h!r} read as {k!r}" for h, k in zip(header, keys, strict=True) if h != k]
+    files.notes.update(notes)
+    for line, cells in chain(first, records):
+        if isinstance(cells, Refused):
+            yield line, cells, 0
+        elif not cells or cells == [""]:
             continue
-        if len(cells) != len(keys):
-            yield (
-                line,
-                Refused(Origin(name, line), f"{len(cells)} columns, the header names {len(keys)}", mark.join(cells)[:300]),
-                0,
-            )
+        elif len(cells) != len(keys):
+            reason = f"{len(cells)} columns, the header names {len(keys)}"
+            yield line, Refused(Origin(name, line), reason, mark.join(cells)[:300]), 0
         elif any("\0" in c for c in cells):
             yield line, Refused(Origin(name, line), "a zero character (NUL) in the text"), 0
         else:
-            yield line, dict(zip(keys, cells, strict=True)), sum(map(len, cells))
+            value: Any = dict(zip(keys, cells, strict=True))
+            yield line, rename(value, wanted) if wanted else value, sum(map(len, cells))
+
+
+def _known_keys(keys: list[str]) -> bool:
+    """Whether formats.py knows what rows with these keys are, be it only why they are refused."""
+    from tunesmith.data import formats  # which is above this module
+
+    return formats.knows(keys)
 
 
 def _columns(header: list[str], path: Path) -> list[str]:
@@ -647,11 +763,6 @@ def _columns(header: list[str], path: Path) -> list[str]:
     return list(keys)
 
 
-def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
-    yield first
-    yield from rest
-
-
 def _decoded(f: BinaryIO, path: Path) -> Iterator[str]:
     """Lines of a text file with their ends, none longer than MAX_ROW."""
     text: TextIO = io.TextIOWrapper(f, encoding="utf-8", newline="")
@@ -667,7 +778,7 @@ def _decoded(f: BinaryIO, path: Path) -> Iterator[str]:
         yield line
 
 
-def _text(f: BinaryIO, path: Path) -> Iterator[Item]:
+def _text(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[Item]:
     """Raw text in pieces of about TEXT_PIECE characters, cut at a blank line, or at any line once a piece is twice as long."""
     name, piece, size, start = str(path), [], 0, 1
 
@@ -676,7 +787,9 @@ def _text(f: BinaryIO, path: Path) -> Iterator[Item]:
         bad = "\0" in text
         return start, Refused(Origin(name, start), "a zero character (NUL) in the text", text[:300]) if bad else text, len(text)
 
-    for number, line in enumerate(_decoded(f, path), 1):
+    for number, line in lines:
+        if not piece:
+            start = number
         if size >= TEXT_PIECE and (not line.strip() or size >= 2 * TEXT_PIECE):
             if size and any(not s.isspace() for s in piece):
                 yield made()
@@ -687,7 +800,18 @@ def _text(f: BinaryIO, path: Path) -> Iterator[Item]:
         yield made()
 
 
-def _parquet(path: Path) -> Iterator[Chunk]:
+def _dialogue(f: BinaryIO, path: Path, found: dialogues.Look, files: Files, voices: dialogues.Voices) -> Iterator[Item]:
+    """The conversations of a text file with speakers."""
+    try:
+        how, told = dialogues.plan(found, files.columns, voices)
+    except dialogues.SpeakerError as e:
+        _fault(path, str(e), "correct the name in data.train[].columns, or drop it to see whom `tunesmith check` takes")
+    files.notes[told] += 1
+    for line, row, chars in dialogues.read(_decoded(f, path), how, files.notes):
+        yield line, Refused(Origin(str(path), line), row) if isinstance(row, str) else row, chars
+
+
+def _parquet(path: Path, columns: Mapping[str, str]) -> Iterator[Chunk]:
     """Rows of a parquet file, a batch at a time."""
     import pyarrow as pa
     from pyarrow import parquet
@@ -706,7 +830,7 @@ def _parquet(path: Path) -> Iterator[Chunk]:
                 values = [_plain(v, Origin(str(path), done + i)) for i, v in enumerate(batch.to_pylist(), 1)]
                 lines = list(range(done + 1, done + len(values) + 1))
                 done += len(values)
-                yield Chunk(str(path), False, lines, values, size * done // total)
+                yield Chunk(str(path), False, lines, values, size * done // total, columns)
         if not done:
             _fault(path, "the file holds no rows", "remove it, or write its rows again")
     except (pa.ArrowException, ValueError, OSError, OverflowError) as e:
