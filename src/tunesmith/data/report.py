@@ -295,6 +295,7 @@ def _findings(report: CheckReport, console: Console) -> None:
         if k >= FINDINGS_WHOLE:
             continue
         place, words = f["examples"][0] if f["examples"] else ("", "")
+        place = place if len(place) <= 30 else "…/" + place.rsplit("/", 1)[-1]
         below = [" ".join(filter(None, (place, words))), f["detail"], f"fix: {f['fix']}"]
         for words in filter(None, below):
             console.print(_text(" " * 17 + words, "dim"), no_wrap=True, overflow="ellipsis", crop=True)

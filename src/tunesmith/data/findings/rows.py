@@ -1,4 +1,4 @@
-"""Faults that one row shows by itself. A detector takes a chunk's `Rows` and tells which of them have the fault, and where."""
+"""Faults that one row shows by itself. A detector takes a chunk's `Rows` and tells which of them have it, and where."""
 
 from __future__ import annotations
 
@@ -9,28 +9,34 @@ from tunesmith import redact
 from tunesmith.data.findings import text as t
 from tunesmith.data.findings.text import Hits, Joined, Rows
 
+REPEATED = 120  # of a longer one the beginning: worked answers often begin with a clause of the question
 COPY = 40  # characters of a prompt that an answer repeats by more than chance
 OPEN_ENDED = 80  # an answer shorter than this may end as it likes
 
 REFUSAL = re.compile(
-    r"^(?:i(?:'|’)?m (?:very |so |really )?sorry,? (?:but )?(?:i|as)\b.{0,40}?(?:can(?:no|')?t|unable|not able|won't|do not|don't)"
-    r"|(?:i(?:'|’)?m|i am) (?:sorry,? (?:but )?)?(?:not able|unable) to (?:assist|help|provide|fulfill|answer|comply|generate|create)"
+    r"^(?:i(?:'|’)?m (?:very |so |really )?sorry,? (?:but )?(?:i|as)\b.{0,40}?"
+    r"(?:can(?:no|')?t|unable|not able|won't|do not|don't)"
+    r"|(?:i(?:'|’)?m|i am) (?:sorry,? (?:but )?)?(?:not able|unable) to "
+    r"(?:assist|help|provide|fulfill|answer|comply|generate|create)"
     r"|i (?:can(?:no|'|’)t|can not|won(?:'|’)t|will not) (?:assist|help|provide|fulfill|comply|answer|generate|create|do that|share)"
     r"|(?:sorry|unfortunately),? (?:but )?i (?:can(?:no|'|’)t|can not|am unable|am not able))",
     re.MULTILINE,
 )
 REFUSAL_GATES = ("sorry", "unable to", "not able to", "can't", "can’t", "cannot", "can not", "i won't", "i won’t", "i will not")
 BOILERPLATE = re.compile(
-    r"\bas an? (?:large |artificial )?(?:ai|a\.i\.|language|artificial intelligence)(?: language)? ?(?:model|assistant|chatbot)?\b(?=,| i\b| developed| trained)"
-    r"|\bi(?:'|’)?(?: a)?m (?:just |only )?an? (?:ai|large language|language|artificial intelligence)(?: language)? (?:model|assistant|chatbot)\b"
+    r"\bas an? (?:large |artificial )?(?:ai|a\.i\.|language|artificial intelligence)(?: language)? ?(?:model|assistant|chatbot)?\b"
+    r"(?=,| i\b| developed| trained)"
+    r"|\bi(?:'|’)?(?: a)?m (?:just |only )?an? (?:ai|large language|language|artificial intelligence)"
+    r"(?: language)? (?:model|assistant|chatbot)\b"
     r"|\bmy (?:knowledge cutoff|last knowledge update|training data (?:only )?(?:goes|extends|ends))"
     r"|\b(?:trained|developed|created) by openai\b|\bi hope this (?:email|message) finds you well\b|\bregenerate response\b"
     r"|\bi don(?:'|’)t have personal (?:opinions|beliefs|experiences|feelings)\b"
     r"|\bals (?:ein )?ki-(?:sprach)?modell\b|\ben tant qu(?:e |'|’)(?:modèle de langage|ia)\b|\bcomo modelo de lenguaje\b"
 )
 BOILERPLATE_GATES = (
-    "as an ai", "as a large", "as a language", "as an artificial", "an ai ", "language model", "knowledge cutoff", "knowledge update",
-    "training data", "openai", "finds you well", "regenerate response", "personal ", "als ki", "als ein ki", "en tant qu", "como modelo",
+    "as an ai", "as a large", "as a language", "as an artificial", "an ai ", "language model", "knowledge cutoff",
+    "knowledge update", "training data", "openai", "finds you well", "regenerate response", "personal ", "als ki", "als ein ki",
+    "en tant qu", "como modelo",
 )  # fmt: skip
 SPECIAL = re.compile(
     r"<\|[A-Za-z0-9_ ]{2,40}\|>|<｜[^｜\n]{2,40}｜>|\[/?INST\]|<</?SYS>>|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_turn>"
@@ -40,7 +46,8 @@ SPECIAL_GATES = ("<|", "<｜", "INST]", "SYS>>", "<s>", "</s>", "<bos>", "<eos>"
                  "[PAD]", "[UNK]", "[CLS]", "[MASK]", "[BOS]", "[EOS]", "[SEP]")  # fmt: skip
 CONFLICT = re.compile(r"^(?:<{7}(?: |$)|>{7}(?: |$)|\|{7}(?: |$))", re.MULTILINE)
 ROLE_LINE = re.compile(
-    r"^(?:#{2,4} ?(?:Instruction|Input|Response|User|Human|Assistant|System|Prompt)\b:?|\**(?:Human|User|Assistant|System|USER|ASSISTANT|HUMAN)\**:)",
+    r"^(?:#{2,4} ?(?:Instruction|Input|Response|User|Human|Assistant|System|Prompt)\b:?"
+    r"|\**(?:Human|User|Assistant|System|USER|ASSISTANT|HUMAN)\**:)",
     re.MULTILINE,
 )
 ROLE_GATES = ("## ", "Human", "User", "Assistant", "System", "USER:", "ASSISTANT:", "HUMAN:", "##Ins", "##Res")
@@ -57,12 +64,13 @@ INVISIBLE = re.compile(
     "[\u200b\u2060\u00ad\u202a-\u202e\u2066-\u2069\U000e0001-\U000e007f]|(?<=[A-Za-z])[\u200c\u200d](?=[A-Za-z])|(?<!^)\ufeff"
 )
 TAIL = re.compile(
-    r"(?:[,(\[{–—:-]|(?<![.!?])\b(?:the|a|an|of|to|and|or|with|for|in|that|which|is|are|was|by|from|as|at|on|because|your|their|its|this"
-    r"|der|die|das|und|ein|eine|zu|mit|für|von|le|la|les|de|et|des|du|un|une|el|los|y|en|que))$",
+    r"(?:[,(\[{–—:-]|(?<![.!?])\b(?:the|a|an|of|to|and|or|with|for|in|that|which|is|are|was|by|from|as|at|on"
+    r"|because|your|their|its|this|der|die|das|und|ein|eine|zu|mit|für|von|le|la|les|de|et|des|du|un|une|el|los|y|en|que))$",
     re.MULTILINE,
 )
 PLACEHOLDER = re.compile(
-    r"^(?:n/?a|null|none|nan|nil|todo|tbd|undefined|unknown|-+|\.+|…|_+|\?+|<[^<>\n]{0,20}>|lorem ipsum.*|\[?(?:your )?(?:answer|response|output|text)(?: here)?\]?)[.!]?$",
+    r"^(?:n/?a|null|none|nan|nil|todo|tbd|undefined|unknown|-+|\.+|…|_+|\?+|<[^<>\n]{0,20}>|lorem ipsum.*"
+    r"|\[?(?:your )?(?:answer|response|output|text)(?: here)?\]?)[.!]?$",
     re.IGNORECASE | re.DOTALL,
 )
 
@@ -126,7 +134,7 @@ def prompt_in_answer(rows: Rows) -> Hits:
     part_of = {row: part for part, row in enumerate(answers.rows)}  # the last of each row
     for row, prompt, answer in rows.pairs:
         if len(answer) >= COPY <= len(prompt):
-            key = prompt[:60]
+            key = prompt[:REPEATED]
             at = answer.find(key)
             if at >= 0 and len(answer) > len(prompt) * 0.5:
                 found[row] = (part_of[row], at, at + len(key))

@@ -1,7 +1,7 @@
-"""What detectors look at: the messages of a chunk joined into one text, and excerpts in which nothing secret stands whole.
+"""What detectors look at: the messages of a chunk joined into one text; and excerpts in which nothing secret stands whole.
 
 A pattern runs once over the text of a thousand rows, and not a thousand times: most faults have a literal in them (`@`, `<|`, `sk-`)
-whose absence is known at the speed of a memory search, so rows without faults cost next to nothing.
+whose absence is known at the speed of a memory search, so rows without faults cost little.
 """
 
 from __future__ import annotations

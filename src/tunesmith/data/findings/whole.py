@@ -28,23 +28,23 @@ LABEL_LENGTH = 80
 
 WORDS = {
     "English": "the and is of to in that it for was with as are this be on have not you what how from by which can will",
-    "German": "der die und ist das nicht ein eine zu den mit von für auf wie ich sie es im dem auch sich wird werden",
-    "French": "le la les et est des une un dans pour que qui pas vous sur avec au du ce il elle sont nous être",
-    "Spanish": "el los las y es que una un para por con se del como su más pero está al lo este ser son muy",
-    "Italian": "il di che è per una un non con sono della del le gli si come più anche questo alla nel ma dei",
-    "Portuguese": "os as é que uma um para não com do da em por como mais dos das você ao são ser seu está",
-    "Dutch": "het een van en is dat niet op te zijn voor met de ik je die aan ook als door bij naar wordt",
-    "Polish": "nie jest się na że to do jak z w i co po ale za od przez dla są czy być może który tego",
-    "Turkish": "bir ve bu için ile çok daha olarak gibi ne var olan en değil mi ama sonra kadar her",
+    "German": "der und ist das nicht ein eine zu den mit von für auf wie ich sie es im dem auch sich wird werden",
+    "French": "le la les et est des une un dans que qui pas vous avec au du ce il elle sont nous être",
+    "Spanish": "el los las y es que una un para por con se del como su más pero está al lo este ser muy",
+    "Italian": "il di che è una un con sono della del le gli si più anche questo alla nel ma dei",
+    "Portuguese": "os as é que uma um para não com da em por como mais dos das você ao são ser seu está",
+    "Dutch": "het een dat niet op te zijn voor de ik je aan ook als bij naar wordt",
+    "Polish": "nie jest się na że jak z w co po ale za od przez dla są czy być może który tego",
+    "Turkish": "bir ve bu için ile çok daha olarak gibi ne var olan değil mi ama sonra kadar her",
 }
 _LANGUAGE: dict[str, str] = {}
 for _name, _words in WORDS.items():
     for _word in _words.split():
         _LANGUAGE[_word] = "" if _word in _LANGUAGE else _name  # a word of two languages tells neither
 SCRIPTS = (
-    ("Japanese", "\u3040", "\u30ff"), ("Korean", "\uac00", "\ud7af"), ("Chinese", "\u4e00", "\u9fff"), ("Cyrillic", "\u0400", "\u04ff"),
-    ("Arabic", "\u0600", "\u06ff"), ("Hebrew", "\u0590", "\u05ff"), ("Devanagari", "\u0900", "\u097f"), ("Thai", "\u0e00", "\u0e7f"),
-    ("Greek", "\u0370", "\u03ff"),
+    ("Japanese", "\u3040", "\u30ff"), ("Korean", "\uac00", "\ud7af"), ("Chinese", "\u4e00", "\u9fff"),
+    ("Cyrillic", "\u0400", "\u04ff"), ("Arabic", "\u0600", "\u06ff"), ("Hebrew", "\u0590", "\u05ff"),
+    ("Devanagari", "\u0900", "\u097f"), ("Thai", "\u0e00", "\u0e7f"), ("Greek", "\u0370", "\u03ff"),
 )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def sketch(rows: Rows, texts: Sequence[str], shingles: Shingles, kinds: Sequence
     often = {a for a, n in Counter(answers).items() if n >= SHARED_IN_CHUNK}
     shared: dict[int, Counter[str]] = {}
     if often and len(set(answers)) > len(answers) // 4:  # in a set of labels every answer is shared
-        for (i, prompt, _), key in zip(pairs, answers, strict=True):
+        for (_, prompt, _), key in zip(pairs, answers, strict=True):
             if key in often:
                 shared.setdefault(key, Counter()).update(_words(prompt))
     return Sketch(
@@ -302,8 +302,9 @@ def class_imbalance(w: Whole) -> Seen | None:
     places = [
         (file, line, f"{n:,} rows of {top:,}: {excerpt(w.label(k), 0, 0)}") for k, (n, file, line) in reversed(ordered[-TOP:])
     ]
-    return Seen(sum(n for _, (n, _, _) in rare) or top, places,
-                f"of {len(ordered)} answers the most frequent is {share:.0%} of the rows, the rarest {ordered[-1][1][0]} rows")  # fmt: skip
+    least = ordered[-1][1][0]
+    told = f"of {len(ordered)} answers the most frequent is {share:.0%} of the rows, the rarest {least:,} row{'s' * (least > 1)}"
+    return Seen(sum(n for _, (n, _, _) in rare) or top, places, told)
 
 
 def trivial_rule(w: Whole) -> Seen | None:
