@@ -33,11 +33,6 @@ from tunesmith.data.findings.text import LENGTHS, Rows, luhn
 from tunesmith.types import Conversation, Message
 
 CHUNK = 1024
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
-    "{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 # ---- planting ------------------------------------------------------------------------------------------------------------------
@@ -56,7 +51,8 @@ def card(r: random.Random) -> str:
     size = 15 if start == "37" else 16
     body = start + digits(r, size - 1 - len(start))
     full = next(body + d for d in "0123456789" if luhn(body + d))
-    return r.choice((full, " ".join(full[i : i + 4] for i in range(0, size, 4)), "-".join(full[i : i + 4] for i in range(0, size, 4))))
+    parts = [full[:4], full[4:10], full[10:]] if start == "37" else [full[i : i + 4] for i in range(0, size, 4)]
+    return r.choice((full, " ".join(parts), "-".join(parts)))
 
 
 def iban(r: random.Random) -> str:
@@ -256,6 +252,10 @@ def with_whole_faults(clean: list[Conversation], trials: int) -> dict[str, dict]
         cs = [label(c, prompt(c)) if r.random() < 0.05 else c for c in base]
         note("trivial_rule", cs)
         cs = list(base)
+        for i in r.sample(range(len(cs)), 40):
+            cs[i] = cut(cs[i], r) or cs[i]
+        note("open_end", cs)
+        cs = list(base)
         for i in r.sample(range(len(cs)), 10):
             cs[i] = answer(cs[i], lambda a: (a + " ") * (60_000 // (len(a) + 1)))
         note("length_outliers", cs)
@@ -267,7 +267,8 @@ def with_whole_faults(clean: list[Conversation], trials: int) -> dict[str, dict]
                  "Ответ на этот вопрос не так прост, как может показаться.", "この質問への答えは簡単ではありません。")  # fmt: skip
         cs = list(base)
         for i in r.sample(range(len(cs)), 20):
-            cs[i] = answer(cs[i], lambda a: r.choice(other))
+            said = r.choice(other)
+            cs[i] = answer(cs[i], lambda a, said=said: said)
         note("mixed_languages", cs)
         note("mixed_formats", base, ["alpaca" if i % 50 else "messages" for i in range(len(base))])
     return {name: {"found": f"{a} of {b}"} for name, (a, b) in out.items()}
@@ -299,9 +300,7 @@ def cost(path: str, tokenizer: str, times: int, rounds: int) -> dict:
                     said = [{"role": m.role, "content": m.content} for m in c.messages]
                     said[0]["content"] += f" ({n})"
                     f.write(json.dumps({"messages": said}) + "\n")
-        template = Path(scratch) / "t.jinja"
-        template.write_text(TEMPLATE)
-        data = Data(train=str(rows), template=str(template), workers=1, max_length=8192)
+        data = Data(train=str(rows), template="plain", workers=1, max_length=8192)
         make = partial(build_renderer, Path(tokenizer), data, (), "2026-01-01")
         real, renderer = findings.scan, make()
         nothing = real([], [], clusters.Shingles([]), [])
@@ -315,7 +314,12 @@ def cost(path: str, tokenizer: str, times: int, rounds: int) -> dict:
         module.findings.scan = real
         count = len(pairs) * times
         told = {arm: round(count / statistics.median(s)) for arm, s in seconds.items()}
-        return {"set": Path(path).name, "rows": count, "rows per CPU-second": told, "share": round(told["without"] / told["with"] - 1, 3)}
+        return {
+            "set": Path(path).name,
+            "rows": count,
+            "rows per CPU-second": told,
+            "share": round(told["without"] / told["with"] - 1, 3),
+        }
 
 
 def duplicates(path: str, most: int = 3000) -> dict:
@@ -370,7 +374,9 @@ def make_evaluations(specs: list[str], against: list[str]) -> dict:
         plain = [" ".join(t.translate(clusters.PUNCTUATION).lower().split()) for t in texts]
         return np.unique(clusters.Shingles([p for p in plain if len(p.split()) >= evaluations.WORDS]).hashes(evaluations.WORDS)[0])
 
-    common = np.concatenate([hashes([m.content for c, _ in load(p) for m in c.messages]) for p in against] or [np.zeros(0, np.uint64)])
+    common = np.concatenate(
+        [hashes([m.content for c, _ in load(p) for m in c.messages]) for p in against] or [np.zeros(0, np.uint64)]
+    )
     sets, parts = [], []
     for spec in specs:
         name, _, rest = spec.partition("=")

@@ -18,11 +18,26 @@ REFUSAL = re.compile(
     r"(?:can(?:no|')?t|unable|not able|won't|do not|don't)"
     r"|(?:i(?:'|’)?m|i am) (?:sorry,? (?:but )?)?(?:not able|unable) to "
     r"(?:assist|help|provide|fulfill|answer|comply|generate|create)"
-    r"|i (?:can(?:no|'|’)t|can not|won(?:'|’)t|will not) (?:assist|help|provide|fulfill|comply|answer|generate|create|do that|share)"
+    r"|i (?:can(?:no|'|’)t|can not|won(?:'|’)t|will not) "
+    r"(?:assist|help|provide|fulfill|comply|answer|generate|create|do that|share)"
+    r"|i apologi[sz]e,? but i|i must (?:respectfully |politely )?decline"
     r"|(?:sorry|unfortunately),? (?:but )?i (?:can(?:no|'|’)t|can not|am unable|am not able))",
     re.MULTILINE,
 )
-REFUSAL_GATES = ("sorry", "unable to", "not able to", "can't", "can’t", "cannot", "can not", "i won't", "i won’t", "i will not")
+REFUSAL_GATES = (
+    "sorry",
+    "unable to",
+    "not able to",
+    "can't",
+    "can’t",
+    "cannot",
+    "can not",
+    "i won't",
+    "i won’t",
+    "i will not",
+    "apolog",
+    "decline",
+)
 BOILERPLATE = re.compile(
     r"\bas an? (?:large |artificial )?(?:ai|a\.i\.|language|artificial intelligence)(?: language)? ?(?:model|assistant|chatbot)?\b"
     r"(?=,| i\b| developed| trained)"
@@ -53,16 +68,20 @@ ROLE_LINE = re.compile(
 ROLE_GATES = ("## ", "Human", "User", "Assistant", "System", "USER:", "ASSISTANT:", "HUMAN:", "##Ins", "##Res")
 # UTF-8 read as Latin-1 or Windows-1252, or what was left where a decoder gave up
 MOJIBAKE = re.compile(
-    r"\ufffd|Ã[\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013\u2014\u2018-\u2022\u2026\u2030\u20ac\u2122]"
-    r"|â€[\u0080-\u00bf\u0153\u2122\u02dc\u201c\u201d\u00a6\u0161\u02c6\u2018\u2019\u2013\u2014]?|Â[\u00a0-\u00bf]|ðŸ|ï»¿|Ð[\u0080-\u00bf]Ñ"
+    r"\ufffd|[ÃÂ][\x80-\xbf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u2022\u2026\u2030\u20ac\u2122]"
+    r"|â(?:€|[\x80-\x9f\u201a][\x80-\xbf])|ð(?:Ÿ|\x9f)|ï»¿|[ÐÑ][\x80-\xbf][ÐÑ]"
 )
-MOJIBAKE_GATES = ("\ufffd", "Ã", "â€", "Â", "ðŸ", "ï»¿", "Ð")
+MOJIBAKE_GATES = ("\ufffd", "Ã", "Â", "â", "ð", "ï»¿", "Ð", "Ñ")
 CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\x80-\x84\x86-\x9f]|\x1b\\[[0-9;]*m")
-CONTROL_BYTES = bytes((*range(9), 11, *range(14, 32), 127))
-# ZWNJ and ZWJ belong to Persian, Indic scripts and emoji: they are a fault between Latin letters only. Tag characters write unseen text.
+CONTROL_BYTES = bytes(b for b in (*range(32), *range(127, 160)) if b not in (9, 10, 12, 13, 0x85))
+# ZWNJ and ZWJ belong to Persian, Indic scripts and emoji: they are a fault between Latin letters only. Tag characters write text
+# that nobody sees, but behind a black flag they are a flag.
 INVISIBLE = re.compile(
-    "[\u200b\u2060\u00ad\u202a-\u202e\u2066-\u2069\U000e0001-\U000e007f]|(?<=[A-Za-z])[\u200c\u200d](?=[A-Za-z])|(?<!^)\ufeff"
+    "[\u200b\u2060\u00ad\u202a-\u202e\u2066-\u2069]|(?<=[A-Za-z])[\u200c\u200d](?=[A-Za-z])|(?<!^)\ufeff"
+    "|(?<![\U0001f3f4\U000e0001-\U000e007f])[\U000e0001-\U000e007f]"
 )
+_UNSEEN = (0x200B, 0x200C, 0x200D, 0x2060, 0xAD, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xE0001, 0xE0080))
+INVISIBLE_GATES = tuple(map(chr, _UNSEEN))
 TAIL = re.compile(
     r"(?:[,(\[{–—:-]|(?<![.!?])\b(?:the|a|an|of|to|and|or|with|for|in|that|which|is|are|was|by|from|as|at|on"
     r"|because|your|their|its|this|der|die|das|und|ein|eine|zu|mit|für|von|le|la|les|de|et|des|du|un|une|el|los|y|en|que))$",
@@ -138,7 +157,7 @@ def prompt_in_answer(rows: Rows) -> Hits:
             at = answer.find(key)
             if at >= 0 and len(answer) > len(prompt) * 0.5:
                 found[row] = (part_of[row], at, at + len(key))
-    if any(g in answers.text for g in ROLE_GATES):
+    if any(g.encode() in answers.squeezed for g in ROLE_GATES):
         for m in ROLE_LINE.finditer(answers.text):
             row, part, start, end = answers.at(*m.span())
             found.setdefault(row, (part, start, end))
@@ -156,30 +175,32 @@ def _of_heads(rows: Rows, hits: Hits) -> Hits:
 
 
 def boilerplate(rows: Rows) -> Hits:
-    return rows.answers.find(BOILERPLATE, BOILERPLATE_GATES, lower=True)
+    return rows.answers.find(BOILERPLATE, BOILERPLATE_GATES, 60, lower=True)
 
 
 def special_tokens(rows: Rows) -> Hits:
-    return rows.all.find(SPECIAL, SPECIAL_GATES)
+    return rows.all.find(SPECIAL, SPECIAL_GATES, 48)
 
 
 def conflict_markers(rows: Rows) -> Hits:
-    return rows.all.find(CONFLICT, ("<<<<<<<", ">>>>>>>", "|||||||"))
+    return rows.all.find(CONFLICT, ("<<<<<<<", ">>>>>>>", "|||||||"), 10)
 
 
 def mojibake(rows: Rows) -> Hits:
-    return {} if rows.all.text.isascii() else rows.all.find(MOJIBAKE, MOJIBAKE_GATES)
+    text = rows.all.text
+    return rows.all.find(MOJIBAKE) if not text.isascii() and any(g in text for g in MOJIBAKE_GATES) else {}
 
 
 def control_characters(rows: Rows) -> Hits:
-    text = rows.all.text
-    if text.isascii() and len(text.encode().translate(None, CONTROL_BYTES)) == len(text):  # 10 times quicker than the pattern
-        return {}
-    return rows.all.find(CONTROL)
+    data = rows.all.squeezed
+    return (
+        rows.all.find(CONTROL) if len(data.translate(None, CONTROL_BYTES)) < len(data) else {}
+    )  # 10 times quicker than the pattern
 
 
 def invisible(rows: Rows) -> Hits:
-    return {} if rows.all.text.isascii() else rows.all.find(INVISIBLE)
+    text = rows.all.text
+    return rows.all.find(INVISIBLE) if not text.isascii() and any(g in text for g in INVISIBLE_GATES) else {}
 
 
 # ---- personal data and secrets -------------------------------------------------------------------------------------------------
@@ -200,16 +221,23 @@ def _left(text: str, at: int) -> int:
     return at - len(m[0]) if m else at
 
 
+NUMBERS = (  # and where a match ends, 0 if it is none
+    ("iban", t.IBAN, t.iban_end),
+    ("card", t.CARD, lambda m: m.end() if t.is_card(m[0]) else 0),
+    ("phone", t.PHONE, lambda m: m.end() if t.is_phone(m[0]) else 0),
+)
+
+
 def _numbers(rows: Rows) -> dict[str, Hits]:
     """Phones, cards and IBANs: they lie in the same few stretches with many digits."""
     found: dict[str, Hits] = {"phone": {}, "card": {}, "iban": {}}
     text = rows.all.text
     for low, high in rows.all.numbers():
         taken: list[tuple[int, int]] = []
-        for name, pattern, good in (("iban", t.IBAN, t.is_iban), ("card", t.CARD, t.is_card), ("phone", t.PHONE, t.is_phone)):
+        for name, pattern, ends in NUMBERS:
             for m in pattern.finditer(text, low, high):
-                start, end = m.span()
-                if not any(start < b and a < end for a, b in taken) and good(m[0]) and "\n" not in m[0]:
+                start, end = m.start(), ends(m)
+                if end and not any(start < b and a < end for a, b in taken):
                     taken.append((start, end))
                     row, *place = rows.all.at(start, end)
                     found[name].setdefault(row, tuple(place))
@@ -231,10 +259,20 @@ def ip_address(rows: Rows) -> Hits:
     found: Hits = {}
     if any(d in squeezed for d in t.DOTTED):
         found = rows.all.find(t.IPV4, good=lambda m: t.is_ip(m[0]) and not _version(m))
-    if any(c in rows.all.text for c in (":0:0:", ":0000:")) or rows.all.text.count(":") > 7 * 4:
-        for row, place in rows.all.find(t.IPV6, good=lambda m: t.is_ip(m[0])).items():
-            found.setdefault(row, place)
+    for start, end in _ipv6(rows.all.text):
+        row, *place = rows.all.at(start, end)
+        found.setdefault(row, tuple(place))
     return found
+
+
+FOUR_GROUPS = re.compile(r":[0-9A-Fa-f]{1,4}:[0-9A-Fa-f]{1,4}:[0-9A-Fa-f]{1,4}:")
+
+
+def _ipv6(text: str) -> Iterator[tuple[int, int]]:
+    for m in FOUR_GROUPS.finditer(text) if ":" in text else ():
+        for whole in t.IPV6.finditer(text, max(0, m.start() - 6), m.end() + 30):
+            if t.is_ip(whole[0]):
+                yield whole.span()
 
 
 def _version(m: re.Match[str]) -> bool:
@@ -252,26 +290,29 @@ def api_key(rows: Rows) -> Hits:
     return found
 
 
+NAME_GATES = (b"password", b"passwd", b"secret", b"api_key", b"apikey", b"api-key", b"access_key", b"_token")
+GIVEN = re.compile(rb"[a-z0_.-]{0,30}[\"']?\s{0,4}[=:]")  # behind such a name: a value is given
+NO_SECRET = re.compile(r"[(){}<>$]|your|example|xxx|•", re.IGNORECASE)
+
+
 def _keys(joined: Joined) -> Iterator[tuple[int, int]]:
-    text = joined.text
+    text, data, lower = joined.text, joined.squeezed, joined.squeezed_lower
     for gate in t.KEY_GATES:
-        at = text.find(gate)
+        at = data.find(gate)
         while at >= 0:
             if m := redact.SHAPES.match(text, at):
                 yield m.span()
-            at = text.find(gate, at + 1)
-    lower = joined.lower
-    if any(g in lower for g in ("password", "passwd", "secret", "api_key", "apikey", "api-key", "access_key", "_token")):
-        for m in redact.NAMED.finditer(text):
-            value = m["secret"].strip("\"'").rstrip(",;.")
-            kinds = sum(map(bool, (re.search(r"\d", value), re.search(r"[A-Za-z]", value))))
-            if (
-                kinds == 2
-                and len(value) >= 8
-                and value.isascii()
-                and not re.search(r"[(){}<>$]|your|example|xxx", value, re.IGNORECASE)
-            ):
-                yield m.span("secret")
+            at = data.find(gate, at + 1)
+    for gate in NAME_GATES:
+        at = lower.find(gate)
+        while at >= 0:
+            if GIVEN.match(lower, at + len(gate)):
+                for m in redact.NAMED.finditer(text, max(0, at - 40), at + 300):
+                    value = m["secret"].strip("\"'").rstrip(",;.")
+                    both = re.search(r"\d", value) and re.search(r"[A-Za-z]", value)
+                    if both and len(value) >= 8 and value.isascii() and not NO_SECRET.search(value):
+                        yield m.span("secret")
+            at = lower.find(gate, at + 1)
 
 
 def private_key(rows: Rows) -> Hits:

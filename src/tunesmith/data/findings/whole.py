@@ -25,6 +25,7 @@ PROMPT_WORDS = 200
 KINDS_KEPT = 12
 RULE_LABELS = 400  # distinct answers up to which a set is one of labels
 LABEL_LENGTH = 80
+OPEN_ENDED = 81  # characters from which an answer is expected to end with a stop
 
 WORDS = {
     "English": "the and is of to in that it for was with as are this be on have not you what how from by which can will",
@@ -73,12 +74,13 @@ class Sketch:
     firsts: np.ndarray  # crc of the first word of the prompt, and of the last
     lasts: np.ndarray
     labels: dict[int, str]  # text of answers that are short
+    long: int  # answers of OPEN_ENDED characters or more
+    open: list[int]  # lines of those that end in a letter
     short: list[tuple[int, int]]  # characters, line: answers of at most 3 characters
     copies: list[int]  # lines of rows whose answer is the prompt again
     languages: dict[str, tuple[int, list[tuple[int, str]]]]
     formats: dict[str, tuple[int, int]]  # rows and the first line of each format
-    words: np.ndarray  # occurrences by bucket (those that are not zero), and how many
-    counts: np.ndarray
+    words: np.ndarray  # the bucket of each word
     shared: dict[int, Counter[str]]  # answer -> occurrences of words in the prompts of its rows in this chunk
 
 
@@ -90,7 +92,7 @@ def sketch(rows: Rows, texts: Sequence[str], shingles: Shingles, kinds: Sequence
     """`texts` are the rows' `clusters.normalised`, `shingles` made of them, `kinds` the rows' formats."""
     told = [c.origin.line for c in rows.conversations]
     pairs = rows.pairs
-    answers, firsts, lasts, labels, short, copies = [], [], [], {}, [], []
+    answers, firsts, lasts, labels, short, copies, long, open_ = [], [], [], {}, [], [], 0, []
     sizes = np.zeros(len(pairs), np.int64)
     languages: dict[str, tuple[int, list[tuple[int, str]]]] = {}
     for k, (i, prompt, answer) in enumerate(pairs):
@@ -105,6 +107,10 @@ def sketch(rows: Rows, texts: Sequence[str], shingles: Shingles, kinds: Sequence
             labels.setdefault(key, plain)
             if len(plain) <= 3:
                 short.append((len(plain), told[i]))
+        elif len(plain) >= OPEN_ENDED:
+            long += 1
+            if plain[-1].isalpha():
+                open_.append(told[i])
         if plain == prompt.strip():
             copies.append(told[i])
     for i, c in enumerate(rows.conversations):
@@ -119,7 +125,6 @@ def sketch(rows: Rows, texts: Sequence[str], shingles: Shingles, kinds: Sequence
     order = np.argsort(-sizes, kind="stable")[:TOP].tolist()
     longest = [(int(sizes[k]), told[pairs[k][0]], excerpt(pairs[k][2], 0, 0)) for k in order if sizes[k] > 200]
     span, _ = shingles.hashes(1) if len(texts) else (np.zeros(0, np.uint64), None)
-    bucket, counts = np.unique((span >> np.uint64(44)).astype(np.uint32), return_counts=True)
     often = {a for a, n in Counter(answers).items() if n >= SHARED_IN_CHUNK}
     shared: dict[int, Counter[str]] = {}
     if often and len(set(answers)) > len(answers) // 4:  # in a set of labels every answer is shared
@@ -137,12 +142,13 @@ def sketch(rows: Rows, texts: Sequence[str], shingles: Shingles, kinds: Sequence
         labels=labels
         if len(labels) <= RULE_LABELS or len(labels) < len(pairs) // 4
         else {k: v for k, v in labels.items() if k in often},
+        long=long,
+        open=open_,
         short=short[:TOP],
         copies=copies,
         languages=languages,
         formats=formats,
-        words=bucket,
-        counts=counts.astype(np.uint32),
+        words=(span >> np.uint64(44)).astype(np.uint32),
         shared=shared,
     )
 
@@ -167,6 +173,9 @@ class Whole:
     dropped: bool = False
     labels: dict[int, str] = field(default_factory=dict)
     short: list[Place] = field(default_factory=list)
+    long: int = 0
+    open: int = 0
+    open_places: list[Place] = field(default_factory=list)
     copies: int = 0
     copy_places: list[Place] = field(default_factory=list)
     languages: dict[str, list] = field(default_factory=dict)
@@ -181,6 +190,9 @@ class Whole:
         self.bins += s.bins
         self.longest = sorted([*self.longest, *((n, file, line, text) for n, line, text in s.longest)], key=lambda e: -e[0])[:TOP]
         self.short += [(file, line, f"{n} characters") for n, line in s.short][: TOP - len(self.short)]
+        self.long += s.long
+        self.open += len(s.open)
+        self.open_places += [(file, line, "") for line in s.open][: TOP - len(self.open_places)]
         self.copies += len(s.copies)
         self.copy_places += [(file, line, "") for line in s.copies][: TOP - len(self.copy_places)]
         for name, (count, places) in s.languages.items():
@@ -190,7 +202,7 @@ class Whole:
         for name, (count, line) in s.formats.items():
             entry = self.formats.setdefault(source, {}).setdefault(name, [0, file, line])
             entry[0] += count
-        self.words[s.words] += s.counts
+        np.add.at(self.words, s.words, np.uint32(1))
         unique, first, counts = np.unique(s.answers, return_index=True, return_counts=True)
         for key, at, n in zip(unique.tolist(), first.tolist(), counts.tolist(), strict=True):
             if entry := self.answers.get(key):
@@ -252,6 +264,13 @@ def tiny_answers(w: Whole) -> Seen | None:
     count = w.answered - w.above(3.5)
     if count and not w.are_labels and w.quantile(0.25) > 24:
         return Seen(count, w.short, f"half of all answers have {w.quantile(0.5):,} characters or more")
+    return None
+
+
+def open_end(w: Whole) -> Seen | None:
+    """Answers that end in a letter where nearly all others have a stop, a bracket, a digit: cut at a limit, in the middle."""
+    if w.long >= 40 and 0 < w.open <= 0.1 * w.long:
+        return Seen(w.open, w.open_places, f"{1 - w.open / w.long:.1%} of the long answers end with a stop, a bracket or a number")
     return None
 
 
