@@ -25,7 +25,7 @@ def chat(answer, prompt="What is it?", line=1, more=()):
     return Conversation((Message("user", prompt), Message("assistant", answer), *more), Origin("a.jsonl", line))
 
 
-def found(conversations, kinds=None, chunk=64):
+def found(conversations, kinds=None, chunk=1024):
     doctor = findings.Doctor()
     for start in range(0, max(1, len(conversations)), chunk):
         some = conversations[start : start + chunk]
@@ -166,7 +166,7 @@ def test_check_tells_them_on_one_screen_and_keeps_them(tmp_path):
     lines = [{"question": f"What is {i}?", "answer": f"It is {i} of them."} for i in range(40)]
     lines += [{"question": "How?", "answer": a} for a in BROKEN.values()] + [lines[0]]
     path.write_text("".join(json.dumps(x) + "\n" for x in lines))
-    settings_ = Data(train=str(path), max_refused=1.0, held_out=0)
+    settings_ = Data(train=str(path), max_refused=0.9, held_out=0)
     prepared = prepare_module.prepare(settings_, TinyRenderer, seed=0, cache_dir=tmp_path / "c", strict=False)
     out = io.StringIO()
     report = check_report(prepared, TinyRenderer())

@@ -83,7 +83,7 @@ INVISIBLE = re.compile(
 _UNSEEN = (0x200B, 0x200C, 0x200D, 0x2060, 0xAD, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xE0001, 0xE0080))
 INVISIBLE_GATES = tuple(map(chr, _UNSEEN))
 TAIL = re.compile(
-    r"(?:[,(\[{–—:-]|(?<![.!?])\b(?:the|a|an|of|to|and|or|with|for|in|that|which|is|are|was|by|from|as|at|on"
+    r"(?:[,(\[{–—:]|(?<!-)-|(?<![.!?])\b(?:the|a|an|of|to|and|or|with|for|in|that|which|is|are|was|by|from|as|at|on"
     r"|because|your|their|its|this|der|die|das|und|ein|eine|zu|mit|für|von|le|la|les|de|et|des|du|un|une|el|los|y|en|que))$",
     re.MULTILINE,
 )

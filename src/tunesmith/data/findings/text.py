@@ -64,8 +64,8 @@ class Joined:
         lower: bool = False,
         good: Callable[[re.Match[str]], bool] | None = None,
     ) -> Hits:
-        """Rows with a match that is `good`. With `gates`, one of which (but for digits) is in every match, the pattern is run only if
-        there are any, and with `around` only so many characters before and behind each."""
+        """Rows with a match that is `good`. With `gates`, one of which (without digits) is in every match, the pattern is run only
+        if there are any, and with `around` only so many characters before and behind each."""
         data = self.squeezed_lower if lower else self.squeezed
         known = [gate for g in gates if (gate := g.encode("latin-1", "replace")) in data]
         found: Hits = {}
@@ -208,7 +208,7 @@ def is_card(text: str) -> bool:
     digits = "".join(c for c in text if c.isdigit() and c.isascii())
     return (
         13 <= len(digits) <= 19
-        and len(set(digits)) > 2
+        and len(set(digits)) > 1
         and bool(re.match(r"4|5[1-5]|2[2-7]|3[47]|3[068]|6(?:011|5|4[4-9]|2)|35", digits))
         and luhn(digits)
     )
