@@ -110,7 +110,9 @@ def test_what_only_many_rows_show():
     german = "Die Antwort ist nicht so einfach, wie sie auf den ersten Blick aussieht, und das wird auch so bleiben."
     assert found(free[:-1] + [chat(german)])["mixed_languages"].count == 1
     assert found(free, ["messages"] * 299 + ["alpaca"])["mixed_formats"].count == 1
-    labels = [chat("yes" if i % 2 else "no", f"{'good' if i % 2 else 'bad'} {' '.join(r.choices(words, k=3))}", i) for i in range(200)]
+    labels = [
+        chat("yes" if i % 2 else "no", f"{'good' if i % 2 else 'bad'} {' '.join(r.choices(words, k=3))}", i) for i in range(200)
+    ]
     assert "first word" in found(labels)["trivial_rule"].detail
     rare = [chat("no" if i % 50 == 7 else "yes", " ".join(r.choices(words, k=5)), i) for i in range(200)]
     told = found(rare)

@@ -57,8 +57,8 @@ SPECIAL = re.compile(
     r"<\|[A-Za-z0-9_ ]{2,40}\|>|<｜[^｜\n]{2,40}｜>|\[/?INST\]|<</?SYS>>|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_turn>"
     r"|\[(?:PAD|UNK|CLS|MASK|BOS|EOS|SEP)\]"
 )
-SPECIAL_GATES = ("<|", "<｜", "INST]", "SYS>>", "<s>", "</s>", "<bos>", "<eos>", "<pad>", "<unk>", "_of_turn>",
-                 "[PAD]", "[UNK]", "[CLS]", "[MASK]", "[BOS]", "[EOS]", "[SEP]")  # fmt: skip
+SPECIAL_GATES = ("<|", "<｜", "SYS>>", "<s>", "</s>", "os>", "<pad>", "<unk>", "_of_turn>")
+BRACKET_GATES = ("INST]", "PAD]", "UNK]", "CLS]", "MASK]", "OS]", "SEP]")
 CONFLICT = re.compile(r"^(?:<{7}(?: |$)|>{7}(?: |$)|\|{7}(?: |$))", re.MULTILINE)
 ROLE_LINE = re.compile(
     r"^(?:#{2,4} ?(?:Instruction|Input|Response|User|Human|Assistant|System|Prompt)\b:?"
@@ -82,10 +82,10 @@ INVISIBLE = re.compile(
 )
 _UNSEEN = (0x200B, 0x200C, 0x200D, 0x2060, 0xAD, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xE0001, 0xE0080))
 INVISIBLE_GATES = tuple(map(chr, _UNSEEN))
-TAIL = re.compile(
-    r"(?:[,(\[{–—:]|(?<!-)-|(?<![.!?])\b(?:the|a|an|of|to|and|or|with|for|in|that|which|is|are|was|by|from|as|at|on"
-    r"|because|your|their|its|this|der|die|das|und|ein|eine|zu|mit|für|von|le|la|les|de|et|des|du|un|une|el|los|y|en|que))$",
-    re.MULTILINE,
+OPEN_SIGNS = frozenset(",([{–—:-")
+OPEN_WORDS = frozenset(
+    "the a an of to and or with for in that which is are was by from as at on because your their its this der die das und ein eine zu "
+    "mit für von le la les de et des du un une el los y en que".split()
 )
 PLACEHOLDER = re.compile(
     r"^(?:n/?a|null|none|nan|nil|todo|tbd|undefined|unknown|-+|\.+|…|_+|\?+|<[^<>\n]{0,20}>|lorem ipsum.*"
@@ -107,11 +107,13 @@ def placeholder(rows: Rows) -> Hits:
 def truncated(rows: Rows) -> Hits:
     found: Hits = {}
     answers = rows.answers
-    for m in TAIL.finditer(rows.tails.text):
-        row, part, start, end = rows.tails.at(*m.span())
-        answer = answers.parts[part]
-        if len(answer) >= OPEN_ENDED and end == len(rows.tails.parts[part]):
-            found.setdefault(row, (part, max(0, len(answer.rstrip()) - (end - start)), len(answer.rstrip())))
+    for part, answer in enumerate(answers.parts):
+        if len(answer) >= OPEN_ENDED:
+            words = answer[-32:].rsplit(None, 1)
+            word = words[-1] if words else ""
+            if word in OPEN_WORDS or (word[-1:] in OPEN_SIGNS and word and word[-2:] != "--"):
+                end = len(answer.rstrip())
+                found.setdefault(answers.rows[part], (part, end - len(word), end))
     if "```" in answers.text:
         for part, answer in enumerate(answers.parts):
             if answer.count("```") % 2:
@@ -179,7 +181,9 @@ def boilerplate(rows: Rows) -> Hits:
 
 
 def special_tokens(rows: Rows) -> Hits:
-    return rows.all.find(SPECIAL, SPECIAL_GATES, 48)
+    data = rows.all.squeezed
+    gates = (SPECIAL_GATES if b"<" in data else ()) + (BRACKET_GATES if b"]" in data else ())
+    return rows.all.find(SPECIAL, gates, 48) if gates else {}
 
 
 def conflict_markers(rows: Rows) -> Hits:
@@ -297,13 +301,14 @@ NO_SECRET = re.compile(r"[(){}<>$]|your|example|xxx|•", re.IGNORECASE)
 
 def _keys(joined: Joined) -> Iterator[tuple[int, int]]:
     text, data, lower = joined.text, joined.squeezed, joined.squeezed_lower
-    for gate in t.KEY_GATES:
+    line = b"_" in data  # looked for first: it is one byte, and most gates have it
+    for gate in (g for g in t.KEY_GATES if line or b"_" not in g):
         at = data.find(gate)
         while at >= 0:
             if m := redact.SHAPES.match(text, at):
                 yield m.span()
             at = data.find(gate, at + 1)
-    for gate in NAME_GATES:
+    for gate in (g for g in NAME_GATES if line or b"_" not in g):
         at = lower.find(gate)
         while at >= 0:
             if GIVEN.match(lower, at + len(gate)):

@@ -19,7 +19,7 @@ from tunesmith.types import Conversation
 
 ANSWERS = ("assistant", "completion")
 PROMPTS = ("user", "prompt")
-DIGITS, WINDOW = 9, 19  # a phone number, card or IBAN has at least 9 digits within 19 characters; a sum or a date has fewer
+DIGITS, WINDOW = 10, 15  # every phone number, card or IBAN has 10 digits within 15 characters; sums and dates hardly ever
 EXCERPT = 64  # characters of a row that are shown
 AROUND = 800  # characters on either side in which secrets are looked for before an excerpt is cut
 Hits = dict[int, tuple[int, int, int]]  # row -> part, start and end in it
