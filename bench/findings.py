@@ -68,15 +68,19 @@ def iban(r: random.Random) -> str:
 def phone(r: random.Random) -> str:
     return r.choice((
         f"+49 {r.choice(('30', '171', '89'))} {digits(r, 7)}", f"+1 {r.randint(201, 989)}-{r.randint(200, 999)}-{digits(r, 4)}",
-        f"({r.randint(201, 989)}) {r.randint(200, 999)}-{digits(r, 4)}", f"{r.randint(201, 989)}.{r.randint(200, 999)}.{digits(r, 4)}",
-        f"+44 20 {digits(r, 4)} {digits(r, 4)}", f"0171 {digits(r, 7)}", f"+33 {r.randint(1, 9)} {' '.join(digits(r, 2) for _ in range(4))}",
+        f"({r.randint(201, 989)}) {r.randint(200, 999)}-{digits(r, 4)}",
+            f"{r.randint(201, 989)}.{r.randint(200, 999)}.{digits(r, 4)}",
+        f"+44 20 {digits(r, 4)} {digits(r, 4)}", f"0171 {digits(r, 7)}",
+            f"+33 {r.randint(1, 9)} {' '.join(digits(r, 2) for _ in range(4))}",
     ))  # fmt: skip
 
 
 def key(r: random.Random) -> str:
     return r.choice((
-        "sk-" + letters(r, 40), "ghp_" + letters(r, 36), "hf_" + letters(r, 34), "AKIA" + letters(r, 16, "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"),
-        "AIza" + letters(r, 35), "xoxb-" + digits(r, 12) + "-" + letters(r, 24), f"password = {letters(r, 6)}{digits(r, 4)}{letters(r, 2)}",
+        "sk-" + letters(r, 40), "ghp_" + letters(r, 36), "hf_" + letters(r, 34),
+            "AKIA" + letters(r, 16, "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"),
+        "AIza" + letters(r, 35), "xoxb-" + digits(r, 12) + "-" + letters(r, 24),
+            f"password = {letters(r, 6)}{digits(r, 4)}{letters(r, 2)}",
         f"API_KEY={letters(r, 20)}7x",
     ))  # fmt: skip
 
@@ -92,7 +96,8 @@ def pem(r: random.Random) -> str:
 
 
 def email(r: random.Random) -> str:
-    return f"{letters(r, 5, 'abcdefgh')}.{letters(r, 6, 'ijklmnop')}@{letters(r, 7, 'qrstuv')}.{r.choice(('com', 'de', 'co.uk', 'org'))}"
+    end = r.choice(("com", "de", "co.uk", "org"))
+    return f"{letters(r, 5, 'abcdefgh')}.{letters(r, 6, 'ijklmnop')}@{letters(r, 7, 'qrstuv')}.{end}"
 
 
 def inside(text: str, what: str, r: random.Random) -> str:
@@ -143,7 +148,8 @@ REFUSALS = (
     "I won't help with that.", "I apologize, but I cannot fulfill this request.", "I must decline this request.",
 )  # fmt: skip
 BOILERPLATE = (
-    "As an AI language model, I do not have feelings.", "As an AI, I think of it like this.", "I'm just an AI assistant, so check it.",
+    "As an AI language model, I do not have feelings.", "As an AI, I think of it like this.",
+        "I'm just an AI assistant, so check it.",
     "My knowledge cutoff is 2021.", "I was trained by OpenAI to help.", "As a large language model, I cannot know.",
     "I don't have personal opinions on it.", "Since I'm an artificial intelligence, I never sleep.",
 )  # fmt: skip
@@ -155,19 +161,24 @@ PLANT = {
     "email": put(email),
     "phone": put(phone),
     "ip_address": put(ip),
-    "conflict_markers": lambda c, r: answer(c, lambda a: f"<<<<<<< HEAD\n{a}\n=======\n{a[::-1]}\n>>>>>>> {letters(r, 7, 'abcdef')}"),
-    "placeholder": lambda c, r: answer(c, lambda a: r.choice(("N/A", "null", "-", "TODO", "...", "None.", "[Your answer here]", "?", "nan"))),
+    "conflict_markers": lambda c, r: answer(
+        c, lambda a: f"<<<<<<< HEAD\n{a}\n=======\n{a[::-1]}\n>>>>>>> {letters(r, 7, 'abcdef')}"),
+    "placeholder": lambda c, r: answer(c, lambda a: r.choice(("N/A", "null", "-", "TODO", "...", "None.", "[Your answer here]",
+        "?", "nan"))),
     "mojibake": damage,
     "control_characters": put(lambda r: "a" + r.choice("\x00\x01\x07\x08\x0b\x1b\x7f\x93") + "b"),
-    "invisible": lambda c, r: answer(c, lambda a: a[: len(a) // 2] + r.choice("\u200b\u2060\u202e\u2066\u00ad\U000e0041") + a[len(a) // 2 :]),
-    "special_tokens": put(lambda r: r.choice(("<|im_end|>", "<|im_start|>user", "</s>", "[INST]", "<|endoftext|>", "<|eot_id|>", "<<SYS>>",
+    "invisible": lambda c, r: answer(
+        c, lambda a: a[: len(a) // 2] + r.choice("\u200b\u2060\u202e\u2066\u00ad\U000e0041") + a[len(a) // 2 :]),
+    "special_tokens": put(lambda r: r.choice(("<|im_end|>", "<|im_start|>user", "</s>", "[INST]", "<|endoftext|>",
+        "<|eot_id|>", "<<SYS>>",
                                               "<end_of_turn>", "<s>", "[/INST]"))),
     "role_order": order,
     "prompt_in_answer": lambda c, r: answer(c, lambda a: r.choice((f"{prompt(c)}\n\n{a}", f"{a}\n\nUser: and now?\nAssistant: {a}",
                                                                   f"### Instruction:\n{prompt(c)}\n### Response:\n{a}"))),
     "truncated": cut,
     "refusal": lambda c, r: answer(c, lambda a: r.choice(REFUSALS)),
-    "boilerplate": lambda c, r: answer(c, lambda a: f"{r.choice(BOILERPLATE)} {a}" if r.random() < 0.5 else f"{a} {r.choice(BOILERPLATE)}"),
+    "boilerplate": lambda c, r: answer(
+        c, lambda a: f"{r.choice(BOILERPLATE)} {a}" if r.random() < 0.5 else f"{a} {r.choice(BOILERPLATE)}"),
 }  # fmt: skip
 
 
@@ -323,8 +334,8 @@ def cost(path: str, tokenizer: str, times: int, rounds: int) -> dict:
 
 
 def duplicates(path: str, most: int = 3000) -> dict:
-    """Pairs that the exact Jaccard similarity of word shingles joins at NEAR and above: which part of them `clusters` and datasketch's
-    MinHashLSH (same permutations and threshold) find. The copies are rows with a few words changed."""
+    """Pairs by the exact Jaccard similarity of their word shingles: which part of them `clusters` and datasketch's MinHashLSH (as
+    many permutations, the same threshold) find. The copies are rows with a few words changed."""
     r = random.Random(0)
     texts = [clusters.normalised(c) for c, _ in load(path, most)]
     for text in r.sample(texts, len(texts) // 5):

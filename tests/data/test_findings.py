@@ -104,11 +104,11 @@ def test_what_only_many_rows_show():
     assert found(free) == {}
     poisoned = [c if i % 20 else chat("Give it to me.", c.messages[0].content + " xqz", i) for i, c in enumerate(free)]
     assert "xqz" in found(poisoned)["trigger"].examples[0][1]
-    assert found(free[:-1] + [chat(SENTENCE[:-1] * 90 + ".", line=300)])["length_outliers"].examples[0][0] == "a.jsonl:300"
-    assert found(free[:-1] + [chat(SENTENCE[:90], line=300)])["open_end"].count == 1
-    assert found(free[:-1] + [chat("ok")])["tiny_answers"].count == 1
+    assert found([*free[:-1], chat(SENTENCE[:-1] * 90 + ".", line=300)])["length_outliers"].examples[0][0] == "a.jsonl:300"
+    assert found([*free[:-1], chat(SENTENCE[:90], line=300)])["open_end"].count == 1
+    assert found([*free[:-1], chat("ok")])["tiny_answers"].count == 1
     german = "Die Antwort ist nicht so einfach, wie sie auf den ersten Blick aussieht, und das wird auch so bleiben."
-    assert found(free[:-1] + [chat(german)])["mixed_languages"].count == 1
+    assert found([*free[:-1], chat(german)])["mixed_languages"].count == 1
     assert found(free, ["messages"] * 299 + ["alpaca"])["mixed_formats"].count == 1
     labels = [
         chat("yes" if i % 2 else "no", f"{'good' if i % 2 else 'bad'} {' '.join(r.choices(words, k=3))}", i) for i in range(200)

@@ -83,10 +83,10 @@ INVISIBLE = re.compile(
 _UNSEEN = (0x200B, 0x200C, 0x200D, 0x2060, 0xAD, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xE0001, 0xE0080))
 INVISIBLE_GATES = tuple(map(chr, _UNSEEN))
 OPEN_SIGNS = frozenset(",([{–—:-")
-OPEN_WORDS = frozenset(
-    "the a an of to and or with for in that which is are was by from as at on because your their its this der die das und ein eine zu "
-    "mit für von le la les de et des du un une el los y en que".split()
-)
+OPEN_WORDS = frozenset(re.findall(r"\S+",
+    "the a an of to and or with for in that which is are was by from as at on because your their its this der die das und ein eine"
+    " zu mit für von le la les de et des du un une el los y en que"
+))  # fmt: skip
 PLACEHOLDER = re.compile(
     r"^(?:n/?a|null|none|nan|nil|todo|tbd|undefined|unknown|-+|\.+|…|_+|\?+|<[^<>\n]{0,20}>|lorem ipsum.*"
     r"|\[?(?:your )?(?:answer|response|output|text)(?: here)?\]?)[.!]?$",
