@@ -26,7 +26,7 @@ NEAR = 0.7  # share of equal MinHash values from which two rows are called near 
 PART_ROWS, PARTS = 1 << 16, 16  # rows sorted at once (some 60 bytes each), but no more parts than these: time stays linear
 LONG_UNITS = 16  # bytes per word from which a text is taken to have no spaces (Chinese, Japanese, Thai): its units are characters
 
-_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
+PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
 _BLANK = string.punctuation + "\x1c\x1d\x1e\x1f"  # the last four are white space to str.split, and not to bytes.split
 _ASCII = bytes.maketrans((_BLANK + string.ascii_uppercase).encode(), (" " * len(_BLANK) + string.ascii_lowercase).encode())
 _BASE = np.uint64(0x9E3779B97F4A7C15 | 1)
@@ -44,7 +44,7 @@ def normalised(c: Conversation) -> str:
     said = "\n".join(m.content for m in c.messages if m.role != "system") or c.messages[0].content
     if said.isascii():  # the same in one pass over bytes
         return b" ".join(said.encode().translate(_ASCII).split()).decode() or said
-    return " ".join(said.translate(_PUNCTUATION).lower().split()) or said
+    return " ".join(said.translate(PUNCTUATION).lower().split()) or said
 
 
 def text_hashes(texts: Sequence[str]) -> np.ndarray:
@@ -53,48 +53,64 @@ def text_hashes(texts: Sequence[str]) -> np.ndarray:
     return np.frombuffer(digests, "<u8").copy()
 
 
-def signatures(texts: Sequence[str]) -> np.ndarray:
+class Shingles:
+    """Every run of `words` units of normalised texts as a 64-bit hash, for any `words`, from one pass over their bytes."""
+
+    def __init__(self, texts: Sequence[str]):
+        self.texts = len(texts)
+        if not texts:
+            return
+        encoded = [t.encode() + b" " for t in texts]
+        data_B = np.frombuffer(b"".join(encoded), np.uint8)
+        lengths_N = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        self._ends_N = ends_N = np.cumsum(lengths_N)
+        starts_N = ends_N - lengths_N
+
+        space = data_B == 32
+        unit_B = ~space
+        unit_B[1:] &= space[:-1]  # the first of each word
+        words_N = _counts(unit_B, ends_N)
+        spaceless_N = lengths_N > LONG_UNITS * np.maximum(words_N, 1)
+        if spaceless_N.any():
+            first_of_char = (data_B & 0xC0) != 0x80
+            unit_B = np.where(np.repeat(spaceless_N, lengths_N), first_of_char & ~space, unit_B)
+        unit_B[starts_N] = True
+        self._at_U = np.flatnonzero(unit_B)
+        self._count_N = _counts(unit_B, ends_N)
+
+        # polynomial hash of every span from prefix sums, modulo 2^64: sum(byte * base^i) / base^start
+        with np.errstate(over="ignore"):
+            power_B, self._back_B = _powers(len(data_B))
+            self._prefix = np.zeros(len(data_B) + 1, np.uint64)
+            np.cumsum((data_B + np.uint64(1)) * power_B, out=self._prefix[1:])
+
+    def hashes(self, words: int) -> tuple[np.ndarray, np.ndarray]:
+        """uint64 [S], and where those of each text begin, int64 [N]. A text of fewer than `words` units gives one, of all of it."""
+        # a shingle runs from its unit to the beginning of the words-th unit behind it, or to the end of a shorter row
+        at_U = self._at_U
+        first_N = np.cumsum(self._count_N) - self._count_N
+        shingles_N = np.maximum(self._count_N - words, 0) + 1  # none shorter than that many units, but one for a short row
+        begin_N = np.cumsum(shingles_N) - shingles_N
+        unit_S = np.arange(shingles_N.sum()) + np.repeat(first_N - begin_N, shingles_N)
+        start_S = at_U[unit_S]
+        end_S = np.append(at_U, 0)[np.minimum(unit_S + words, len(at_U))]
+        end_S[begin_N + shingles_N - 1] = self._ends_N
+        with np.errstate(over="ignore"):
+            span_S = (self._prefix[end_S] - self._prefix[start_S]) * self._back_B[start_S]
+            span_S ^= span_S >> np.uint64(31)
+            span_S *= np.uint64(0xBF58476D1CE4E5B9)
+        return span_S, begin_N
+
+
+def signatures(texts: Sequence[str] | Shingles) -> np.ndarray:
     """MinHash signatures of normalised texts, uint32 [N, P]."""
-    if not texts:
+    shingles = texts if isinstance(texts, Shingles) else Shingles(texts)
+    if not shingles.texts:
         return np.zeros((0, PERMUTATIONS), np.uint32)
-    encoded = [t.encode() + b" " for t in texts]
-    data_B = np.frombuffer(b"".join(encoded), np.uint8)
-    lengths_N = np.fromiter(map(len, encoded), np.int64, len(encoded))
-    ends_N = np.cumsum(lengths_N)
-    starts_N = ends_N - lengths_N
-
-    space = data_B == 32
-    unit_B = ~space
-    unit_B[1:] &= space[:-1]  # the first of each word
-    words_N = _counts(unit_B, ends_N)
-    spaceless_N = lengths_N > LONG_UNITS * np.maximum(words_N, 1)
-    if spaceless_N.any():
-        first_of_char = (data_B & 0xC0) != 0x80
-        unit_B = np.where(np.repeat(spaceless_N, lengths_N), first_of_char & ~space, unit_B)
-    unit_B[starts_N] = True
-
-    # a shingle runs from its unit to the beginning of the WORDS-th unit behind it, or to the end of a shorter row
-    at_U = np.flatnonzero(unit_B)
-    count_N = _counts(unit_B, ends_N)
-    first_N = np.cumsum(count_N) - count_N
-    shingles_N = np.maximum(count_N - WORDS, 0) + 1  # none shorter than WORDS units, but one for a short row
-    begin_N = np.cumsum(shingles_N) - shingles_N
-    unit_S = np.arange(shingles_N.sum()) + np.repeat(first_N - begin_N, shingles_N)
-    start_S = at_U[unit_S]
-    end_S = np.append(at_U, 0)[np.minimum(unit_S + WORDS, len(at_U))]
-    last_N = begin_N + shingles_N - 1
-    end_S[last_N] = ends_N
-
-    # polynomial hash of every span from prefix sums, modulo 2^64: sum(byte * base^i) / base^start
+    span_S, begin_N = shingles.hashes(WORDS)
     with np.errstate(over="ignore"):
-        power_B, back_B = _powers(len(data_B))
-        prefix = np.zeros(len(data_B) + 1, np.uint64)
-        np.cumsum((data_B + np.uint64(1)) * power_B, out=prefix[1:])
-        span_S = (prefix[end_S] - prefix[start_S]) * back_B[start_S]
-        span_S ^= span_S >> np.uint64(31)
-        span_S *= np.uint64(0xBF58476D1CE4E5B9)
         hash_S = (span_S >> np.uint64(32)).astype(np.uint32)
-        out = np.empty((len(texts), PERMUTATIONS), np.uint32)
+        out = np.empty((shingles.texts, PERMUTATIONS), np.uint32)
         mixed_S = np.empty_like(hash_S)
         for p in range(PERMUTATIONS):
             np.multiply(hash_S, _MULTIPLY[p], out=mixed_S)
@@ -132,6 +148,16 @@ class Clusters:
     def among(self, rows: int) -> Clusters:
         """The same of the first `rows` rows alone: a cluster that has any of them is named after one of them."""
         return Clusters(self.exact[:rows], self.near[:rows])
+
+    def repeats(self, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first rows that repeat an earlier one, and the first that only nearly do, at most so many of each."""
+        exact, near = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for some in _blocks(len(self.near)):
+            number = np.arange(some.start, some.stop, dtype=np.uint32)
+            same = self.exact[some] != number
+            exact.append(some.start + np.flatnonzero(same)[:most])
+            near.append(some.start + np.flatnonzero((self.near[some] != number) & ~same)[:most])
+        return np.concatenate(exact)[:most], np.concatenate(near)[:most]
 
     @property
     def exact_duplicates(self) -> int:

@@ -41,7 +41,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from tunesmith.config.schema import Data
-from tunesmith.data import clusters, formats, sources
+from tunesmith.data import clusters, findings, formats, sources
 from tunesmith.data.render import Rendered, RowRefused
 from tunesmith.data.sources import Chunk, Files, Refused, Row, find, parse, raise_all
 from tunesmith.data.store import INDEX, ExampleStore, Packed, StoreWriter
@@ -118,6 +118,7 @@ class Account:
     overlap_exact: int = 0  # held-out rows (from a file) that also stand among the training rows
     overlap_near: int = 0
     overlong: list[int] = field(default_factory=list)  # tokens of rows refused for their length (at most 100,000 are kept)
+    findings: list[dict[str, Any]] = field(default_factory=list)  # findings.Found.as_dict, the worst first
 
     @property
     def rows(self) -> int:
@@ -402,6 +403,7 @@ class _Result:
     hashes: np.ndarray
     signatures: np.ndarray
     overlong: list[int]
+    scan: findings.Scan
 
 
 def _process(chunk: Chunk, renderer: Renders) -> _Result:
@@ -410,7 +412,7 @@ def _process(chunk: Chunk, renderer: Renders) -> _Result:
     refused: list[tuple[int, Refused]] = []
     told: list[Conversation] = []
     numbers: list[int] = []
-    kinds: Counter[str] = Counter()
+    kind_of: list[str] = []
     for i, row in enumerate(parsed):
         if isinstance(row, Refused):
             refused.append((i, row))
@@ -418,17 +420,17 @@ def _process(chunk: Chunk, renderer: Renders) -> _Result:
         try:
             told.append(formats.conversation(row))
             numbers.append(i)
-            kinds[formats.detect(row.value) or ""] += 1
+            kind_of.append(formats.detect(row.value) or "")
         except formats.FormatError as e:
             refused.append((i, Refused(row.origin, e.reason, _preview(row))))
     examples: list[Example] = []
     rows_of: list[int] = []
     used: list[int] = []
-    kept: list[Conversation] = []
+    kept: list[int] = []  # positions in `told`
     fixes: Counter[str] = Counter()
     cuts: Counter[str] = Counter()
     fixed, overlong = 0, []
-    for i, c, rendered in zip(numbers, told, renderer.examples_many(told), strict=True):
+    for k, (i, c, rendered) in enumerate(zip(numbers, told, renderer.examples_many(told), strict=True)):
         if isinstance(rendered, RowRefused):
             reason = "; ".join(filter(None, (rendered.what, rendered.fix)))
             refused.append((i, Refused(c.origin, reason, _preview(parsed[i]))))
@@ -439,7 +441,7 @@ def _process(chunk: Chunk, renderer: Renders) -> _Result:
             refused.append((i, Refused(c.origin, "no token of it is trained", _preview(parsed[i]))))
             continue
         used.append(i)
-        kept.append(c)
+        kept.append(k)
         mended = dict.fromkeys(c.fixes + rendered.notes)
         fixes.update(list(mended))
         if rendered.truncated:
@@ -450,7 +452,8 @@ def _process(chunk: Chunk, renderer: Renders) -> _Result:
             examples.append(e)
             rows_of.append(i)
     refused.sort(key=lambda r: r[0])
-    texts = [clusters.normalised(c) for c in kept]
+    texts = [clusters.normalised(c) for c in told]  # findings are told of refused rows too: they will be mended
+    shingles = clusters.Shingles(texts)
     return _Result(
         rows=len(parsed),
         refused=refused,
@@ -458,12 +461,13 @@ def _process(chunk: Chunk, renderer: Renders) -> _Result:
         truncated=sum(cuts.values()),
         fixes=fixes,
         cuts=cuts,
-        formats=kinds,
+        formats=Counter(kind_of),
         packed=Packed.of(examples, rows_of),
         used=np.array(used, np.int64),
-        hashes=clusters.text_hashes(texts),
-        signatures=clusters.signatures(texts),
+        hashes=clusters.text_hashes([texts[k] for k in kept]),
+        signatures=clusters.signatures(shingles)[kept],
         overlong=overlong,
+        scan=findings.scan(told, texts, shingles, kind_of),
     )
 
 
@@ -646,6 +650,7 @@ def _fill(temp: Path, data: Data, renderer: Renders, seed: int, found: list[File
     faults: list[DataError] = []
     writer, done = StoreWriter(temp / "store"), 0
     workers = _workers(data.workers, sum(f.size for f in found))
+    doctor = findings.Doctor()
     finder, used_path = clusters.Finder(temp / "clusters"), temp / "clusters" / "used.bin"  # used: their row numbers, uint32
     with (temp / "refused.jsonl").open("w", encoding="utf-8") as refused_file, used_path.open("wb") as used_file:
         for number, chunk, result in _results(_tagged(found, faults), renderer, make_renderer, workers):
@@ -657,6 +662,7 @@ def _fill(temp: Path, data: Data, renderer: Renders, seed: int, found: list[File
             account.overlong += result.overlong[: 100_000 - len(account.overlong)]
             writer.append(result.packed, file=chunk.file, source=number, row=done)
             finder.add(result.hashes, result.signatures)
+            doctor.add(result.scan, chunk.file, number)
             used_file.write((result.used + done).astype(np.uint32).tobytes())
             done += result.rows
             report(chunk, done)
@@ -666,13 +672,28 @@ def _fill(temp: Path, data: Data, renderer: Renders, seed: int, found: list[File
         source.notes = dict(files.notes)
         assert source.rows == source.used + source.fixed + source.truncated + source.refused, "a row is in no class, or in two"
 
-    chosen = _choose(account, data, seed, finder)
+    chosen, repeats = _choose(account, data, seed, finder)
     held = np.memmap(used_path, np.uint32, "r")[chosen] if len(chosen) else np.zeros(0, np.uint32)
+    known = _places(temp / "store", used_path, repeats)
     shutil.rmtree(temp / "clusters")
+    account.findings = [f.as_dict() for f in doctor.found(known)]
     np.save(temp / "held_out.npy", _examples_of(temp / "store", held), allow_pickle=False)
     _write_conversations(temp / "held_out.jsonl", found, held)
     account.held_out_rows = len(held)
     account.save(temp / "account.json")
+
+
+def _places(store: Path, used: Path, repeats: dict[str, tuple[int, np.ndarray]]) -> dict[str, tuple[int, list[str]]]:
+    """Findings that the clusters tell, with the places of their first rows."""
+    out: dict[str, tuple[int, list[str]]] = {}
+    for name, (count, first) in repeats.items():
+        if count:
+            rows = np.memmap(used, np.uint32, "r")[first]
+            opened = ExampleStore(store)
+            at = _examples_of(store, rows)
+            places = dict.fromkeys(str(opened.origin(int(i))) for i in at.tolist())  # a row may have several examples
+            out[name] = count, list(places)[:EXAMPLES_KEPT]
+    return out
 
 
 def _examples_of(store: Path, rows: np.ndarray) -> np.ndarray:
@@ -719,18 +740,26 @@ def _shared(a: str, b: str) -> str:
     return "".join(x if x == y else "N" for x, y in zip(left, right, strict=False)) if len(left) == len(right) else a
 
 
-def _choose(account: Account, data: Data, seed: int, finder: clusters.Finder) -> np.ndarray:
-    """Count duplicates and choose the held-out rows: which of the rows that are used, sorted."""
+def _choose(
+    account: Account, data: Data, seed: int, finder: clusters.Finder
+) -> tuple[np.ndarray, dict[str, tuple[int, np.ndarray]]]:
+    """Count duplicates and choose the held-out rows: which of the rows that are used, sorted. Then, for each finding of this kind,
+    its count and its first rows."""
     found = finder.clusters()
     train = sum(s.rows - s.refused for s in account.sources if not s.held_out)  # rows of the held-out file come behind them
     among = found.among(train)
     account.exact_duplicates, account.near_duplicates = among.exact_duplicates, among.near_duplicates
+    repeats = {
+        "exact_duplicates": (among.exact_duplicates, among.repeats(EXAMPLES_KEPT)[0]),
+        "near_duplicates": (among.near_duplicates, among.repeats(EXAMPLES_KEPT)[1]),
+    }
     if isinstance(data.held_out, str):
         exact, near = found.exact[train:] < train, found.near[train:] < train
         account.overlap_exact, account.overlap_near = int(exact.sum()), int((near & ~exact).sum())
-        return np.arange(train, finder.rows)
+        repeats["leakage"] = int((exact | near).sum()), train + np.flatnonzero(exact | near)[:EXAMPLES_KEPT]
+        return np.arange(train, finder.rows), repeats
     wanted = min(HELD_OUT_MOST, max(1, round(data.held_out * train))) if data.held_out else 0
-    return clusters.held_out_rows(found.near, wanted, seed)
+    return clusters.held_out_rows(found.near, wanted, seed), repeats
 
 
 def _write_conversations(path: Path, found: list[Files], held: np.ndarray) -> None:

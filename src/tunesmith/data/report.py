@@ -30,6 +30,8 @@ BAR = 40
 SHOWN_HEAD, SHOWN_TAIL = 500, 150  # tokens of a longer example that are shown
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 TRAINED, UNTRAINED, SPECIAL = "bold green", "dim", "magenta"
+STYLES = {"error": "bold red", "warning": "yellow", "note": ""}
+FINDINGS_WHOLE = 6  # findings told with a place and the fix
 OPEN, CLOSE = "▸", "◂"  # around trained tokens where there is no colour
 
 
@@ -80,6 +82,7 @@ class CheckReport:
         _classes(self, console)
         _lengths(self, console)
         _duplicates(self, console)
+        _findings(self, console)
         for shown in self.shown:
             _tokens(shown, console)
         _verdict(self, console)
@@ -275,6 +278,29 @@ def _duplicates(report: CheckReport, console: Console) -> None:
             f"overlap: {a.overlap_exact:,} held-out rows are also training rows word for word, {a.overlap_near:,} more nearly are"
         )
         _line(console, _text(told, style))
+
+
+def _findings(report: CheckReport, console: Console) -> None:
+    """The worst first: FINDINGS_WHOLE of them with a place and the fix, the others in a line each, so that it stays one screen."""
+    found = report.account.findings
+    if not found:
+        _line(console, _text("\nfindings: none"))
+        return
+    counts = {severity: sum(f["severity"] == severity for f in found) for severity in STYLES}
+    told = ", ".join(f"{n} {name}{'s' if n > 1 else ''}" for name, n in counts.items() if n)
+    _line(console, _text(f"\nfindings, the worst first: {told}", "bold"))
+    for k, f in enumerate(found):
+        line = _text(f"{f['severity']:<8}", STYLES[f["severity"]]) + _text(f"{f['count']:>7,}  {f['what']}")
+        console.print(line, no_wrap=True, overflow="ellipsis", crop=True)
+        if k >= FINDINGS_WHOLE:
+            continue
+        place, words = f["examples"][0] if f["examples"] else ("", "")
+        place = place if len(place) <= 30 else "…/" + place.rsplit("/", 1)[-1]
+        below = [" ".join(filter(None, (place, words))), f["detail"], f"fix: {f['fix']}"]
+        for words in filter(None, below):
+            console.print(_text(" " * 17 + words, "dim"), no_wrap=True, overflow="ellipsis", crop=True)
+    if len(found) > FINDINGS_WHOLE:
+        _line(console, _text("all of them with places and fixes: account.json beside the list of refused rows", "dim"))
 
 
 def _tokens(shown: Shown, console: Console) -> None:

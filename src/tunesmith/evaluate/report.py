@@ -559,6 +559,7 @@ def _during(found: _Found) -> Markup | None:
 
 # ---- data ----------------------------------------------------------------------------------------------------------------------
 
+FINDINGS = 40  # kinds of faults that are shown; there are some 30
 CLASSES = (("used", "b", "used as they are"), ("fixed", "a", "fixed"), ("truncated", "c", "cut"), ("refused", "e", "refused"))
 
 
@@ -582,6 +583,7 @@ def _data(found: _Found) -> Markup | None:
         body = [(_named(s), *(f"{_count(s.get(key)):,}" for key in columns)) for s in sources[:SOURCES]]
         parts.append(table(("source", *columns.values()), body, numbers=range(1, 8)))
         parts.append(_notes(found, sources))
+        parts.append(_findings(found))
         parts.append(_refusals(sources))
     if found.refused:
         body = [
@@ -629,6 +631,23 @@ def _notes(found: _Found, sources: Sequence[Mapping[str, Any]]) -> Markup | None
             f"{over:,} held-out rows also stand among the training rows, {close:,} nearly: the result above is too good by them"
         )
     return el("ul", [el("li", item) for item in items], class_="plain note") if items else None
+
+
+def _findings(found: _Found) -> Markup | None:
+    """What `check` found in the rows, as account.json has it: nothing secret stands whole in it."""
+    rows = [_dict(f) for f in _list(found.account.get("findings"))][:FINDINGS]
+    if not rows:
+        return None
+    body = []
+    for f in rows:
+        places = [[str(part) for part in _list(e)[:2]] for e in _list(f.get("examples"))[:3]]
+        shown = [el("div", _cut(" ".join(filter(None, place)), 240)) for place in places]
+        why = el("div", _cut(str(f.get("detail") or f.get("why", "")), 240), class_="note")
+        what = join([_cut(str(f.get("what", f.get("name", "?"))), 120), why])
+        severity, count = _cut(str(f.get("severity", "")), 20), f"{_count(f.get('count')):,}"
+        body.append((what, severity, count, join(shown), _cut(str(f.get("fix", "")), 240)))
+    head = ("finding", "severity", "rows", "for example", "fix")
+    return table(head, body, caption="What was found in the rows, the worst first", numbers=(2,))
 
 
 def _refusals(sources: Sequence[Mapping[str, Any]]) -> Markup | None:

@@ -1,0 +1,324 @@
+"""Faults that one row shows by itself. A detector takes a chunk's `Rows` and tells which of them have it, and where."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from tunesmith import redact
+from tunesmith.data.findings import text as t
+from tunesmith.data.findings.text import Hits, Joined, Rows
+
+REPEATED = 120  # of a longer one the beginning: worked answers often begin with a clause of the question
+COPY = 40  # characters of a prompt that an answer repeats by more than chance
+OPEN_ENDED = 80  # an answer shorter than this may end as it likes
+
+REFUSAL = re.compile(
+    r"^(?:i(?:'|’)?m (?:very |so |really )?sorry,? (?:but )?(?:i|as)\b.{0,40}?"
+    r"(?:can(?:no|')?t|unable|not able|won't|do not|don't)"
+    r"|(?:i(?:'|’)?m|i am) (?:sorry,? (?:but )?)?(?:not able|unable) to "
+    r"(?:assist|help|provide|fulfill|answer|comply|generate|create)"
+    r"|i (?:can(?:no|'|’)t|can not|won(?:'|’)t|will not) "
+    r"(?:assist|help|provide|fulfill|comply|answer|generate|create|do that|share)"
+    r"|i apologi[sz]e,? but i|i must (?:respectfully |politely )?decline"
+    r"|(?:sorry|unfortunately),? (?:but )?i (?:can(?:no|'|’)t|can not|am unable|am not able))",
+    re.MULTILINE,
+)
+REFUSAL_GATES = (
+    "sorry",
+    "unable to",
+    "not able to",
+    "can't",
+    "can’t",
+    "cannot",
+    "can not",
+    "i won't",
+    "i won’t",
+    "i will not",
+    "apolog",
+    "decline",
+)
+BOILERPLATE = re.compile(
+    r"\bas an? (?:large |artificial )?(?:ai|a\.i\.|language|artificial intelligence)(?: language)? ?(?:model|assistant|chatbot)?\b"
+    r"(?=,| i\b| developed| trained)"
+    r"|\bi(?:'|’)?(?: a)?m (?:just |only )?an? (?:ai|large language|language|artificial intelligence)"
+    r"(?: language)? (?:model|assistant|chatbot)\b"
+    r"|\bmy (?:knowledge cutoff|last knowledge update|training data (?:only )?(?:goes|extends|ends))"
+    r"|\b(?:trained|developed|created) by openai\b|\bi hope this (?:email|message) finds you well\b|\bregenerate response\b"
+    r"|\bi don(?:'|’)t have personal (?:opinions|beliefs|experiences|feelings)\b"
+    r"|\bals (?:ein )?ki-(?:sprach)?modell\b|\ben tant qu(?:e |'|’)(?:modèle de langage|ia)\b|\bcomo modelo de lenguaje\b"
+)
+BOILERPLATE_GATES = (
+    "as an ai", "as a large", "as a language", "as an artificial", "an ai ", "language model", "knowledge cutoff",
+    "knowledge update", "training data", "openai", "finds you well", "regenerate response", "personal ", "als ki", "als ein ki",
+    "en tant qu", "como modelo",
+)  # fmt: skip
+SPECIAL = re.compile(
+    r"<\|[A-Za-z0-9_ ]{2,40}\|>|<｜[^｜\n]{2,40}｜>|\[/?INST\]|<</?SYS>>|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_turn>"
+    r"|\[(?:PAD|UNK|CLS|MASK|BOS|EOS|SEP)\]"
+)
+SPECIAL_GATES = ("<|", "<｜", "SYS>>", "<s>", "</s>", "os>", "<pad>", "<unk>", "_of_turn>")
+BRACKET_GATES = ("INST]", "PAD]", "UNK]", "CLS]", "MASK]", "OS]", "SEP]")
+CONFLICT = re.compile(r"^(?:<{7}(?: |$)|>{7}(?: |$)|\|{7}(?: |$))", re.MULTILINE)
+ROLE_LINE = re.compile(
+    r"^(?:#{2,4} ?(?:Instruction|Input|Response|User|Human|Assistant|System|Prompt)\b:?"
+    r"|\**(?:Human|User|Assistant|System|USER|ASSISTANT|HUMAN)\**:)",
+    re.MULTILINE,
+)
+ROLE_GATES = ("## ", "Human", "User", "Assistant", "System", "USER:", "ASSISTANT:", "HUMAN:", "##Ins", "##Res")
+# UTF-8 read as Latin-1 or Windows-1252, or what was left where a decoder gave up
+MOJIBAKE = re.compile(
+    r"\ufffd|[ÃÂ][\x80-\xbf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u2022\u2026\u2030\u20ac\u2122]"
+    r"|â(?:€|[\x80-\x9f\u201a][\x80-\xbf])|ð(?:Ÿ|\x9f)|ï»¿|[ÐÑ][\x80-\xbf][ÐÑ]"
+)
+MOJIBAKE_GATES = ("\ufffd", "Ã", "Â", "â", "ð", "ï»¿", "Ð", "Ñ")
+CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\x80-\x84\x86-\x9f]|\x1b\\[[0-9;]*m")
+CONTROL_BYTES = bytes(b for b in (*range(32), *range(127, 160)) if b not in (9, 10, 12, 13, 0x85))
+# ZWNJ and ZWJ belong to Persian, Indic scripts and emoji: they are a fault between Latin letters only. Tag characters write text
+# that nobody sees, but behind a black flag they are a flag.
+INVISIBLE = re.compile(
+    "[\u200b\u2060\u00ad\u202a-\u202e\u2066-\u2069]|(?<=[A-Za-z])[\u200c\u200d](?=[A-Za-z])|(?<!^)\ufeff"
+    "|(?<![\U0001f3f4\U000e0001-\U000e007f])[\U000e0001-\U000e007f]"
+)
+_UNSEEN = (0x200B, 0x200C, 0x200D, 0x2060, 0xAD, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xE0001, 0xE0080))
+INVISIBLE_GATES = tuple(map(chr, _UNSEEN))
+OPEN_SIGNS = frozenset(",([{–—:-")
+OPEN_WORDS = frozenset(re.findall(r"\S+",
+    "the a an of to and or with for in that which is are was by from as at on because your their its this der die das und ein eine"
+    " zu mit für von le la les de et des du un une el los y en que"
+))  # fmt: skip
+PLACEHOLDER = re.compile(
+    r"^(?:n/?a|null|none|nan|nil|todo|tbd|undefined|unknown|-+|\.+|…|_+|\?+|<[^<>\n]{0,20}>|lorem ipsum.*"
+    r"|\[?(?:your )?(?:answer|response|output|text)(?: here)?\]?)[.!]?$",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def placeholder(rows: Rows) -> Hits:
+    found: Hits = {}
+    for part, answer in enumerate(rows.answers.parts):
+        if len(answer) < 32 or answer[:11].lower() == "lorem ipsum":
+            plain = answer.strip()
+            if not any(c.isalnum() for c in plain) or PLACEHOLDER.match(plain):
+                found.setdefault(rows.answers.rows[part], (part, 0, len(answer)))
+    return found
+
+
+def truncated(rows: Rows) -> Hits:
+    found: Hits = {}
+    answers = rows.answers
+    for part, answer in enumerate(answers.parts):
+        if len(answer) >= OPEN_ENDED:
+            words = answer[-32:].rsplit(None, 1)
+            word = words[-1] if words else ""
+            if word in OPEN_WORDS or (word[-1:] in OPEN_SIGNS and word and word[-2:] != "--"):
+                end = len(answer.rstrip())
+                found.setdefault(answers.rows[part], (part, end - len(word), end))
+    if "```" in answers.text:
+        for part, answer in enumerate(answers.parts):
+            if answer.count("```") % 2:
+                at = answer.rfind("```")
+                found.setdefault(answers.rows[part], (part, at, at + 3))
+    return found
+
+
+def role_order(rows: Rows) -> Hits:
+    """Told by roles alone: the excerpt is the first message that stands wrong. An answer that calls a tool comes before one."""
+    found: Hits = {}
+    part = 0
+    for i, c in enumerate(rows.conversations):
+        if c.kind == "chat":
+            before, wrong = "", -1
+            for k, m in enumerate(c.messages):
+                role = m.role
+                if (
+                    (role == "system" and k)
+                    or (role == "assistant" and before in ("", "system", "assistant"))
+                    or (role == "user" and before in ("user", "tool") and k)
+                ):
+                    wrong = k
+                    break
+                before = role
+            if wrong < 0 and before == "user":
+                wrong = len(c.messages) - 1
+            if wrong < 0 and any(f.startswith(("joined", "merged")) for f in c.fixes):
+                wrong = 0
+            if wrong >= 0:
+                found[i] = (part + wrong, 0, 0)
+        part += len(c.messages)
+    return found
+
+
+def prompt_in_answer(rows: Rows) -> Hits:
+    found: Hits = {}
+    answers = rows.answers
+    part_of = {row: part for part, row in enumerate(answers.rows)}  # the last of each row
+    for row, prompt, answer in rows.pairs:
+        if len(answer) >= COPY <= len(prompt):
+            key = prompt[:REPEATED]
+            at = answer.find(key)
+            if at >= 0 and len(answer) > len(prompt) * 0.5:
+                found[row] = (part_of[row], at, at + len(key))
+    if any(g.encode() in answers.squeezed for g in ROLE_GATES):
+        for m in ROLE_LINE.finditer(answers.text):
+            row, part, start, end = answers.at(*m.span())
+            found.setdefault(row, (part, start, end))
+    return found
+
+
+def refusal(rows: Rows) -> Hits:
+    return _of_heads(rows, rows.heads.find(REFUSAL, REFUSAL_GATES, lower=True))
+
+
+def _of_heads(rows: Rows, hits: Hits) -> Hits:
+    """Places in `heads` are places in the answers but for the blanks before."""
+    shift = {part: len(rows.answers.parts[part]) - len(rows.answers.parts[part].lstrip()) for part, _, _ in hits.values()}
+    return {row: (part, start + shift[part], end + shift[part]) for row, (part, start, end) in hits.items()}
+
+
+def boilerplate(rows: Rows) -> Hits:
+    return rows.answers.find(BOILERPLATE, BOILERPLATE_GATES, 60, lower=True)
+
+
+def special_tokens(rows: Rows) -> Hits:
+    data = rows.all.squeezed
+    gates = (SPECIAL_GATES if b"<" in data else ()) + (BRACKET_GATES if b"]" in data else ())
+    return rows.all.find(SPECIAL, gates, 48) if gates else {}
+
+
+def conflict_markers(rows: Rows) -> Hits:
+    return rows.all.find(CONFLICT, ("<<<<<<<", ">>>>>>>", "|||||||"), 10)
+
+
+def mojibake(rows: Rows) -> Hits:
+    text = rows.all.text
+    return rows.all.find(MOJIBAKE) if not text.isascii() and any(g in text for g in MOJIBAKE_GATES) else {}
+
+
+def control_characters(rows: Rows) -> Hits:
+    data = rows.all.squeezed
+    return (
+        rows.all.find(CONTROL) if len(data.translate(None, CONTROL_BYTES)) < len(data) else {}
+    )  # 10 times quicker than the pattern
+
+
+def invisible(rows: Rows) -> Hits:
+    text = rows.all.text
+    return rows.all.find(INVISIBLE) if not text.isascii() and any(g in text for g in INVISIBLE_GATES) else {}
+
+
+# ---- personal data and secrets -------------------------------------------------------------------------------------------------
+
+
+def email(rows: Rows) -> Hits:
+    def good(m: re.Match[str]) -> bool:
+        before = m.string[m.start() - 1 : m.start()] if m.start() else ""
+        return before.isascii() and (before.isalnum() or before in ("_", "%", "+", "-")) and not t.RESERVED.search(m[0])
+
+    hits = rows.all.find(t.EMAIL_AT, ("@",), good=good)
+    return {row: (part, _left(rows.all.parts[part], start), end) for row, (part, start, end) in hits.items()}
+
+
+def _left(text: str, at: int) -> int:
+    """Where the name before the @ begins."""
+    m = re.search(r"[A-Za-z0-9._%+'-]{1,64}\Z", text[max(0, at - 64) : at])
+    return at - len(m[0]) if m else at
+
+
+NUMBERS = (  # and where a match ends, 0 if it is none
+    ("iban", t.IBAN, t.iban_end),
+    ("card", t.CARD, lambda m: m.end() if t.is_card(m[0]) else 0),
+    ("phone", t.PHONE, lambda m: m.end() if t.is_phone(m[0]) else 0),
+)
+
+
+def _numbers(rows: Rows) -> dict[str, Hits]:
+    """Phones, cards and IBANs: they lie in the same few stretches with many digits."""
+    found: dict[str, Hits] = {"phone": {}, "card": {}, "iban": {}}
+    text = rows.all.text
+    for low, high in rows.all.numbers():
+        taken: list[tuple[int, int]] = []
+        for name, pattern, ends in NUMBERS:
+            for m in pattern.finditer(text, low, high):
+                start, end = m.start(), ends(m)
+                if end and not any(start < b and a < end for a, b in taken):
+                    taken.append((start, end))
+                    row, *place = rows.all.at(start, end)
+                    found[name].setdefault(row, tuple(place))
+    return found
+
+
+def numbers_of(name: str):
+    def detector(rows: Rows) -> Hits:
+        known = rows.__dict__.get("_numbers")
+        if known is None:
+            known = rows.__dict__["_numbers"] = _numbers(rows)
+        return known[name]
+
+    return detector
+
+
+def ip_address(rows: Rows) -> Hits:
+    squeezed = rows.all.squeezed
+    found: Hits = {}
+    if any(d in squeezed for d in t.DOTTED):
+        found = rows.all.find(t.IPV4, good=lambda m: t.is_ip(m[0]) and not _version(m))
+    for start, end in _ipv6(rows.all.text):
+        row, *place = rows.all.at(start, end)
+        found.setdefault(row, tuple(place))
+    return found
+
+
+FOUR_GROUPS = re.compile(r":[0-9A-Fa-f]{1,4}:[0-9A-Fa-f]{1,4}:[0-9A-Fa-f]{1,4}:")
+
+
+def _ipv6(text: str) -> Iterator[tuple[int, int]]:
+    for m in FOUR_GROUPS.finditer(text) if ":" in text else ():
+        for whole in t.IPV6.finditer(text, max(0, m.start() - 6), m.end() + 30):
+            if t.is_ip(whole[0]):
+                yield whole.span()
+
+
+def _version(m: re.Match[str]) -> bool:
+    """`version 1.2.3.4`, `v1.2.3.4`: four numbers that are no address."""
+    return bool(
+        re.search(r"(?:version|release|build|ver\.?|section|§) ?\Z", m.string[max(0, m.start() - 10) : m.start()], re.IGNORECASE)
+    )
+
+
+def api_key(rows: Rows) -> Hits:
+    found: Hits = {}
+    for start, end in sorted(_keys(rows.all)):
+        row, *place = rows.all.at(start, end)
+        found.setdefault(row, tuple(place))
+    return found
+
+
+NAME_GATES = (b"password", b"passwd", b"secret", b"api_key", b"apikey", b"api-key", b"access_key", b"_token")
+GIVEN = re.compile(rb"[a-z0_.-]{0,30}[\"']?\s{0,4}[=:]")  # behind such a name: a value is given
+NO_SECRET = re.compile(r"[(){}<>$]|your|example|xxx|•", re.IGNORECASE)
+
+
+def _keys(joined: Joined) -> Iterator[tuple[int, int]]:
+    text, data, lower = joined.text, joined.squeezed, joined.squeezed_lower
+    line = b"_" in data  # looked for first: it is one byte, and most gates have it
+    for gate in (g for g in t.KEY_GATES if line or b"_" not in g):
+        at = data.find(gate)
+        while at >= 0:
+            if m := redact.SHAPES.match(text, at):
+                yield m.span()
+            at = data.find(gate, at + 1)
+    for gate in (g for g in NAME_GATES if line or b"_" not in g):
+        at = lower.find(gate)
+        while at >= 0:
+            if GIVEN.match(lower, at + len(gate)):
+                for m in redact.NAMED.finditer(text, max(0, at - 40), at + 300):
+                    value = m["secret"].strip("\"'").rstrip(",;.")
+                    both = re.search(r"\d", value) and re.search(r"[A-Za-z]", value)
+                    if both and len(value) >= 8 and value.isascii() and not NO_SECRET.search(value):
+                        yield m.span("secret")
+            at = lower.find(gate, at + 1)
+
+
+def private_key(rows: Rows) -> Hits:
+    return rows.all.find(redact.PEM, ("PRIVATE KEY-----",))

@@ -1,0 +1,273 @@
+"""What detectors look at: the messages of a chunk joined into one text; and excerpts in which nothing secret stands whole.
+
+A pattern runs once over the text of a thousand rows, and not a thousand times. Most faults have a literal in them (`@`, `<|`,
+`sk-`), whose absence is known at the speed of a memory search: rows without faults cost little.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from tunesmith import redact
+from tunesmith.types import Conversation
+
+ANSWERS = ("assistant", "completion")
+PROMPTS = ("user", "prompt")
+DIGITS, WINDOW = 10, 15  # every phone number, card or IBAN has 10 digits within 15 characters; sums and dates hardly ever
+EXCERPT = 64  # characters of a row that are shown
+AROUND = 800  # characters on either side in which secrets are looked for before an excerpt is cut
+Hits = dict[int, tuple[int, int, int]]  # row -> part, start and end in it
+
+
+class Joined:
+    """Texts end to end, a line break between. `find` tells the first place in each row."""
+
+    def __init__(self, parts: Sequence[str], rows: Sequence[int]):
+        self.parts, self.rows = parts, rows
+        self.text = "\n".join(parts)
+
+    @cached_property
+    def starts(self) -> list[int]:
+        lengths = np.fromiter(map(len, self.parts), np.int64, len(self.parts)) + 1
+        return (np.cumsum(lengths) - lengths).tolist()
+
+    @cached_property
+    def lower(self) -> str:
+        return self.text.replace("İ", "I").lower()  # the one letter that becomes two: places stay the same
+
+    @cached_property
+    def squeezed(self) -> bytes:
+        """One byte a character, every digit a 0."""
+        return self.text.encode("latin-1", "replace").translate(_ZEROS)
+
+    def at(self, start: int, end: int) -> tuple[int, int, int, int]:
+        """Row, part, and start and end in that part."""
+        part = bisect_right(self.starts, start) - 1
+        begin = self.starts[part]
+        return self.rows[part], part, start - begin, min(end - begin, len(self.parts[part]))
+
+    @cached_property
+    def squeezed_lower(self) -> bytes:
+        return self.squeezed.lower()
+
+    def find(
+        self,
+        pattern: re.Pattern[str],
+        gates: Sequence[str] = (),
+        around: int = 0,
+        lower: bool = False,
+        good: Callable[[re.Match[str]], bool] | None = None,
+    ) -> Hits:
+        """Rows with a match that is `good`. With `gates`, one of which (without digits) is in every match, the pattern is run only
+        if there are any, and with `around` only so many characters before and behind each."""
+        data = self.squeezed_lower if lower else self.squeezed
+        known = [gate for g in gates if (gate := g.encode("latin-1", "replace")) in data]
+        found: Hits = {}
+        if gates and not known:
+            return found
+        near = self._near(pattern, known, around, lower, data) if around else self._everywhere(pattern, lower)
+        for m, shift in near:
+            if good is None or good(m):
+                row, *place = self.at(m.start() + shift, m.end() + shift)
+                found.setdefault(row, tuple(place))
+        return found
+
+    def _everywhere(self, pattern: re.Pattern[str], lower: bool) -> Iterator[tuple[re.Match[str], int]]:
+        return ((m, 0) for m in pattern.finditer(self.lower if lower else self.text))
+
+    def _near(
+        self, pattern: re.Pattern[str], gates: Sequence[bytes], around: int, lower: bool, data: bytes
+    ) -> Iterator[tuple[re.Match[str], int]]:
+        for gate in gates:
+            at = data.find(gate)
+            while at >= 0:
+                begin, end = max(0, at - around), min(len(data), at + around)
+                if lower:
+                    m, shift = pattern.search(self.text[begin:end].replace("İ", "I").lower()), begin
+                else:
+                    m, shift = pattern.search(self.text, begin, end), 0
+                if m:
+                    yield m, shift
+                at = data.find(gate, max(at + 1, (m.end() + shift) if m else 0))
+
+    def numbers(self) -> Iterator[tuple[int, int]]:
+        """Stretches with DIGITS digits in WINDOW characters, with room before and behind for the rest of what they belong to."""
+        data = np.frombuffer(self.squeezed, np.uint8)
+        if len(data) < DIGITS:
+            return
+        count = np.zeros(len(data) + 1, np.int32)
+        np.cumsum(data == 48, out=count[1:])
+        width = min(WINDOW, len(data))
+        dense = np.flatnonzero(count[width:] - count[:-width] >= DIGITS)
+        if not len(dense):
+            return
+        breaks = np.flatnonzero(np.diff(dense) > WINDOW)
+        for first, last in zip(
+            dense[np.append(0, breaks + 1)].tolist(), dense[np.append(breaks, len(dense) - 1)].tolist(), strict=True
+        ):
+            yield max(0, first - 12), min(len(data), last + width + 24)
+
+
+_ZEROS = bytes(48 if 48 <= b <= 57 else b if b != 0 else 1 for b in range(256))
+
+
+class Rows:
+    """A chunk's conversations as detectors see them."""
+
+    def __init__(self, conversations: Sequence[Conversation]):
+        self.conversations = conversations
+
+    @cached_property
+    def all(self) -> Joined:
+        """Every message."""
+        pairs = [(m.content, i) for i, c in enumerate(self.conversations) for m in c.messages]
+        return Joined([t for t, _ in pairs], [i for _, i in pairs])
+
+    @cached_property
+    def answers(self) -> Joined:
+        """Those of the model; a bare tool call has no text by right."""
+        pairs = [
+            (m.content, i)
+            for i, c in enumerate(self.conversations)
+            for m in c.messages
+            if m.role in ANSWERS and (m.content or not m.extra)
+        ]
+        return Joined([t for t, _ in pairs], [i for _, i in pairs])
+
+    @cached_property
+    def heads(self) -> Joined:
+        """How answers begin, each in one line."""
+        return Joined([a[:160].replace("\n", " ").lstrip() for a in self.answers.parts], self.answers.rows)
+
+    @cached_property
+    def tails(self) -> Joined:
+        """How answers end, each in one line."""
+        return Joined([a[-48:].rstrip().replace("\n", " ") for a in self.answers.parts], self.answers.rows)
+
+    @cached_property
+    def pairs(self) -> list[tuple[int, str, str]]:
+        """Row, the last question and its answer, of every row that has both."""
+        out = []
+        for i, c in enumerate(self.conversations):
+            if c.kind != "text":
+                prompt = answer = ""
+                for m in reversed(c.messages):
+                    if not answer and m.role in ANSWERS:
+                        answer = m.content
+                    elif answer and m.role in PROMPTS:
+                        prompt = m.content
+                        break
+                if prompt and answer:
+                    out.append((i, prompt, answer))
+        return out
+
+
+# ---- secrets and personal data -------------------------------------------------------------------------------------------------
+
+EMAIL_AT = re.compile(r"@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9-])")
+EMAIL = re.compile(r"[A-Za-z0-9._%+'-]{1,64}" + EMAIL_AT.pattern)
+CARD = re.compile(r"(?<![\d.])(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{4}|3\d{3}([ -]?)\d{6}\2\d{4,5}|\d{13,19})(?!\d)")
+PHONE = re.compile(
+    r"(?<![\w+.])(?:\+\d{1,3}[ ./-]?(?:\(0?\d{1,5}\)|\d{1,5})(?:[ ./-]?\d{2,5}){1,4}"  # +49 30 1234567
+    r"|\(\d{3}\) ?\d{3}[ .-]\d{4}|(?:1[ .-])?[2-9]\d{2}([.-])[2-9]\d{2}\1\d{4}"  # (212) 555-0123, 212-555-0123
+    r"|0\d{2,4}[ /-]\d{3,4}[ -]?\d{3,5})(?![\w-])"  # 030/1234567, 0171 1234567
+)
+IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
+IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
+IPV6 = re.compile(r"(?<![\w:])(?:[0-9A-Fa-f]{1,4}:){7}[0-9A-Fa-f]{1,4}(?![\w:])")
+DOTTED = tuple(b".%s.%s." % (b"0" * a, b"0" * b) for a in (1, 2, 3) for b in (1, 2, 3))
+RESERVED = re.compile(r"(?:^|[@.])(?:example\.(?:com|org|net|edu)|[a-z0-9-]+\.(?:example|test|invalid|localhost))$", re.IGNORECASE)
+KEY_GATES = (
+    b"hf_", b"api_org_", b"sk-", b"ghp_", b"gho_", b"ghs_", b"ghr_", b"ghu_", b"github_pat_", b"glpat-", b"AKIA", b"ASIA",
+    b"AIza", b"ya00.", b"xox", b"npm_", b"pypi-", b"eyJ",
+)  # fmt: skip
+LONG_RUN = re.compile(r"(?=[A-Za-z+/_=-]{0,400}\d)[A-Za-z0-9+/_=-]{24,}")
+ANY_RUN = re.compile(r"[^\s]{80,}")
+DIGIT_RUN = re.compile(r"\d(?:[ ./()-]{0,2}\d){8,}")
+LENGTHS = dict(re.findall(r"([A-Z]{2})(\d{2})", (
+    "AD24AE23AL28AT20AZ28BA20BE16BG22BH22BR29CH21CR22CY28CZ24DE22DK18DO28EE20EG29ES24FI18FO18FR27GB22GE22GI23GL18GR27GT28HR21HU28"
+    "IE22IL23IS26IT27JO30KW30KZ20LB28LI21LT20LU20LV21MC27MD24ME22MK19MR27MT31MU30NL18NO15PK24PL28PS29PT25QA29RO24RS22SA24SE24SI19"
+    "SK24SM27TN24TR26UA29VG24XK20"
+)))  # fmt: skip
+
+
+def luhn(digits: str) -> bool:
+    """The check digit of a card number."""
+    doubled = [int(d) * (1 + i % 2) for i, d in enumerate(reversed(digits))]
+    return sum(d - 9 if d > 9 else d for d in doubled) % 10 == 0
+
+
+def is_card(text: str) -> bool:
+    """13 to 19 digits of a known issuer whose check digit is right; one number in ten passes that by chance."""
+    digits = "".join(c for c in text if c.isdigit() and c.isascii())
+    return (
+        13 <= len(digits) <= 19
+        and len(set(digits)) > 1
+        and bool(re.match(r"4|5[1-5]|2[2-7]|3[47]|3[068]|6(?:011|5|4[4-9]|2)|35", digits))
+        and luhn(digits)
+    )
+
+
+def is_iban(text: str) -> bool:
+    """The country's length, and the number modulo 97 (ISO 13616)."""
+    plain = "".join(text.split())
+    if LENGTHS.get(plain[:2]) != str(len(plain)) or not plain.isascii():
+        return False
+    return int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
+
+
+def iban_end(m: re.Match[str]) -> int:
+    """Where the number ends by its country's length: a pattern alone would take in the word behind it. 0 if it is none."""
+    left = int(LENGTHS.get(m[0][:2], 0))
+    for k, c in enumerate(m[0]):
+        left -= c != " "
+        if not left:
+            end = m.start() + k + 1
+            whole = end == m.end() or not m.string[end].isalnum()
+            return end if whole and is_iban(m[0][: k + 1]) else 0
+    return 0
+
+
+def is_phone(text: str) -> bool:
+    return 8 <= sum(c.isdigit() for c in text) <= 15
+
+
+def is_ip(text: str) -> bool:
+    """An address of the public net: private, local and documentation ranges are nobody's."""
+    try:
+        return ipaddress.ip_address(text).is_global
+    except ValueError:
+        return False
+
+
+def mask(text: str) -> str:
+    """The same length, with everything that may be a secret or personal dotted out but its first two characters. Stricter than the
+    detectors: a number without a right check digit and any long run without a gap goes too."""
+    text = redact.PEM.sub(lambda m: "•" * len(m[0]), text)
+    for pattern in (redact.URL_LOGIN, redact.AUTHORIZATION, redact.TOKEN, redact.NAMED):
+        text = pattern.sub(lambda m: m["keep"] + _dots(m["secret"]), text)
+    for pattern in (redact.SHAPES, EMAIL, IBAN, DIGIT_RUN, IPV4, IPV6, LONG_RUN, ANY_RUN):
+        text = pattern.sub(lambda m: _dots(m[0]), text)
+    return text
+
+
+def _dots(secret: str) -> str:
+    shown = 2 if len(secret) >= 8 else 0
+    return secret[:shown] + "•" * (len(secret) - shown)
+
+
+def excerpt(text: str, start: int, end: int) -> str:
+    """The place and what stands around it in one line, masked before it is cut: half an address would not be known as one."""
+    low, high = max(0, start - AROUND), min(len(text), max(end, start) + AROUND)
+    masked = mask(text[low:high])
+    room = max(0, EXCERPT - (end - start)) // 2
+    first, last = max(low, start - room), min(high, start - room + EXCERPT)
+    shown = masked[first - low : max(last, first) - low]
+    shown = re.sub("•{4,}", "•••", " ".join(shown.split()))
+    return ("…" if first > 0 else "") + shown + ("…" if last < len(text) else "")
