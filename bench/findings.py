@@ -320,7 +320,9 @@ def cost(path: str, tokenizer: str, times: int, rounds: int) -> dict:
             for arm in ("with", "without"):
                 module.findings.scan = real if arm == "with" else lambda *a: nothing
                 begin = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-                module.prepare(data, make, renderer=renderer, seed=0, cache_dir=Path(scratch) / f"{arm}{n}", strict=False)
+                module.prepare(
+                    data, make, renderer=renderer, seed=0, cache_dir=Path(scratch) / f"{arm}{n}", strict=False, look=arm == "with"
+                )
                 seconds[arm].append(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - begin)
         module.findings.scan = real
         count = len(pairs) * times

@@ -99,7 +99,14 @@ def check(
     make = functools.partial(build_renderer, base.path, settings.data, settings.lora.new_tokens, datetime.date.today().isoformat())
     renderer = make()
     prepared = prepare(
-        settings.data, make, renderer=renderer, seed=settings.seed, progress=_console(console), model=base.path, strict=False
+        settings.data,
+        make,
+        renderer=renderer,
+        seed=settings.seed,
+        progress=_console(console),
+        model=base.path,
+        strict=False,
+        look=True,
     )
     return check_report(prepared, renderer, show=show)
 

@@ -60,7 +60,7 @@ def row(question, answer="an answer"):
 def checked(tmp_path, rows, show=None, **data):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    p = prepare(Data(train=str(path), **data), TinyRenderer, seed=0, cache_dir=tmp_path / "c", strict=False)
+    p = prepare(Data(train=str(path), **data), TinyRenderer, seed=0, cache_dir=tmp_path / "c", strict=False, look=True)
     return check_report(p, TinyRenderer(), show)
 
 

@@ -169,7 +169,7 @@ def test_check_tells_them_on_one_screen_and_keeps_them(tmp_path):
     lines += [{"question": "How?", "answer": a} for a in BROKEN.values()] + [lines[0]]
     path.write_text("".join(json.dumps(x) + "\n" for x in lines))
     settings_ = Data(train=str(path), max_refused=0.9, held_out=0)
-    prepared = prepare_module.prepare(settings_, TinyRenderer, seed=0, cache_dir=tmp_path / "c", strict=False)
+    prepared = prepare_module.prepare(settings_, TinyRenderer, seed=0, cache_dir=tmp_path / "c", strict=False, look=True)
     out = io.StringIO()
     report = check_report(prepared, TinyRenderer())
     whole_screen = Console(file=out, width=80, no_color=True)
@@ -180,7 +180,7 @@ def test_check_tells_them_on_one_screen_and_keeps_them(tmp_path):
     assert [line.split()[0] for line in part if line.startswith(("error", "warning", "note"))] == sorted(
         [f["severity"] for f in report.account.findings], key=findings.SEVERITIES.index
     )
-    again = prepare_module.prepare(settings_, TinyRenderer, seed=0, cache_dir=tmp_path / "c", strict=False)
+    again = prepare_module.prepare(settings_, TinyRenderer, seed=0, cache_dir=tmp_path / "c", strict=False, look=True)
     assert again.account.findings == report.account.findings
     (repeat,) = [f for f in again.account.findings if f["name"] == "exact_duplicates"]
     assert repeat["count"] == 1 and repeat["examples"][0][0].endswith(f"a.jsonl:{len(lines)}")

@@ -118,7 +118,7 @@ class Account:
     overlap_exact: int = 0  # held-out rows (from a file) that also stand among the training rows
     overlap_near: int = 0
     overlong: list[int] = field(default_factory=list)  # tokens of rows refused for their length (at most 100,000 are kept)
-    findings: list[dict[str, Any]] = field(default_factory=list)  # findings.Found.as_dict, the worst first
+    findings: list[dict[str, Any]] | None = None  # findings.Found.as_dict, the worst first; None: not looked for
 
     @property
     def rows(self) -> int:
@@ -249,6 +249,7 @@ def prepare(
     progress: Console | None = None,
     model: str | Path = "",
     strict: bool = True,
+    look: bool = False,
 ) -> Prepared:
     """Read, render and split the data, or take it from the cache.
 
@@ -256,6 +257,7 @@ def prepare(
     renderer: one that `make_renderer` made already, so that it is not made again here.
     progress: where a bar is shown if it is a terminal, and a line told when old entries of the cache are removed.
     model: the checkpoint's folder, under which `cached_lengths` finds the result.
+    look: look for faults in the rows (data/findings), for half as much time again; what was looked at once serves a run too.
     strict: raise when too many rows are refused or nothing is trained (`Prepared.require`); `check` says False.
     Raises DataError with all faults of all files at once.
     """
@@ -263,12 +265,14 @@ def prepare(
     found = _find_all(data)
     key = _fingerprint(data, renderer.fingerprint, seed, found)
     root = cache_folder(cache_dir)
-    folder = root / key[:32]
+    folder = root / f"{key[:32]}-findings"
+    if not look and not folder.is_dir():
+        folder = root / key[:32]
     with suppress(FileNotFoundError, PermissionError):
         os.utime(folder)  # used now: `_prune` of another process leaves it alone while it is verified
     if built := not (folder.is_dir() and not verify(folder)):
         with _bar(found, progress) as report:
-            _build(folder, data, renderer, seed, found, report, make_renderer)
+            _build(folder, data, renderer, seed, found, report, make_renderer, look)
     prepared = _load(folder, data, key)
     if built:
         _prune(root, progress)
@@ -403,7 +407,7 @@ class _Result:
     hashes: np.ndarray
     signatures: np.ndarray
     overlong: list[int]
-    scan: findings.Scan
+    scan: findings.Scan | None  # where faults are looked for
 
 
 def _process(chunk: Chunk, renderer: Renders) -> _Result:
@@ -452,6 +456,10 @@ def _process(chunk: Chunk, renderer: Renders) -> _Result:
             examples.append(e)
             rows_of.append(i)
     refused.sort(key=lambda r: r[0])
+    if not chunk.look:
+        told, kept, kind_of_kept = [told[k] for k in kept], list(range(len(kept))), []
+    else:
+        kind_of_kept = kind_of
     texts = [clusters.normalised(c) for c in told]  # findings are told of refused rows too: they will be mended
     shingles = clusters.Shingles(texts)
     return _Result(
@@ -467,7 +475,7 @@ def _process(chunk: Chunk, renderer: Renders) -> _Result:
         hashes=clusters.text_hashes([texts[k] for k in kept]),
         signatures=clusters.signatures(shingles)[kept],
         overlong=overlong,
-        scan=findings.scan(told, texts, shingles, kind_of),
+        scan=findings.scan(told, texts, shingles, kind_of_kept) if chunk.look else None,
     )
 
 
@@ -599,12 +607,12 @@ def _next(waiting: deque[tuple[int, Chunk, Future[_Result]]]) -> tuple[int, Chun
 # ---- all of it -----------------------------------------------------------------------------------------------------------------
 
 
-def _tagged(found: list[Files], faults: list[DataError]) -> Iterator[Tagged]:
+def _tagged(found: list[Files], faults: list[DataError], look: bool) -> Iterator[Tagged]:
     """The chunks of every source; faults are collected, so that one bad source does not hide another's."""
     for number, files in enumerate(found):
         try:
             for chunk in sources.chunks(files):
-                yield number, chunk
+                yield number, replace(chunk, look=look)
         except DataError as e:
             faults.append(e)
 
@@ -617,13 +625,14 @@ def _build(
     found: list[Files],
     report: Callable[[Chunk, int], None],
     make_renderer: Callable[[], Renders],
+    look: bool,
 ) -> None:
     """Fill `folder`, at once or not at all. Two processes may build it at the same time: the first to finish wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(folder.parent)
     own = folder.with_name(f"{folder.name}-{token_hex(4)}")
     with folder_atomic(own) as temp, _no_collector():
-        _fill(temp, data, renderer, seed, found, report, make_renderer)
+        _fill(temp, data, renderer, seed, found, report, make_renderer, look)
     if folder.exists():
         if not verify(folder):
             remove_folder(own)
@@ -644,7 +653,7 @@ def _clear_leftovers(root: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _fill(temp: Path, data: Data, renderer: Renders, seed: int, found: list[Files], report, make_renderer) -> None:
+def _fill(temp: Path, data: Data, renderer: Renders, seed: int, found: list[Files], report, make_renderer, look: bool) -> None:
     held_source = len(data.train) if isinstance(data.held_out, str) else -1
     account = Account([SourceAccount(f.label, n == held_source, skipped=list(f.skipped)) for n, f in enumerate(found)])
     faults: list[DataError] = []
@@ -653,7 +662,7 @@ def _fill(temp: Path, data: Data, renderer: Renders, seed: int, found: list[File
     doctor = findings.Doctor()
     finder, used_path = clusters.Finder(temp / "clusters"), temp / "clusters" / "used.bin"  # used: their row numbers, uint32
     with (temp / "refused.jsonl").open("w", encoding="utf-8") as refused_file, used_path.open("wb") as used_file:
-        for number, chunk, result in _results(_tagged(found, faults), renderer, make_renderer, workers):
+        for number, chunk, result in _results(_tagged(found, faults, look), renderer, make_renderer, workers):
             _book(account.sources[number], result, chunk.file)
             for i, r in result.refused:
                 place = {"row": done + i + 1, "file": r.origin.file, "line": r.origin.line}
@@ -662,7 +671,8 @@ def _fill(temp: Path, data: Data, renderer: Renders, seed: int, found: list[File
             account.overlong += result.overlong[: 100_000 - len(account.overlong)]
             writer.append(result.packed, file=chunk.file, source=number, row=done)
             finder.add(result.hashes, result.signatures)
-            doctor.add(result.scan, chunk.file, number)
+            if result.scan is not None:
+                doctor.add(result.scan, chunk.file, number)
             used_file.write((result.used + done).astype(np.uint32).tobytes())
             done += result.rows
             report(chunk, done)
@@ -674,9 +684,9 @@ def _fill(temp: Path, data: Data, renderer: Renders, seed: int, found: list[File
 
     chosen, repeats = _choose(account, data, seed, finder)
     held = np.memmap(used_path, np.uint32, "r")[chosen] if len(chosen) else np.zeros(0, np.uint32)
-    known = _places(temp / "store", used_path, repeats)
+    if look:
+        account.findings = [f.as_dict() for f in doctor.found(_places(temp / "store", used_path, repeats))]
     shutil.rmtree(temp / "clusters")
-    account.findings = [f.as_dict() for f in doctor.found(known)]
     np.save(temp / "held_out.npy", _examples_of(temp / "store", held), allow_pickle=False)
     _write_conversations(temp / "held_out.jsonl", found, held)
     account.held_out_rows = len(held)
@@ -766,7 +776,7 @@ def _write_conversations(path: Path, found: list[Files], held: np.ndarray) -> No
     """The held-out rows again, as conversations: a second reading of as much of the files as it takes."""
     wanted, start = set(held.tolist()), 0
     with path.open("w", encoding="utf-8") as f:
-        for _, chunk in _tagged(found, []):
+        for _, chunk in _tagged(found, [], False):
             if not wanted:
                 return
             here = [i for i in range(len(chunk.lines)) if start + i in wanted]

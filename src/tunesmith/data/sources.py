@@ -101,6 +101,7 @@ class Chunk:
     items: list[Any]
     position: int  # bytes of the file on disk that have been read
     columns: Mapping[str, str] = field(default_factory=dict)  # under which keys its rows are, where the person has said so
+    look: bool = False  # for faults in its rows (data/findings)
 
 
 @dataclass(frozen=True)
