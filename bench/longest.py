@@ -106,8 +106,12 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
-    import tunesmith.models.place  # noqa: F401 - sets the allocator up, before it is first used
+    from tunesmith.config.schema import Memory
     from tunesmith.devices import local_device, parse_device
+    from tunesmith.models.place import place
+
+    if not args.plan_only:
+        place(Memory(device="cuda"))  # sets the allocator to growing segments, as a run does
 
     device = parse_device("h100") if args.plan_only else local_device("cuda")
     for gb in args.card:
