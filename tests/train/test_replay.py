@@ -12,6 +12,7 @@ from tunesmith.data.pack import collate
 from tunesmith.models.decoder import Decoder
 from tunesmith.models.fast import FastLayers, policies
 from tunesmith.spec import Rope, Spec
+from tunesmith.train import replay
 from tunesmith.train.optim import Optimizer
 from tunesmith.train.replay import UNIT, Passes, Room, plain
 from tunesmith.types import Example, Origin
@@ -183,3 +184,12 @@ def test_a_capture_that_fails_is_told_from_one_without_memory(monkeypatch, error
     else:
         assert not passes._captured(recording)
         assert not passes.record and said and not passes.recordings and passes.pool is None
+
+
+def test_of_too_many_shapes_the_one_not_used_for_longest_goes(monkeypatch):
+    monkeypatch.setattr(replay, "MOST_KEPT", 2)
+    _, passes = decoder()
+    near, far, other = batch(60, 30), batch(100, 90), batch(250, 90)
+    for these in (near, far, near, other):
+        passes(these, 1.0)
+    assert {room for room, _ in passes.recordings} == {Room.of(near), Room.of(other)}

@@ -158,9 +158,11 @@ class Passes:
         key = room, self._regime(batch, room)
         if key not in self.recordings:
             if len(self.recordings) == MOST_KEPT:
-                del self.recordings[next(iter(self.recordings))]  # the oldest
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()  # it may still be playing
+                del self.recordings[next(iter(self.recordings))]  # the one not used for longest
             self.recordings[key] = Recording.of(room, batch, self.model, self.device)
-        recording = self.recordings[key]
+        recording = self.recordings[key] = self.recordings.pop(key)  # to the end: used last
         recording.fill(self.model, batch, factor)
         if recording.graph is not None or self._captured(recording):
             recording.graph.replay()
