@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from importlib.resources import files
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tunesmith import adapters, api, models
 from tunesmith.config.schema import Lora
 from tunesmith.hub import resolve_model
+from tunesmith.levels import RECORDED
 from tunesmith.models.linear import NF4Linear
 from tunesmith.ops import nf4
 
@@ -129,3 +132,55 @@ def test_real_out_of_memory_halves_the_micro_batch_and_the_run_goes_on(tmp_path)
     assert manifest["out_of_memory"] >= 1 and manifest["micro_batch_tokens"] < 8192 and manifest["steps"] == 6
     for (_, a), (_, b) in zip(losses(free), losses(capped), strict=True):
         assert float.fromhex(a) == pytest.approx(float.fromhex(b), rel=5e-3)  # bf16 adds up in another order
+
+
+def copy_of_the_base(folder, **settings):
+    """The embedded base with its head beside its embedding, and other settings in its config.json."""
+    shutil.copytree(resolve_model("embedded").path, folder)
+    old = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(old | {"tie_word_embeddings": False} | settings))
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return str(folder)
+
+
+def same_losses(a, b):
+    """Of two runs that differ in tiles and in how far a recording's streams are filled up: bf16 adds up in another order."""
+    a, b = losses(a), losses(b)
+    assert a and len(a) == len(b)
+    for (_, p), (_, q) in zip(a, b, strict=True):
+        assert float.fromhex(p) == pytest.approx(float.fromhex(q), rel=2e-3)
+
+
+def test_embedding_and_activations_in_main_memory_learn_the_same(tmp_path):
+    """Held-out rows and written samples too: they go another way through the model than a training step."""
+    how = {"model": copy_of_the_base(tmp_path / "model"), "train": {"max_steps": 8, "batch_size": 16, "learning_rate": 2e-3}}
+    how["eval"] = {"samples": 2, "sample_tokens": 24, "every_steps": 4}
+    near = api.train(config(tmp_path / "near", **how)).path
+    far = api.train(config(tmp_path / "far", **how, memory={"offload": True})).path
+    assert json.loads((far / "plan.json").read_text())["embedding"] == "host"
+    same_losses(near, far)
+    assert (far / "samples.jsonl").read_text().count("\n") == (near / "samples.jsonl").read_text().count("\n") > 0
+
+
+def test_rows_too_long_to_record_among_short_ones(tmp_path, monkeypatch):
+    """Beyond 16,384 tokens a micro-batch goes unrecorded between recorded ones."""
+    words = [
+        f"The {a} {b} was seen by the old {c} at the gate."
+        for a in ("red", "tall")
+        for b in ("bird", "cart")
+        for c in ("cook", "king")
+    ]
+    rows = [{"text": " ".join(words[(i + j * j) % 8] for j in range(2000 if i % 4 == 0 else 20 + i))} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = {"model": copy_of_the_base(tmp_path / "model", max_position_embeddings=32768), "eval": {"samples": 0}}
+    how["data"] = {"train": str(tmp_path / "rows.jsonl"), "max_length": 30000, "held_out": 0}
+    how["train"] = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-3}
+    recorded = api.train(config(tmp_path / "recorded", **how)).path
+    assert max(json.loads(line).get("tokens", 0) for line in (recorded / "metrics.jsonl").read_text().splitlines()) > RECORDED
+    monkeypatch.setattr("tunesmith.train.replay.RECORDED", 0)
+    same_losses(recorded, api.train(config(tmp_path / "plain", **how)).path)
