@@ -87,7 +87,8 @@ def default_knobs(row: Row, arm: str, budget_gib: float | None) -> dict[str, Any
         "compute": "fp8" if arm.startswith("ours-fp8") else "bf16",
         "recorded": True,  # as CUDA graphs
         "micro_batch_tokens": None,  # None: a step's tokens go through at once
-        "optimizer": "inside" if row.full else "32bit" if row.model == "tiny" else "8bit",  # as the peers' is
+        # as the peers' is; where the start is timed, the setting's own: bitsandbytes' import would be waited for
+        "optimizer": "inside" if row.full else "32bit" if row.model == "tiny" or row.name == "start" else "8bit",
         "weight_cache": 14 << 30 if row.data == "gsm8k" and not arm.startswith("ours-fp8") else 0,
     }
 
@@ -102,6 +103,7 @@ class Ours:
 
         self.row, self.where = row, place(Memory(device="cpu" if row.model == "tiny" else "cuda"))
         self.knobs = knobs
+        warming = self._warming(row, folder, knobs)
         self.model = models.load(folder, dtype=self.where.dtype, device=self.where.device, store=row.store)
         if row.full:
             self.model.requires_grad_(True)
@@ -109,10 +111,25 @@ class Ours:
         else:
             adapters.attach(self.model, Lora(rank=RANK, alpha=ALPHA), seed=seed)
             trained = adapters.trainable(self.model)
+        if warming:
+            warming.end()
         self.trained = trained
         self.start = {} if row.full else {name: p.detach().cpu().clone() for name, p in trained.items()}
         self.model.train()
         self.take(row, knobs)
+
+    def _warming(self, row: Row, folder: Path, knobs: dict[str, Any]) -> Any:
+        """As a run does it: tuning.build_model."""
+        if row.full or self.where.device.type != "cuda":
+            return None
+        from tunesmith.config.schema import Lora
+        from tunesmith.models.fast import policies
+        from tunesmith.spec import plan_spec
+        from tunesmith.train.warm import Warming
+
+        kept = policies(1, knobs["activations"], offload=knobs["offload"], tile=knobs["tile"])
+        kinds = {"dtype": self.where.dtype, "nf4": row.store == "nf4", "fp8": knobs["compute"] == "fp8"}
+        return Warming(plan_spec(folder), Lora(rank=RANK, alpha=ALPHA), kept, self.where.device, **kinds)
 
     def take(self, row: Row, knobs: dict[str, Any]) -> None:
         """The row's policies and an optimiser that has done nothing, over the adapter as it was at first."""

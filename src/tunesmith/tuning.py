@@ -53,6 +53,7 @@ from tunesmith.train.log import TRACKERS, Log, Progress
 from tunesmith.train.loop import Hooks, State, Stopped
 from tunesmith.train.optim import LossScale, learning_rate
 from tunesmith.train.signals import graceful
+from tunesmith.train.warm import Warming
 
 EVALUATIONS, APART = 10, 3  # when eval.every_steps is auto: at most so many in a run, at least so many steps apart
 FORWARD = 1 / 3  # of a step's time per token: what reading a held-out token costs
@@ -160,12 +161,20 @@ def build_model(config: RunConfig, base: ResolvedModel, where: Place, plan: Plan
     """The base in its store with what is trained attached, an adapter or every weight, and its layers as the plan has them."""
     if plan.compute == "fp8" and (reason := fp8.supported(where.device)):
         raise ModelError(f"memory.compute: fp8 cannot run here: {reason}", "set memory.compute: auto")
-    model = models.load(base.path, dtype=where.dtype, device=where.device, store="nf4" if config.method == "qlora" else "dense")
-    if config.method == "full":
-        model.requires_grad_(True)
-    else:
-        starts = adapters.token_starts(config.lora.new_tokens, tokenizer, Tokenizer.load(base.path))
-        adapters.attach(model, config.lora, seed=config.seed, new_tokens=starts)
+    warming = None
+    if plan.path == "half-blocks" and config.method != "full":
+        kinds = {"dtype": where.dtype, "nf4": config.method == "qlora", "fp8": plan.compute == "fp8"}
+        warming = Warming(plan_spec(base.path), config.lora, _policies(plan.layers), where.device, **kinds)
+    try:
+        model = models.load(base.path, dtype=where.dtype, device=where.device, store="nf4" if config.method == "qlora" else "dense")
+        if config.method == "full":
+            model.requires_grad_(True)
+        else:
+            starts = adapters.token_starts(config.lora.new_tokens, tokenizer, Tokenizer.load(base.path))
+            adapters.attach(model, config.lora, seed=config.seed, new_tokens=starts)
+    finally:
+        if warming:
+            warming.end()
     if plan.path == "half-blocks" and not refusal(model):
         model.fast = FastLayers(model, _policies(plan.layers), fp8=plan.compute == "fp8")
         model.fast.cache(plan.weight_cache)

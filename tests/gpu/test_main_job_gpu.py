@@ -19,6 +19,7 @@ from tunesmith.hub import resolve_model
 from tunesmith.levels import RECORDED
 from tunesmith.models.linear import NF4Linear
 from tunesmith.ops import nf4
+from tunesmith.train import replay
 
 pytestmark = pytest.mark.gpu
 DEMO = files("tunesmith") / "assets" / "demo"
@@ -182,5 +183,5 @@ def test_rows_too_long_to_record_among_short_ones(tmp_path, monkeypatch):
     how["train"] = {"epochs": 1, "batch_size": 4, "learning_rate": 1e-3}
     recorded = api.train(config(tmp_path / "recorded", **how)).path
     assert max(json.loads(line).get("tokens", 0) for line in (recorded / "metrics.jsonl").read_text().splitlines()) > RECORDED
-    monkeypatch.setattr("tunesmith.train.replay.RECORDED", 0)
+    monkeypatch.setattr(replay, "RECORDED", 0)
     same_losses(recorded, api.train(config(tmp_path / "plain", **how)).path)

@@ -80,7 +80,6 @@ def test_no_mask_over_the_stream_is_ever_made(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_variable_length_kernel_equals_the_definition(dtype, width, window):
     lengths = [1, 7, 300, 2, 129]
-    assert op.varlen_attn is not None
     layout = Layout.of(lengths, "cuda")
     a = inputs(lengths, 8, 2, width, dtype, device="cuda")
     a = [x.detach().requires_grad_() for x in a]

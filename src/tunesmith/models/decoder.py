@@ -129,7 +129,10 @@ class Trunk(nn.Module):
 
     def __init__(self, spec: Spec, linear: LinearFactory, **place: Any):
         super().__init__()
-        self.embed_tokens = nn.Embedding(spec.vocab, spec.dim, **place)
+        values = torch.empty(spec.vocab, spec.dim, **place)
+        self.embed_tokens = nn.Embedding(spec.vocab, spec.dim, _weight=values)
+        if not values.is_meta:  # drawing numbers that are not there would import all of torch.compile: 1 to 8 s
+            self.embed_tokens.reset_parameters()
         self.layers = nn.ModuleList(Block(spec, i, linear, **place) for i in range(spec.layers))
         self.norm = RMSNorm(spec.dim, spec, **place)
 

@@ -1,7 +1,8 @@
 """Weights between safetensors files and a Decoder, one tensor at a time; nothing is unpickled and no state dict is ever held.
 
 The headers are read and checked by hand before anything is allocated, and all faults are listed at once. A tensor's bytes are read
-straight into the tensor that is handed to the model: a load needs at most one tensor beyond the model.
+straight into the tensor that is handed to the model: a load needs at most one tensor beyond the model (on a GPU two, and 256 MiB
+of main memory: models/reading.py).
 
 The file format (safetensors): 8 bytes little-endian length n, n bytes of JSON {name: {dtype, shape, data_offsets}}, then the data.
 """
@@ -26,6 +27,7 @@ from tunesmith.errors import ModelError
 from tunesmith.files import fsync_folder, room, write_file
 from tunesmith.models.decoder import Decoder
 from tunesmith.models.linear import Linear, NF4Linear
+from tunesmith.models.reading import to_device
 from tunesmith.spec import Spec, checkpoint_quantization, read_config, spec_of, tensor_shapes
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
@@ -224,20 +226,26 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: torc
     device, scratch = torch.device(device), torch.empty(0, dtype=torch.uint8)  # one buffer for all that is cast or moved: freeing
     largest = max(stored[name].size for name in source.values())  # many of different sizes leaves holes in the heap
     modules = dict(model.named_modules())
-    with Files() as files:
-        in_file_order = sorted((stored[there].file, stored[there].start, name) for name, there in source.items())
-        for *_, name in in_file_order:
+    in_file_order = [name for *_, name in sorted((stored[there].file, stored[there].start, name) for name, there in source.items())]
+    packed = {name for name in in_file_order if name.removesuffix(".weight") + MARK in stored}
+    spans = [(at.file, at.start, at.end) for name in in_file_order if name not in packed and (at := stored[source[name]])]
+    streams = device.type == "cuda" and hasattr(os, "preadv")
+    with Files() as files, contextlib.closing(to_device(spans, device)) as stream:
+        for name in in_file_order:
             at = stored[source[name]]
             path, _, leaf = name.rpartition(".")
             module = modules[path]
-            if leaf == "weight" and path + MARK in stored:
+            if name in packed:
                 group = {n.removeprefix(f"{path}."): s for n, s in stored.items() if n.startswith(f"{path}.weight")}
                 _take_quantised(module, {n: s.read(files(s.file)).to(device) for n, s in group.items()}, dtype)
             else:
-                copied = DTYPES[at.dtype] != dtype or device.type != "cpu"
-                if copied and not len(scratch):
-                    scratch = torch.empty(largest, dtype=torch.uint8)
-                tensor = at.read(files(at.file), scratch if copied else None).to(device=device, dtype=dtype)
+                if streams:
+                    tensor = next(stream).view(DTYPES[at.dtype]).view(at.shape).to(dtype)
+                else:
+                    copied = DTYPES[at.dtype] != dtype or device.type != "cpu"
+                    if copied and not len(scratch):
+                        scratch = torch.empty(largest, dtype=torch.uint8)
+                    tensor = at.read(files(at.file), scratch if copied else None).to(device=device, dtype=dtype)
                 if hasattr(module, "set_weight"):
                     module.set_weight(leaf, tensor)
                 else:

@@ -10,7 +10,6 @@ H head width.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,13 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch built without it
-    varlen_attn = None
-
-# torch 2.11 shares key heads among query heads without being asked, and has no such argument; from 2.12 on it must be asked
-SHARED = {"enable_gqa": True} if varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 CHUNK = 512  # query rows at once where scores are written out (softcap): 512 x 8192 x 8 heads in fp32 are 134 MB
 
 
@@ -98,9 +90,7 @@ def attention(q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layout: Layout, scale
     if window is not None and window >= layout.longest:
         window = None
     if softcap is None and _has_kernel(q_TQH):
-        back = -1 if window is None else window - 1
-        ends, n, shared = layout.cu_seqlens, layout.longest, SHARED if q_TQH.shape[1] != k_TKH.shape[1] else {}
-        return varlen_attn(q_TQH, k_TKH, v_TKH, ends, ends, n, n, scale=scale, window_size=(back, 0), **shared)
+        return _Kernel.apply(q_TQH, k_TKH, v_TKH, layout, scale, window)
     if len(layout.lengths) == 1:
         return _document(q_TQH, k_TKH, v_TKH, scale, window, softcap)
     parts = zip(*(x.split(layout.lengths) for x in (q_TQH, k_TKH, v_TKH)), strict=True)  # split: its backward is one cat
@@ -114,9 +104,9 @@ def _has_kernel(q: Tensor) -> bool:
 
 def room_kernel(like: Tensor, head_dim: int) -> bool:
     """The same for a tensor of this dtype and place: whether documents may change under a recorded pass."""
-    if varlen_attn is None or not like.is_cuda or like.dtype not in (torch.bfloat16, torch.float16) or head_dim > 256:
+    if not like.is_cuda or like.dtype not in (torch.bfloat16, torch.float16) or head_dim > 256:
         return False
-    return torch.cuda.get_device_capability(like.device)[0] >= 8
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(like.device)[0] >= 8
 
 
 def _document(q_tQH: Tensor, k_tKH: Tensor, v_tKH: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
@@ -254,6 +244,22 @@ def backward(dout_TQH: Tensor, q_TQH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (q_TQH, k_TKH, v_TKH)]
         return torch.autograd.grad(attention(*inputs, layout, scale, window), inputs, dout_TQH)
+
+
+class _Kernel(torch.autograd.Function):
+    """The pair for autograd. torch.nn.attention.varlen does the same, and importing it brings all of torch.compile: 1 s, and 8 s
+    where no bytecode is kept."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, layout, scale, window):
+        out, lse = forward(q, k, v, layout, scale, window)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.how = layout, scale, window
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        return *backward(dout, *ctx.saved_tensors, *ctx.how), None, None, None
 
 
 def _batched(x_TnH: Tensor, layout: Layout) -> Tensor:

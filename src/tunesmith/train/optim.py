@@ -5,7 +5,9 @@ Everything here is a function of its state, and the state is plain tensors and n
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -111,6 +113,7 @@ class Optimizer:
         )
         tensors = [[flat.values] for flat in self.flats] or [list(group.values()) for group in groups.values()]
         chosen = [{"params": ps, "lr": 0.0, "weight_decay": decay} for (_, decay), ps in zip(groups, tensors, strict=True)]
+        _without_compile()
         self.eight, self.fused = train.optimizer != "adamw", train.optimizer == "adamw" and devices <= {"cpu", "cuda"}
         if self.eight:
             self.adamw = _eight_bit(train.optimizer, devices)(chosen, betas=train.betas)
@@ -260,6 +263,15 @@ class Optimizer:
                         if key != "step" and not key.startswith("qmap"):
                             value.copy_(state[f"{key}/{name}"].view(value.shape))
         self._settle()
+
+
+def _without_compile() -> None:
+    """torch has wrapped these for torch.compile, and the first call imports all of it: 1 s, 8 s where no bytecode is kept. Nothing
+    of an optimiser is compiled here.
+    """
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        if "torch._dynamo" not in sys.modules:
+            setattr(torch.optim.Optimizer, name, inspect.unwrap(getattr(torch.optim.Optimizer, name)))
 
 
 def flat_fits(parameters: Iterable[nn.Parameter]) -> bool:

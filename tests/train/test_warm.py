@@ -1,0 +1,39 @@
+"""The layer that compiles kernels ahead is one of the model's own, and takes nothing from the run's random numbers."""
+
+from importlib.resources import files
+
+import pytest
+import torch
+
+from tunesmith.config.schema import Lora
+from tunesmith.models.fast import policies
+from tunesmith.ops.half_blocks import Policy
+from tunesmith.spec import plan_spec
+from tunesmith.train import replay, warm
+from tunesmith.train.warm import SIZES, Warming
+
+BASE = files("tunesmith") / "assets" / "embedded"
+
+
+@pytest.mark.parametrize("nf4", [True, False])
+def test_a_layer_for_each_policy_takes_both_passes(nf4, monkeypatch):
+    kept = (*policies(2), *policies(3, "recompute"), Policy("checkpoint", tile=64))
+    warming = Warming(plan_spec(BASE), Lora(rank=4), kept, torch.device("cpu"), dtype=torch.float32, nf4=nf4, fp8=False)
+    assert not warming.thread.ident  # there is nothing to compile on a CPU
+    passed = []
+    monkeypatch.setattr(
+        warm, "plain", lambda model, batch, *rest: passed.append((model, batch)) or replay.plain(model, batch, *rest)
+    )
+    before = torch.get_rng_state()
+    warming.passes()
+    warming.end()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [len(batch.tokens) for _, batch in passed] == list(SIZES)
+    model = passed[0][0]
+    assert len(model.model.layers) == 3 and all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_an_error_is_left_to_the_model():
+    Warming(
+        plan_spec(BASE), Lora(targets=("nowhere",)), policies(1), torch.device("cpu"), dtype=torch.float32, nf4=True, fp8=False
+    )._run()
