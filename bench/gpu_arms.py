@@ -114,7 +114,7 @@ class Ours:
         if warming:
             warming.end()
         self.trained = trained
-        self.start = {} if row.full else {name: p.detach().cpu().clone() for name, p in trained.items()}
+        self.start = {} if row.full else {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
         self.model.train()
         self.take(row, knobs)
 
@@ -262,7 +262,7 @@ class Peer:
 
         self.device = torch.device("cpu" if row.model == "tiny" else "cuda")
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.start = [] if row.full else [p.detach().cpu().clone() for p in self.trained]
+        self.start = [] if row.full else [p.detach().to("cpu", copy=True) for p in self.trained]
         self.applied: dict[str, Any] = {}
         self.model.train()
         self.take(row)

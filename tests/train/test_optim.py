@@ -345,3 +345,29 @@ def test_laid_flat_it_takes_the_same_steps(ratio):
     assert all(not p.grad.any() for p in two.values())
     with pytest.raises(KeyError):
         Optimizer(parameters(shapes=wide), train, flat=True).load({n: t for n, t in kept.items() if n != "exp_avg/embed"})
+
+
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_fused_step_is_torchs_to_the_bit(where):
+    """Several groups, a parameter without a gradient, a step that is not applied."""
+
+    def made():
+        g = torch.Generator().manual_seed(0)
+        ps = [nn.Parameter(torch.randn(shape, generator=g).to(where)) for shape in ((40, 30), (7,), (5, 5), (3,))]
+        return ps, [{"params": ps[:2], "lr": 0.01, "weight_decay": 0.1}, {"params": ps[2:], "lr": 0.02, "weight_decay": 0.0}]
+
+    (ours, groups), (theirs, same) = made(), made()
+    one, two = optim.FusedAdamW(groups, (0.9, 0.95)), torch.optim.AdamW(same, betas=(0.9, 0.95), fused=True)
+    g = torch.Generator().manual_seed(1)
+    for step in range(5):
+        for p, q in zip(ours[:3], theirs[:3], strict=True):
+            p.grad = torch.randn(p.shape, generator=g).to(where)
+            q.grad = p.grad.clone()
+        one.found_inf = two.found_inf = torch.tensor(float(step == 2), device=where)
+        one.step()
+        two.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+        assert one.state.get(p, {}).keys() == two.state.get(q, {}).keys()
+        assert all(torch.equal(value, two.state[q][key]) for key, value in one.state.get(p, {}).items())
+    assert one.state[ours[0]]["step"] == 4 and ours[3] not in one.state

@@ -5,9 +5,7 @@ Everything here is a function of its state, and the state is plain tensors and n
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -77,8 +75,42 @@ class Flat:
         return value[at.start // self.BLOCK : -(-at.stop // self.BLOCK)]
 
 
+class FusedAdamW:
+    """torch.optim.AdamW(fused=True) over the same kernel, with its groups and its state, to the bit.
+
+    torch's own class imports all of torch.compile at its first step: 1 s, and 8 s where no bytecode is kept.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float = 1e-8):
+        self.param_groups, self.betas, self.eps = groups, betas, eps
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self.found_inf: Tensor | None = None  # 1: this step changes nothing
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            kinds: dict[tuple, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    kinds.setdefault((p.device, p.dtype), []).append(p)
+            for (device, _), ps in kinds.items():
+                for p in ps:
+                    if p not in self.state:
+                        kept = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+                        self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=device)} | kept
+                steps, first, second = ([self.state[p][key] for p in ps] for key in ("step", "exp_avg", "exp_avg_sq"))
+                torch._foreach_add_(steps, 1)
+                found = None if self.found_inf is None else self.found_inf.to(device)
+                torch._fused_adamw_(
+                    ps, [p.grad for p in ps], first, second, [], steps, lr=group["lr"], beta1=self.betas[0], beta2=self.betas[1],
+                    weight_decay=group["weight_decay"], eps=self.eps, amsgrad=False, maximize=False, found_inf=found,
+                )  # fmt: skip
+                if found is not None:
+                    torch._foreach_sub_(steps, [found] * len(steps))
+
+
 class Optimizer:
-    """torch's AdamW over float32 masters, or bitsandbytes' with averages in 8 bits.
+    """AdamW over float32 masters, or bitsandbytes' with averages in 8 bits.
 
     On an NVIDIA GPU float32 parameters, which adapters are, lie flat (`Flat`) and keep their gradients' place.
 
@@ -113,12 +145,11 @@ class Optimizer:
         )
         tensors = [[flat.values] for flat in self.flats] or [list(group.values()) for group in groups.values()]
         chosen = [{"params": ps, "lr": 0.0, "weight_decay": decay} for (_, decay), ps in zip(groups, tensors, strict=True)]
-        _without_compile()
         self.eight, self.fused = train.optimizer != "adamw", train.optimizer == "adamw" and devices <= {"cpu", "cuda"}
         if self.eight:
             self.adamw = _eight_bit(train.optimizer, devices)(chosen, betas=train.betas)
         else:
-            self.adamw = torch.optim.AdamW(chosen, betas=train.betas, fused=self.fused)
+            self.adamw = (FusedAdamW if self.fused else torch.optim.AdamW)(chosen, betas=train.betas)
 
     def begin(self, parts: int) -> None:
         """A step of so many micro-batches begins; here they only add up (train/inside.py cannot)."""
@@ -263,15 +294,6 @@ class Optimizer:
                         if key != "step" and not key.startswith("qmap"):
                             value.copy_(state[f"{key}/{name}"].view(value.shape))
         self._settle()
-
-
-def _without_compile() -> None:
-    """torch has wrapped these for torch.compile, and the first call imports all of it: 1 s, 8 s where no bytecode is kept. Nothing
-    of an optimiser is compiled here.
-    """
-    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
-        if "torch._dynamo" not in sys.modules:
-            setattr(torch.optim.Optimizer, name, inspect.unwrap(getattr(torch.optim.Optimizer, name)))
 
 
 def flat_fits(parameters: Iterable[nn.Parameter]) -> bool:
