@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tunesmith.data import findings, mend
 from tunesmith.data.prepare import Account, Prepared
 from tunesmith.errors import DataError
 from tunesmith.types import Example
@@ -86,6 +87,7 @@ class CheckReport:
         for shown in self.shown:
             _tokens(shown, console)
         _verdict(self, console)
+        _mending(self, console)
 
 
 def check_report(prepared: Prepared, renderer: Renderer, show: int | None = None) -> CheckReport:
@@ -321,6 +323,14 @@ def _tokens(shown: Shown, console: Console) -> None:
 def _legend(console: Console) -> str:
     coloured = console.is_terminal and not console.no_color
     return "green tokens are trained, dim ones are read only" if coloured else f"tokens between {OPEN} and {CLOSE} are trained"
+
+
+def _mending(report: CheckReport, console: Console) -> None:
+    """The command that answers the findings."""
+    found = report.account.findings or ()
+    if fixes := mend.answering(f["name"] for f in found if f["severity"] != findings.NOTE):
+        data = report.account.sources[0].path if len(report.account.sources) == 1 else "run.yaml"
+        _line(console, _text(f"mend them: tunesmith prepare {data} --out mended --fix {','.join(fixes)}"))
 
 
 def _verdict(report: CheckReport, console: Console) -> None:
