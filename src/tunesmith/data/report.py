@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -330,7 +331,7 @@ def _mending(report: CheckReport, console: Console) -> None:
     found = report.account.findings or ()
     if fixes := mend.answering(f["name"] for f in found if f["severity"] != findings.NOTE):
         data = report.account.sources[0].path if len(report.account.sources) == 1 else "run.yaml"
-        _line(console, _text(f"mend them: tunesmith prepare {data} --out mended --fix {','.join(fixes)}"))
+        _line(console, _text(f"mend them: tunesmith prepare {shlex.quote(data)} --out mended --fix {','.join(fixes)}"))
 
 
 def _verdict(report: CheckReport, console: Console) -> None:

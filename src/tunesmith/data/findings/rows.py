@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect
 from collections.abc import Iterator
 
 from tunesmith import redact
@@ -72,7 +73,7 @@ MOJIBAKE = re.compile(
     r"|â(?:€|[\x80-\x9f\u201a][\x80-\xbf])|ð(?:Ÿ|\x9f)|ï»¿|[ÐÑ][\x80-\xbf][ÐÑ]"
 )
 MOJIBAKE_GATES = ("\ufffd", "Ã", "Â", "â", "ð", "ï»¿", "Ð", "Ñ")
-CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\x80-\x84\x86-\x9f]|\x1b\\[[0-9;]*m")
+CONTROL = re.compile("\x1b\\[[0-9;]*m|[\x00-\x08\x0b\x0e-\x1f\x7f\x80-\x84\x86-\x9f]")
 CONTROL_BYTES = bytes(b for b in (*range(32), *range(127, 160)) if b not in (9, 10, 12, 13, 0x85))
 # ZWNJ and ZWJ belong to Persian, Indic scripts and emoji: they are a fault between Latin letters only. A zero-width space parts
 # words in Thai, Lao, Burmese and Khmer. Tag characters write text that nobody sees, but behind a black flag they are a flag.
@@ -259,12 +260,13 @@ NUMBERS = (  # and where a match ends, 0 if it is none
 def number_spans(joined: Joined) -> Iterator[tuple[str, int, int]]:
     """Phones, cards and IBANs: they lie in the same few stretches with many digits."""
     for low, high in joined.numbers():
-        taken: list[tuple[int, int]] = []
+        taken: list[tuple[int, int]] = []  # in order, none over another
         for name, pattern, ends in NUMBERS:
             for m in pattern.finditer(joined.text, low, high):
                 start, end = m.start(), ends(m)
-                if end and not any(start < b and a < end for a, b in taken):
-                    taken.append((start, end))
+                at = bisect(taken, (start, end)) if end else 0
+                if end and not (at and taken[at - 1][1] > start) and not (at < len(taken) and taken[at][0] < end):
+                    taken.insert(at, (start, end))
                     yield name, start, end
 
 
