@@ -119,7 +119,7 @@ def check(
         strict=False,
         look=True,
     )
-    return check_report(prepared, renderer, show=show)
+    return check_report(prepared, renderer, show=show, source=str(config) if isinstance(config, (str, Path)) else "run.yaml")
 
 
 def prepare(

@@ -69,6 +69,7 @@ class CheckReport:
     held_out: str  # how the held-out rows were chosen
     shown: tuple[Shown, ...] = ()
     fault: DataError | None = None
+    source: str = "run.yaml"  # what was checked, for the command that mends it
     _places: str = field(default="", repr=False)  # where the whole list of refused rows is
 
     @property
@@ -91,7 +92,7 @@ class CheckReport:
         _mending(self, console)
 
 
-def check_report(prepared: Prepared, renderer: Renderer, show: int | None = None) -> CheckReport:
+def check_report(prepared: Prepared, renderer: Renderer, show: int | None = None, source: str = "run.yaml") -> CheckReport:
     """The report on prepared data, with row `show` (counted from 1 over all sources) as tokens, or three rows spread over the data.
 
     Raises DataError when there is no row `show`.
@@ -121,6 +122,7 @@ def check_report(prepared: Prepared, renderer: Renderer, show: int | None = None
         held_out=held,
         shown=tuple(_show(prepared, renderer, show)),
         fault=fault,
+        source=source,
         _places=str(prepared.folder / "refused.jsonl"),
     )
 
@@ -330,8 +332,7 @@ def _mending(report: CheckReport, console: Console) -> None:
     """The command that answers the findings."""
     found = report.account.findings or ()
     if fixes := mend.answering(f["name"] for f in found if f["severity"] != findings.NOTE):
-        data = report.account.sources[0].path if len(report.account.sources) == 1 else "run.yaml"
-        _line(console, _text(f"mend them: tunesmith prepare {shlex.quote(data)} --out mended --fix {','.join(fixes)}"))
+        _line(console, _text(f"mend them: tunesmith prepare {shlex.quote(report.source)} --out mended --fix {','.join(fixes)}"))
 
 
 def _verdict(report: CheckReport, console: Console) -> None:

@@ -309,8 +309,14 @@ def _look_again(fixes: Sequence[str], entries: Sequence[Entry]) -> None:
 # ---- what is written -----------------------------------------------------------------------------------------------------------
 
 
+LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # JSON lets them stand, but to many readers of lines they end one
+
+
 def as_line(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
+    line = json.dumps(value, ensure_ascii=False, default=str)
+    if not line.isascii():
+        line = LINE_ENDS.sub(lambda m: f"\\u{ord(m[0]):04x}", line)
+    return line.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _written(e: Entry) -> dict[str, Any]:
