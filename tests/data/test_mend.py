@@ -88,6 +88,7 @@ MENDED = [  # fix, before, after
     ("encoding", "zero\u200bwidth, soft\u00adhyphen, hid\u200dden, \ufeffmark", "zerowidth, softhyphen, hidden, mark"),
     ("encoding", "Ð¿Ñ€Ð¸Ð²ÐµÑ‚", "привет"),
     ("pii", "Write to jane.doe@mailhouse.org.", "Write to [EMAIL]."),
+    ("pii", "message['From'] = 'jane.o'hara@mailhouse.org'", "message['From'] = '[EMAIL]'"),
     ("pii", "jane@mailhouse.org, bob@firm.de, JANE@mailhouse.org", "[EMAIL], [EMAIL_2], [EMAIL]"),
     ("pii", "call +49 30 1234567 or (212) 555-0123", "call [PHONE] or [PHONE_2]"),
     ("pii", "pay DE89 3704 0044 0532 0130 00 or 4111 1111 1111 1111", "pay [IBAN] or [CARD]"),
@@ -99,6 +100,8 @@ MENDED = [  # fix, before, after
     ("echo", "It is so.\nUser: and now?", "It is so."),
     ("echo", "### Response: It is so.", "It is so."),
     ("boilerplate", "As an AI language model, I do not eat. Bread is good.", "Bread is good."),
+    ("boilerplate", "As an AI, I do not eat. However, bread is good. But it is late.", "Bread is good. But it is late."),
+    ("boilerplate", "Bread is good.\nI hope this email finds you well!\nIt is late.", "Bread is good.\n\nIt is late."),
 ]
 
 
@@ -142,6 +145,7 @@ def test_a_fix_sets_aside(tmp_path, fix, answer):
 
 UNTOUCHED = (
     "order 0815-4711-123, invoice no. 212-555-0123, ticket #030/1234567",
+    "It sends 0101 0011 0110 1001 and 0100-110-1011 to them.",
     "He sold 48/2 = <<48/2=24>>24 clips in May, 48+24 = 72 in all.",
     "It is at 127.0.0.1 and 192.168.0.7, in version 2.4.1.12, on 2024-05-17 at 12:30:45.",
     "The number 1234567890123456 fails the check; ISBN 978-3-16-148410-0 is a book.",
@@ -567,7 +571,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
         ({"fix": "leakage"}, "no held-out file"),
         ({"split": "half"}, "--split half"),
         ({"split_by": "date:"}, "no key is named"),
-        ({"fix": "refusals", "split": "0"}, "no row is left"),
+        ({"fix": "refusals", "split": "0"}, "1 of 1 rows: refusals: refusals"),
     ],
 )
 def test_what_cannot_be_done_is_said(tmp_path, settings, what):

@@ -235,7 +235,7 @@ def email_spans(joined: Joined) -> Iterator[tuple[int, int]]:
 def _left(text: str, at: int) -> int:
     """Where the name before the @ begins."""
     m = re.search(r"[A-Za-z0-9._%+'-]{1,64}\Z", text[max(0, at - 64) : at])
-    return at - len(m[0]) if m else at
+    return at - len(m[0].lstrip("'.+%-")) if m else at  # none begins with a quotation mark
 
 
 ORDER = re.compile(
@@ -246,8 +246,12 @@ ORDER = re.compile(
 
 
 def _is_phone(m: re.Match[str]) -> bool:
-    """Not `order 0815-4711-123`: what a number is called decides, unless it begins with a country's code."""
-    return t.is_phone(m[0]) and (m[0][0] == "+" or not ORDER.search(m.string[max(0, m.start() - 32) : m.start()]))
+    """Not `order 0815-4711-123`: what a number is called decides, unless it begins with a country's code. Nor `0110 1001 0110`."""
+    return (
+        t.is_phone(m[0])
+        and not set(m[0]) <= set("01 -/")
+        and (m[0][0] == "+" or not ORDER.search(m.string[max(0, m.start() - 32) : m.start()]))
+    )
 
 
 NUMBERS = (  # and where a match ends, 0 if it is none

@@ -255,13 +255,16 @@ class _Job:
             fate[at[split.choose(labels, o.by, split.wanted(o.size, len(at)), o.seed)]] = HELD
         train, held = np.flatnonzero(fate == TRAIN), np.flatnonzero(fate == HELD)
         if not len(train):
-            raise DataError(
-                f"no row is left to train on: of {self.read.total():,} rows {self.refused.total():,} were set aside one by one",
-                "name fewer fixes with --fix, or look at the rows: tunesmith check",
-            )
+            raise DataError(f"no row is left to train on\n{self._reasons()}", "name fewer fixes with --fix, or mend these rows")
         self.overlap = int(np.isin(near[held], near[train]).sum())
         self.same_words = len(train) - len(np.unique(found.exact[train])) if "dedup" in o.fixes and "near" not in o.fixes else 0
         return fate, of
+
+    def _reasons(self) -> str:
+        """The commonest, of rows that were set aside one by one."""
+        with (self.temp / "refused.jsonl").open("rb") as f:
+            reasons = Counter("{fix}: {reason}".format(**json.loads(line)) for line in f)
+        return "\n".join(f"  {n:,} of {self.read.total():,} rows: {reason}" for reason, n in reasons.most_common(5))
 
     def _copies(self, fate: np.ndarray) -> np.ndarray:
         """How often each row is written, as its source's weight says; for a part of a weight, rows are drawn."""

@@ -13,6 +13,7 @@ from tunesmith.types import Conversation, Message
 
 SENTENCE = re.compile(r"(?:[^.!?\n]|[.!?](?![\s\"')]|$))+[.!?]*[\"')]*[ \t]*")
 TURNS = re.compile(r"\b(?:but|however|aber|mais|pero)\b|:", re.IGNORECASE)  # what follows in the sentence may be the answer itself
+ONWARD = re.compile(r"(?:However|But|Nevertheless|Nonetheless|Still|That said|That being said|Having said that),? +(\w)")
 _SPECIAL = detect.SPECIAL.pattern
 _EDGE = rf"(?:{_SPECIAL})(?:(?:system|user|assistant|model|human)(?=\s*\n|<\|))?"
 SPECIAL_BEFORE = re.compile(rf"\A(?:\s*{_EDGE})+\s*")
@@ -107,7 +108,9 @@ def boilerplate(c: Conversation, seen: Counter[str]) -> Mended:
                 out.append(m.content[at : s.start()])
                 at = s.end()
                 seen["sentences cut"] += 1
-        return "".join([*out, m.content[at:]]).strip()
+        left = "".join([*out, m.content[at:]]).strip()
+        first = not "".join(out).strip()  # what answered the sentence now begins
+        return ONWARD.sub(lambda o: o[1].upper(), left, count=1) if first and ONWARD.match(left) else left
 
     made = each(c, change, ANSWERS)
     if told:
