@@ -238,9 +238,10 @@ def _left(text: str, at: int) -> int:
     return at - len(m[0].lstrip("'.+%-")) if m else at  # none begins with a quotation mark
 
 
-ORDER = re.compile(
-    r"(?:\b(?:order|invoice|ticket|tracking|case|ref(?:erence)?|serial|part|item|article|model|isbn|sku|id|bestell\w*|auftrags?\w*"
-    r"|rechnungs?\w*|kunden\w*|vorgangs?\w*)(?: ?(?:no|nr|number|nummer|id))?\.?|#|№) ?[:#=]? ?\Z",
+ORDER = re.compile(  # `in order`, `in this case 030 1234567` are none: there a word such as number must stand between
+    r"(?:\b(?:(?:(?<!\bin )(?<!\bto )order|invoice|ticket|tracking|isbn|sku|bestell\w*|auftrags?\w*|rechnungs?\w*)"
+    r"(?:[ -]?(?:no|nr|number|nummer|id))?\.?"
+    r"|(?:case|ref(?:erence)?|serial|part|item|article|model|kunden|vorgangs?)[ -]?(?:no|nr|number|nummer|id)\.?)|(?<!#)#|№) ?[:=]? ?\Z",
     re.IGNORECASE,
 )
 

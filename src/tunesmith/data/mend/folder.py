@@ -8,7 +8,7 @@
     manifest.json                 sha256 of all of them
 
 Two passes. In the first, rows are mended in worker processes, written to a file beside the result, and hashed; in between, what
-needs all rows is decided; in the second, each goes where it belongs. In memory are some 40 bytes a row. The same inputs, options
+needs all rows is decided; in the second, each goes where it belongs. In memory are some 60 bytes a row. The same inputs, options
 and seed give the same bytes, however many workers there are.
 """
 
