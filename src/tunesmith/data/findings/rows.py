@@ -241,7 +241,8 @@ def _left(text: str, at: int) -> int:
 ORDER = re.compile(  # `in order`, `in this case 030 1234567` are none: there a word such as number must stand between
     r"(?:\b(?:(?:(?<!\bin )(?<!\bto )order|invoice|ticket|tracking|isbn|sku|bestell\w*|auftrags?\w*|rechnungs?\w*)"
     r"(?:[ -]?(?:no|nr|number|nummer|id))?\.?"
-    r"|(?:case|ref(?:erence)?|serial|part|item|article|model|kunden|vorgangs?)[ -]?(?:no|nr|number|nummer|id)\.?)|(?<!#)#|№) ?[:=]? ?\Z",
+    r"|(?:case|ref(?:erence)?|serial|part|item|article|model|kunden|vorgangs?)[ -]?(?:no|nr|number|nummer|id)\.?)"
+    r"|(?<!#)#|№) ?[:=]? ?\Z",
     re.IGNORECASE,
 )
 
