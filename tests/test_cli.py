@@ -63,6 +63,7 @@ def calls(monkeypatch):
         answers={
             "init": "model: embedded\n",
             "check": SimpleNamespace(print=lambda console: console.print("checked"), exit_code=1),
+            "prepare": SimpleNamespace(print=lambda console: console.print("prepared")),
             "plan": SimpleNamespace(print=lambda console: console.print("planned"), fits=True),
             "train": SimpleNamespace(path=Path("runs/a")),
             "generate": ["[bold]one[/bold]", "[/] two"],
@@ -95,6 +96,24 @@ def calls(monkeypatch):
             "check run.yaml train.epochs=1 --show 3 --model m",
             ("check", ("run.yaml", "train.epochs=1"), {"show": 3, "model": "m"}),
             1,
+        ),
+        (
+            "prepare chats data.workers=2 --out made --fix pii,dedup --split-by customer --mix",
+            (
+                "prepare",
+                ("chats", "data.workers=2"),
+                {
+                    "out": Path("made"),
+                    "fix": "pii,dedup",
+                    "split": None,
+                    "split_by": "customer",
+                    "seed": None,
+                    "mix": True,
+                    "model": None,
+                    "overwrite": False,
+                },
+            ),
+            0,
         ),
         ("plan run.yaml lora.rank=8 --gpu 4090", ("plan", ("run.yaml", "lora.rank=8"), {"gpu": "4090"}), 0),
         ("train run.yaml a.b=-1 c.d=[x] --resume", ("train", ("run.yaml", "a.b=-1", "c.d=[x]"), {"resume": True}), 0),

@@ -231,6 +231,7 @@ console = Console(file=io.StringIO())
 config.close()
 settings = ["train.max_steps=2", "train.batch_size=4", "eval.sample_tokens=3", "memory.device=cpu", "data.workers=2"]
 tunesmith.check(out + ".yaml", console=console).print(console)
+tunesmith.prepare(out + ".yaml", out=out + "-mended", fix="all", console=console).print(console)
 tunesmith.plan(out + ".yaml").print(console)
 run = tunesmith.train(out + ".yaml", *settings, console=console)
 assert run.status().state == "finished"

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.config.schema import RunConfig
-from tunesmith.errors import RunError
+from tunesmith.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tunesmith.data.mend.folder import Mended
     from tunesmith.data.report import CheckReport
     from tunesmith.diagnosis import Diagnosis
     from tunesmith.plan import Plan
@@ -35,6 +36,18 @@ def _load(config: Config, overrides: Sequence[str] = ()) -> RunConfig:
     from tunesmith.config.load import load
 
     return load(config, *overrides)
+
+
+def _is_data(config: Config) -> bool:
+    """Whether it is the rows themselves, and no run file."""
+    is_path = isinstance(config, (str, Path))
+    return is_path and not (Path(config).suffix in (".yaml", ".yml") or (Path(config) / "run.yaml").is_file())
+
+
+def _load_or_data(config: Config, overrides: Sequence[str]) -> RunConfig:
+    if _is_data(config):
+        config = {"model": "embedded", "data": str(config), "method": "lora", "output": "runs/first"}
+    return _load(config, overrides)
 
 
 def _console(console: Console | None) -> Console:
@@ -92,9 +105,7 @@ def check(
     from tunesmith.data.report import check_report
     from tunesmith.hub import resolve_model
 
-    if isinstance(config, (str, Path)) and not (Path(config).suffix in (".yaml", ".yml") or (Path(config) / "run.yaml").is_file()):
-        config = {"model": model or "embedded", "data": str(config), "method": "lora", "output": "runs/check"}
-    settings = _load(config, [*overrides, *([f"model={model}"] if model else [])])
+    settings = _load_or_data(config, [*overrides, *([f"model={model}"] if model else [])])
     base = resolve_model(settings.model, weights=False)
     make = functools.partial(build_renderer, base.path, settings.data, settings.lora.new_tokens, datetime.date.today().isoformat())
     renderer = make()
@@ -108,7 +119,56 @@ def check(
         strict=False,
         look=True,
     )
-    return check_report(prepared, renderer, show=show)
+    return check_report(prepared, renderer, show=show, source=str(config) if isinstance(config, (str, Path)) else "run.yaml")
+
+
+def prepare(
+    config: Config,
+    *overrides: str,
+    out: str | Path,
+    fix: str | Sequence[str] = (),
+    split: str | None = None,
+    split_by: str | None = None,
+    seed: int | None = None,
+    mix: bool = False,
+    model: str | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Mended:
+    """Write the rows mended and split into the folder `out`, with a record of every change; nothing is lost.
+
+    `config` may be the data itself. `fix` names fixes (tunesmith.data.mend.FIXES; `safe`, `all`); without it nothing is mended but
+    what reading mends. `split` is a share (`5%`) or a number of rows, `split_by` a key whose rows stay together or `date:KEY`.
+    `mix` applies the sources' weights. Tokens are counted for a run file's model or `model`, else characters. Returns the folder
+    and its record, with `.print(console)`.
+    """
+    from tunesmith.config.yaml12 import write
+    from tunesmith.data import mend
+    from tunesmith.data.mend.folder import Options, prepare_folder
+    from tunesmith.data.mend.split import By, share_or_rows
+    from tunesmith.hub import resolve_model
+
+    settings, out = _load_or_data(config, [*overrides, *([f"model={model}"] if model else [])]), Path(out)
+    size = settings.data.held_out if split is None else share_or_rows(split)
+    has_file = isinstance(settings.data.held_out, str)
+    if has_file and split is not None:
+        raise ConfigError("--split beside a held-out file: nothing is split", "drop --split, or add data.held_out=0.05")
+    options = Options(
+        fixes=mend.chosen(fix, has_file),
+        size=0 if isinstance(size, str) else size,
+        by=By.parse(split_by) if split_by else None,
+        seed=settings.seed if seed is None else seed,
+        mix=mix,
+        model=None if _is_data(config) and not model else resolve_model(settings.model, weights=False).path,
+    )
+
+    def run_yaml(held_out: bool) -> str:
+        tree = settings.model_dump(mode="json", exclude_unset=True)
+        rest = {k: v for k, v in tree["data"].items() if k not in ("train", "held_out")}
+        tree["data"] = {"train": str(out / "train.jsonl"), "held_out": str(out / "held_out.jsonl") if held_out else 0, **rest}
+        return f"# Made by tunesmith prepare. Next: tunesmith check {out / 'run.yaml'}\n{write(tree)}"
+
+    return prepare_folder(settings.data, out, options, run_yaml, overwrite=overwrite, console=_console(console))
 
 
 def plan(config: Config, *overrides: str, gpu: str | None = None) -> Plan:
@@ -230,4 +290,4 @@ def stream(model: str | Path, prompt: str, **settings: Any) -> Iterator[str]:
     yield from Talker.open(model, adapter=adapter).stream([{"role": "user", "content": prompt}], **settings)
 
 
-__all__ = ["chat", "check", "doctor", "explain", "generate", "init", "merge", "plan", "report", "stream", "train"]
+__all__ = ["chat", "check", "doctor", "explain", "generate", "init", "merge", "plan", "prepare", "report", "stream", "train"]

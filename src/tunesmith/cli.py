@@ -34,6 +34,7 @@ From your rows to a model you can talk to:
   tunesmith train run.yaml       tune; the run folder gets report.html
   tunesmith chat  runs/first     talk to it
 
+Rows with faults that check found: tunesmith prepare run.yaml --out mended --fix safe,pii
 Any setting can follow a run file: train run.yaml train.epochs=1 lora.rank=32
 What a setting does: tunesmith explain lora.rank"""
 
@@ -96,6 +97,63 @@ def check(
     report = tunesmith.check(config, *overrides, show=show, model=model)
     report.print(_console())
     return report.exit_code
+
+
+@verb
+def prepare(
+    config: Annotated[str, Parameter(help="A run file, or the data itself.")],
+    /,
+    *overrides: Overrides,
+    out: Annotated[Path, Parameter(help="The folder to write; it appears whole or not at all.")],
+    fix: Annotated[
+        str,
+        Parameter(
+            help="Fixes by name, with commas between: dedup, near, leakage, contamination, encoding, template, roles, echo, "
+            "boilerplate, conflicts, empty, refusals, truncated, secrets, pii; safe: encoding, leakage, dedup; all. Without it "
+            "nothing is mended but what reading mends, since most fixes take a decision that is yours.",
+            show_default=False,
+        ),
+    ] = "",
+    split: Annotated[
+        str | None,
+        Parameter(
+            help="Held-out rows: a share (5%; at most 500 rows), a number of rows (200), or 0. Else as data.held_out says: 5%."
+        ),
+    ] = None,
+    split_by: Annotated[
+        str | None,
+        Parameter(
+            help="Keep all rows with one value of this key on one side (customer, meta.thread); date:KEY holds the latest out. "
+            "Else groups of near-equal rows stay together."
+        ),
+    ] = None,
+    seed: Annotated[int | None, Parameter(help="Decides what is held out and drawn. Else the run file's.")] = None,
+    mix: Annotated[
+        bool, Parameter(negative="", help="Write each source as often as its weight says, in one file.", show_default=False)
+    ] = False,
+    model: Annotated[
+        str | None, Parameter(help="Whose tokenizer counts tokens. Else the run file's; none counts characters.")
+    ] = None,
+    overwrite: Annotated[
+        bool, Parameter(negative="", help="Make a folder anew that prepare has made before.", show_default=False)
+    ] = False,
+) -> None:
+    """Write the rows mended and split, with a record of every change.
+
+    Nothing is lost: rows set aside are in refused.jsonl with the reason, changes.jsonl names every row changed and how.
+
+    tunesmith prepare chats.jsonl --out mended --fix safe
+
+    tunesmith prepare chats.jsonl --out mended --fix dedup,pii,encoding --split 10%
+
+    tunesmith prepare tickets.csv --out mended --split-by customer --seed 7
+
+    tunesmith prepare chats.jsonl data.held_out=test.jsonl --out mended --fix leakage,near
+
+    tunesmith prepare run.yaml --out mended --split-by date:sent_at --mix
+    """
+    settings = {"fix": fix, "split": split, "split_by": split_by, "seed": seed, "mix": mix, "model": model, "overwrite": overwrite}
+    tunesmith.prepare(config, *overrides, out=out, **settings, console=_console()).print(_console())
 
 
 @verb

@@ -14,7 +14,7 @@ from tunesmith.config.schema import Source
 from tunesmith.data import columns, sources
 from tunesmith.data.columns import ColumnsError, choose
 from tunesmith.data.formats import FormatError, conversation
-from tunesmith.data.prepare import _find_all
+from tunesmith.data.prepare import find_all
 from tunesmith.data.sources import Refused, chunks, find, parse, rows
 from tunesmith.errors import DataError
 
@@ -198,7 +198,7 @@ def test_the_look_at_the_contents_is_bounded(tmp_path, monkeypatch):
 def test_a_held_out_file_has_the_columns_of_the_training_rows(tmp_path):
     path = write(tmp_path, table(["A", "B"], ASKS, SAYS))
     data = type("D", (), {"train": [Source(path=str(path), columns={"prompt": "B", "answer": "A"})], "held_out": str(path)})
-    assert [f.columns for f in _find_all(data)] == [{"prompt": "B", "answer": "A"}] * 2
+    assert [f.columns for f in find_all(data)] == [{"prompt": "B", "answer": "A"}] * 2
 
 
 cell = st.sampled_from(

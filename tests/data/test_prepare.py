@@ -219,8 +219,8 @@ def test_auto_gives_each_worker_enough_to_be_worth_its_start(monkeypatch):
     for method, some in (("fork", 4), ("spawn", 1)):
         monkeypatch.setattr(prepare_module, "_start_method", lambda method=method: method)
         sizes = (0, 900_000, 4_200_000, 1 << 40)
-        assert [prepare_module._workers("auto", size) for size in sizes] == [1, 1, some, prepare_module.MAX_WORKERS]
-        assert prepare_module._workers(0, 1 << 40) == 1 and prepare_module._workers(3, 0) == 3
+        assert [prepare_module.worker_count("auto", size) for size in sizes] == [1, 1, some, prepare_module.MAX_WORKERS]
+        assert prepare_module.worker_count(0, 1 << 40) == 1 and prepare_module.worker_count(3, 0) == 3
 
 
 def test_the_bar_starts_no_thread_so_that_workers_can_be_forked(tmp_path, stub, monkeypatch):

@@ -86,13 +86,13 @@ def detect(value: dict[str, Any] | str) -> str | None:
     """The name of the one format whose keys a row has; None when there is none, or more than one."""
     if isinstance(value, str):
         return "text"
-    found = _matches(tuple(k for k, v in value.items() if v is not None))
+    found = matches(tuple(k for k, v in value.items() if v is not None))
     return found[0] if len(found) == 1 else None
 
 
 def knows(keys: Sequence[str]) -> bool:
     """Whether rows with these keys are read, or are refused for what they are: then nothing is guessed about their columns."""
-    return bool(_matches(tuple(keys))) or any(set(keys).issuperset(k) for k, _ in REFUSED_KEYS)
+    return bool(matches(tuple(keys))) or any(set(keys).issuperset(k) for k, _ in REFUSED_KEYS)
 
 
 def conversation(row: Row) -> Conversation:
@@ -101,7 +101,7 @@ def conversation(row: Row) -> Conversation:
     if isinstance(value, str):
         return Conversation((Message("text", _nonempty(value, "the text")),), row.origin, "text")
     value = {k: v for k, v in value.items() if v is not None}
-    found = _matches(tuple(value))
+    found = matches(tuple(value))
     if len(found) != 1:
         two = f"keys of two formats at once ({' and '.join(found)}); keep those of one"
         raise FormatError(two if found else _unknown(value))
@@ -134,7 +134,7 @@ def from_dict(value: dict[str, Any]) -> Conversation:
 
 
 @lru_cache(maxsize=1024)  # the rows of a file have few sets of keys
-def _matches(present: tuple[str, ...]) -> list[str]:
+def matches(present: tuple[str, ...]) -> list[str]:
     keys = set(present)
     if any(keys.issuperset(k) for k, _ in REFUSED_KEYS):
         return []

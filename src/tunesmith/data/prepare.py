@@ -52,7 +52,7 @@ from tunesmith.types import Conversation, Example
 if TYPE_CHECKING:
     from rich.console import Console
 
-VERSION = 3  # raise it when the same rows would be prepared differently
+VERSION = 4  # raise it when the same rows would be prepared differently
 INLINE_ROWS = 500  # rows prepared here before workers are started: a forked one begins with what these taught the tokenizer
 BYTES_A_WORKER = {"fork": 1 << 20, "spawn": 4 << 20}  # `workers: auto`: files for each, that it is worth its start (0.2 or 1-3 s)
 HELD_OUT_MOST = 500  # rows a held-out share takes at most
@@ -262,7 +262,7 @@ def prepare(
     Raises DataError with all faults of all files at once.
     """
     renderer = renderer or make_renderer()
-    found = _find_all(data)
+    found = find_all(data)
     key = _fingerprint(data, renderer.fingerprint, seed, found)
     root = cache_folder(cache_dir)
     folder = root / f"{key[:32]}-findings"
@@ -271,7 +271,7 @@ def prepare(
     with suppress(FileNotFoundError, PermissionError):
         os.utime(folder)  # used now: `_prune` of another process leaves it alone while it is verified
     if built := not (folder.is_dir() and not verify(folder)):
-        with _bar(found, progress) as report:
+        with bar(found, progress) as report:
             _build(folder, data, renderer, seed, found, report, make_renderer, look)
     prepared = _load(folder, data, key)
     if built:
@@ -281,7 +281,7 @@ def prepare(
     return prepared.require(data.max_refused) if strict else prepared
 
 
-def _find_all(data: Data) -> list[Files]:
+def find_all(data: Data) -> list[Files]:
     """The files of every training source, then those of the held-out file if there is one."""
     found, faults = [], []
     wanted = [(s.path, s.columns) for s in data.train]
@@ -485,17 +485,18 @@ def _preview(row: Row | Refused) -> str:
     return row.value[:300] if isinstance(row.value, str) else json.dumps(row.value, ensure_ascii=False, default=str)[:300]
 
 
-_worker: Renders | None = None
+_worker: Any = None
+_work_of: Callable[[Chunk, Any], Any] | None = None
 
 
-def _start_worker(make_renderer: Callable[[], Renders]) -> None:
-    global _worker
+def _start_worker(make: Callable[[], Any], process: Callable[[Chunk, Any], Any]) -> None:
+    global _worker, _work_of
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this one
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process has its parent's handlers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is parallel enough
-    gc.disable()  # see _no_collector
-    _worker = make_renderer()
+    gc.disable()  # see no_collector
+    _worker, _work_of = make(), process
     util.Finalize(None, _worker.close, exitpriority=0)  # a forked process runs no atexit; its template process must not outlive it
 
 
@@ -505,9 +506,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(chunk: Chunk) -> _Result:
-    assert _worker is not None, "a worker has no renderer"
-    return _process(chunk, _worker)
+def _work(chunk: Chunk) -> Any:
+    assert _work_of is not None, "a worker has nothing to work with"
+    return _work_of(chunk, _worker)
 
 
 def _start_method() -> str:
@@ -535,7 +536,7 @@ def _one_thread_in_tokenizers() -> Iterator[None]:
 
 
 @contextmanager
-def _no_collector() -> Iterator[None]:
+def no_collector() -> Iterator[None]:
     """Rows make millions of small objects and no cycles; looking for cycles among them costs 6 % of the time."""
     was = gc.isenabled()
     gc.disable()
@@ -559,7 +560,7 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _workers(wanted: int | str, size: int) -> int:
+def worker_count(wanted: int | str, size: int) -> int:
     if wanted != "auto":
         return max(1, int(wanted))
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -569,22 +570,23 @@ def _workers(wanted: int | str, size: int) -> int:
 Tagged = tuple[int, Chunk]
 
 
-def _results(
-    chunks: Iterator[Tagged], renderer: Renders, make_renderer: Callable[[], Renders], workers: int
-) -> Iterator[tuple[int, Chunk, _Result]]:
-    """Each chunk's result, in the chunks' order. INLINE_ROWS rows are done here, the rest by workers if there are any."""
+def results(
+    chunks: Iterator[Tagged], tool: Any, make_tool: Callable[[], Any], workers: int, process: Callable[[Chunk, Any], Any]
+) -> Iterator[tuple[int, Chunk, Any]]:
+    """`process(chunk, tool)` of each chunk, in the chunks' order. INLINE_ROWS rows are done here, the rest by workers if there are
+    any: each makes its own `tool` (a renderer; anything with `close()`) where it cannot inherit this one."""
     done = 0
     for source, chunk in chunks:
-        yield source, chunk, _process(chunk, renderer)
+        yield source, chunk, process(chunk, tool)
         done += len(chunk.lines)
         if done >= INLINE_ROWS and workers > 1:
             break
     else:
         return
-    waiting: deque[tuple[int, Chunk, Future[_Result]]] = deque()
+    waiting: deque[tuple[int, Chunk, Future[Any]]] = deque()
     method = _start_method()
-    make = (lambda: renderer) if method == "fork" else make_renderer
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker, (make,))
+    make = (lambda: tool) if method == "fork" else make_tool
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker, (make, process))
     try:
         for source, chunk in chunks:
             with _one_thread_in_tokenizers(), _without_main():  # any of the first calls may start a process
@@ -599,7 +601,7 @@ def _results(
         pool.shutdown(cancel_futures=True)
 
 
-def _next(waiting: deque[tuple[int, Chunk, Future[_Result]]]) -> tuple[int, Chunk, _Result]:
+def _next(waiting: deque[tuple[int, Chunk, Future[Any]]]) -> tuple[int, Chunk, Any]:
     source, chunk, future = waiting.popleft()
     return source, Chunk(chunk.file, chunk.raw, [], [], chunk.position), future.result()
 
@@ -607,12 +609,12 @@ def _next(waiting: deque[tuple[int, Chunk, Future[_Result]]]) -> tuple[int, Chun
 # ---- all of it -----------------------------------------------------------------------------------------------------------------
 
 
-def _tagged(found: list[Files], faults: list[DataError], look: bool) -> Iterator[Tagged]:
+def tagged(found: list[Files], faults: list[DataError], look: bool) -> Iterator[Tagged]:
     """The chunks of every source; faults are collected, so that one bad source does not hide another's."""
     for number, files in enumerate(found):
         try:
             for chunk in sources.chunks(files):
-                yield number, replace(chunk, look=look)
+                yield number, replace(chunk, look=look, rest=files.rest)
         except DataError as e:
             faults.append(e)
 
@@ -631,7 +633,7 @@ def _build(
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(folder.parent)
     own = folder.with_name(f"{folder.name}-{token_hex(4)}")
-    with folder_atomic(own) as temp, _no_collector():
+    with folder_atomic(own) as temp, no_collector():
         _fill(temp, data, renderer, seed, found, report, make_renderer, look)
     if folder.exists():
         if not verify(folder):
@@ -658,11 +660,11 @@ def _fill(temp: Path, data: Data, renderer: Renders, seed: int, found: list[File
     account = Account([SourceAccount(f.label, n == held_source, skipped=list(f.skipped)) for n, f in enumerate(found)])
     faults: list[DataError] = []
     writer, done = StoreWriter(temp / "store"), 0
-    workers = _workers(data.workers, sum(f.size for f in found))
+    workers = worker_count(data.workers, sum(f.size for f in found))
     doctor = findings.Doctor()
     finder, used_path = clusters.Finder(temp / "clusters"), temp / "clusters" / "used.bin"  # used: their row numbers, uint32
     with (temp / "refused.jsonl").open("w", encoding="utf-8") as refused_file, used_path.open("wb") as used_file:
-        for number, chunk, result in _results(_tagged(found, faults, look), renderer, make_renderer, workers):
+        for number, chunk, result in results(tagged(found, faults, look), renderer, make_renderer, workers, _process):
             _book(account.sources[number], result, chunk.file)
             for i, r in result.refused:
                 place = {"row": done + i + 1, "file": r.origin.file, "line": r.origin.line}
@@ -776,7 +778,7 @@ def _write_conversations(path: Path, found: list[Files], held: np.ndarray) -> No
     """The held-out rows again, as conversations: a second reading of as much of the files as it takes."""
     wanted, start = set(held.tolist()), 0
     with path.open("w", encoding="utf-8") as f:
-        for _, chunk in _tagged(found, [], False):
+        for _, chunk in tagged(found, [], False):
             if not wanted:
                 return
             here = [i for i in range(len(chunk.lines)) if start + i in wanted]
@@ -790,7 +792,7 @@ def _write_conversations(path: Path, found: list[Files], held: np.ndarray) -> No
 
 
 @contextmanager
-def _bar(found: list[Files], console: Console | None) -> Iterator[Callable[[Chunk, int], None]]:
+def bar(found: list[Files], console: Console | None) -> Iterator[Callable[[Chunk, int], None]]:
     """A bar on a terminal; yields what is to be called after each chunk with the rows done so far."""
     if console is None or not console.is_terminal:
         yield lambda chunk, rows: None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tunesmith.data import findings, mend
 from tunesmith.data.prepare import Account, Prepared
 from tunesmith.errors import DataError
 from tunesmith.types import Example
@@ -67,6 +69,7 @@ class CheckReport:
     held_out: str  # how the held-out rows were chosen
     shown: tuple[Shown, ...] = ()
     fault: DataError | None = None
+    source: str = "run.yaml"  # what was checked, for the command that mends it
     _places: str = field(default="", repr=False)  # where the whole list of refused rows is
 
     @property
@@ -86,9 +89,10 @@ class CheckReport:
         for shown in self.shown:
             _tokens(shown, console)
         _verdict(self, console)
+        _mending(self, console)
 
 
-def check_report(prepared: Prepared, renderer: Renderer, show: int | None = None) -> CheckReport:
+def check_report(prepared: Prepared, renderer: Renderer, show: int | None = None, source: str = "run.yaml") -> CheckReport:
     """The report on prepared data, with row `show` (counted from 1 over all sources) as tokens, or three rows spread over the data.
 
     Raises DataError when there is no row `show`.
@@ -118,6 +122,7 @@ def check_report(prepared: Prepared, renderer: Renderer, show: int | None = None
         held_out=held,
         shown=tuple(_show(prepared, renderer, show)),
         fault=fault,
+        source=source,
         _places=str(prepared.folder / "refused.jsonl"),
     )
 
@@ -321,6 +326,13 @@ def _tokens(shown: Shown, console: Console) -> None:
 def _legend(console: Console) -> str:
     coloured = console.is_terminal and not console.no_color
     return "green tokens are trained, dim ones are read only" if coloured else f"tokens between {OPEN} and {CLOSE} are trained"
+
+
+def _mending(report: CheckReport, console: Console) -> None:
+    """The command that answers the findings."""
+    found = report.account.findings or ()
+    if fixes := mend.answering(f["name"] for f in found if f["severity"] != findings.NOTE):
+        _line(console, _text(f"mend them: tunesmith prepare {shlex.quote(report.source)} --out mended --fix {','.join(fixes)}"))
 
 
 def _verdict(report: CheckReport, console: Console) -> None:

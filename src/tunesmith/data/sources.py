@@ -102,6 +102,7 @@ class Chunk:
     position: int  # bytes of the file on disk that have been read
     columns: Mapping[str, str] = field(default_factory=dict)  # under which keys its rows are, where the person has said so
     look: bool = False  # for faults in its rows (data/findings)
+    rest: bool = False  # columns that are not used stay in the row, under their own names
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class Files:
     skipped: tuple[str, ...] = ()  # files of a folder that hold no rows, with the reason
     notes: Counter[str] = field(default_factory=Counter)  # what was mended or guessed in whole files, e.g. a byte order mark
     columns: Mapping[str, str] = field(default_factory=dict)  # data.train[].columns: what is what, as the person wrote it
+    rest: bool = False  # columns that are not used stay in the row, under their own names
 
     @property
     def size(self) -> int:
@@ -208,14 +210,22 @@ def parse(chunk: Chunk) -> list[Row | Refused]:
             out.append(_from_json(item, Origin(chunk.file, line)))
         else:
             out.append(Row(item, Origin(chunk.file, line)))
-    return [_renamed(row, chunk.columns) for row in out] if chunk.columns else out
+    return [_renamed(row, chunk.columns, chunk.rest) for row in out] if chunk.columns else out
 
 
-def _renamed(row: Row | Refused, columns: Mapping[str, str]) -> Row | Refused:
+def _renamed(row: Row | Refused, columns: Mapping[str, str], rest: bool) -> Row | Refused:
     if isinstance(row, Refused) or not isinstance(row.value, dict):
         return row
-    value = rename(row.value, columns)
+    value = _named(row.value, columns, rest)
     return Refused(row.origin, value, str(row.value)[:300]) if isinstance(value, str) else Row(value, row.origin)
+
+
+def _named(value: dict[str, Any], columns: Mapping[str, str], rest: bool) -> dict[str, Any] | str:
+    """`rename`, and with `rest` the other columns too, but for those that would be read as another kind of row."""
+    named = rename(value, columns)
+    if not rest or isinstance(named, str):
+        return named
+    return {k: v for k, v in value.items() if k not in COLUMNS and k not in columns.values()} | named
 
 
 def rows(path: str | Path) -> Iterator[Row | Refused]:
@@ -738,7 +748,7 @@ def _table(
             yield line, Refused(Origin(name, line), "a zero character (NUL) in the text"), 0
         else:
             value: Any = dict(zip(keys, cells, strict=True))
-            yield line, rename(value, wanted) if wanted else value, sum(map(len, cells))
+            yield line, _named(value, wanted, files.rest) if wanted else value, sum(map(len, cells))
 
 
 def _known_keys(keys: list[str]) -> bool:

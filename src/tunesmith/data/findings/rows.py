@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect
 from collections.abc import Iterator
 
 from tunesmith import redact
@@ -72,16 +73,19 @@ MOJIBAKE = re.compile(
     r"|â(?:€|[\x80-\x9f\u201a][\x80-\xbf])|ð(?:Ÿ|\x9f)|ï»¿|[ÐÑ][\x80-\xbf][ÐÑ]"
 )
 MOJIBAKE_GATES = ("\ufffd", "Ã", "Â", "â", "ð", "ï»¿", "Ð", "Ñ")
-CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\x80-\x84\x86-\x9f]|\x1b\\[[0-9;]*m")
+CONTROL = re.compile("\x1b\\[[0-9;]*m|[\x00-\x08\x0b\x0e-\x1f\x7f\x80-\x84\x86-\x9f]")
 CONTROL_BYTES = bytes(b for b in (*range(32), *range(127, 160)) if b not in (9, 10, 12, 13, 0x85))
-# ZWNJ and ZWJ belong to Persian, Indic scripts and emoji: they are a fault between Latin letters only. Tag characters write text
-# that nobody sees, but behind a black flag they are a flag.
+# ZWNJ and ZWJ belong to Persian, Indic scripts and emoji: they are a fault between Latin letters only. A zero-width space parts
+# words in Thai, Lao, Burmese and Khmer. Tag characters write text that nobody sees, but behind a black flag they are a flag.
 INVISIBLE = re.compile(
-    "[\u200b\u2060\u00ad\u202a-\u202e\u2066-\u2069]|(?<=[A-Za-z])[\u200c\u200d](?=[A-Za-z])|(?<!^)\ufeff"
+    "(?<![\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff])\u200b"
+    "|[\u2060\u00ad\u202a-\u202e\u2066-\u2069]|(?<=[A-Za-z])[\u200c\u200d](?=[A-Za-z])|(?<!^)\ufeff"
     "|(?<![\U0001f3f4\U000e0001-\U000e007f])[\U000e0001-\U000e007f]"
 )
 _UNSEEN = (0x200B, 0x200C, 0x200D, 0x2060, 0xAD, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xE0001, 0xE0080))
 INVISIBLE_GATES = tuple(map(chr, _UNSEEN))
+BIDI = frozenset("\u202a\u202b\u202c\u2066\u2067\u2068\u2069")
+RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]")
 OPEN_SIGNS = frozenset(",([{–—:-")
 OPEN_WORDS = frozenset(re.findall(r"\S+",
     "the a an of to and or with for in that which is are was by from as at on because your their its this der die das und ein eine"
@@ -204,69 +208,92 @@ def control_characters(rows: Rows) -> Hits:
 
 def invisible(rows: Rows) -> Hits:
     text = rows.all.text
-    return rows.all.find(INVISIBLE) if not text.isascii() and any(g in text for g in INVISIBLE_GATES) else {}
+    if text.isascii() or not any(g in text for g in INVISIBLE_GATES):
+        return {}
+    return rows.all.find(INVISIBLE, good=lambda m: not is_bidi(m))
+
+
+def is_bidi(m: re.Match[str]) -> bool:
+    """A direction mark among Hebrew or Arabic letters says how they run. An override (U+202D, U+202E) is never needed for that."""
+    return m[0] in BIDI and bool(RIGHT_TO_LEFT.search(m.string, max(0, m.start() - 40), m.end() + 40))
 
 
 # ---- personal data and secrets -------------------------------------------------------------------------------------------------
 
 
 def email(rows: Rows) -> Hits:
-    def good(m: re.Match[str]) -> bool:
-        before = m.string[m.start() - 1 : m.start()] if m.start() else ""
-        return before.isascii() and (before.isalnum() or before in ("_", "%", "+", "-")) and not t.RESERVED.search(m[0])
+    return rows.all.first(email_spans(rows.all))
 
-    hits = rows.all.find(t.EMAIL_AT, ("@",), good=good)
-    return {row: (part, _left(rows.all.parts[part], start), end) for row, (part, start, end) in hits.items()}
+
+def email_spans(joined: Joined) -> Iterator[tuple[int, int]]:
+    for m in t.EMAIL_AT.finditer(joined.text) if b"@" in joined.squeezed else ():
+        before = m.string[m.start() - 1 : m.start()] if m.start() else ""
+        if before.isascii() and (before.isalnum() or before in ("_", "%", "+", "-")) and not t.RESERVED.search(m[0]):
+            yield _left(joined.text, m.start()), m.end()
 
 
 def _left(text: str, at: int) -> int:
     """Where the name before the @ begins."""
     m = re.search(r"[A-Za-z0-9._%+'-]{1,64}\Z", text[max(0, at - 64) : at])
-    return at - len(m[0]) if m else at
+    return at - len(m[0].lstrip("'.+%-")) if m else at  # none begins with a quotation mark
+
+
+ORDER = re.compile(  # `in order`, `in this case 030 1234567` are none: there a word such as number must stand between
+    r"(?:\b(?:(?:(?<!\bin )(?<!\bto )order|invoice|ticket|tracking|isbn|sku|bestell\w*|auftrags?\w*|rechnungs?\w*)"
+    r"(?:[ -]?(?:no|nr|number|nummer|id))?\.?"
+    r"|(?:case|ref(?:erence)?|serial|part|item|article|model|kunden|vorgangs?)[ -]?(?:no|nr|number|nummer|id)\.?)"
+    r"|(?<!#)#|№) ?[:=]? ?\Z",
+    re.IGNORECASE,
+)
+
+
+def _is_phone(m: re.Match[str]) -> bool:
+    """Not `order 0815-4711-123`: what a number is called decides, unless it begins with a country's code. Nor `0110 1001 0110`."""
+    return (
+        t.is_phone(m[0])
+        and not set(m[0]) <= set("01 -/")
+        and (m[0][0] == "+" or not ORDER.search(m.string[max(0, m.start() - 32) : m.start()]))
+    )
 
 
 NUMBERS = (  # and where a match ends, 0 if it is none
     ("iban", t.IBAN, t.iban_end),
     ("card", t.CARD, lambda m: m.end() if t.is_card(m[0]) else 0),
-    ("phone", t.PHONE, lambda m: m.end() if t.is_phone(m[0]) else 0),
+    ("phone", t.PHONE, lambda m: m.end() if _is_phone(m) else 0),
 )
 
 
-def _numbers(rows: Rows) -> dict[str, Hits]:
+def number_spans(joined: Joined) -> Iterator[tuple[str, int, int]]:
     """Phones, cards and IBANs: they lie in the same few stretches with many digits."""
-    found: dict[str, Hits] = {"phone": {}, "card": {}, "iban": {}}
-    text = rows.all.text
-    for low, high in rows.all.numbers():
-        taken: list[tuple[int, int]] = []
+    for low, high in joined.numbers():
+        taken: list[tuple[int, int]] = []  # in order, none over another
         for name, pattern, ends in NUMBERS:
-            for m in pattern.finditer(text, low, high):
+            for m in pattern.finditer(joined.text, low, high):
                 start, end = m.start(), ends(m)
-                if end and not any(start < b and a < end for a, b in taken):
-                    taken.append((start, end))
-                    row, *place = rows.all.at(start, end)
-                    found[name].setdefault(row, tuple(place))
-    return found
+                at = bisect(taken, (start, end)) if end else 0
+                if end and not (at and taken[at - 1][1] > start) and not (at < len(taken) and taken[at][0] < end):
+                    taken.insert(at, (start, end))
+                    yield name, start, end
 
 
 def numbers_of(name: str):
     def detector(rows: Rows) -> Hits:
         known = rows.__dict__.get("_numbers")
         if known is None:
-            known = rows.__dict__["_numbers"] = _numbers(rows)
-        return known[name]
+            known = rows.__dict__["_numbers"] = list(number_spans(rows.all))
+        return rows.all.first((start, end) for kind, start, end in known if kind == name)
 
     return detector
 
 
 def ip_address(rows: Rows) -> Hits:
-    squeezed = rows.all.squeezed
-    found: Hits = {}
-    if any(d in squeezed for d in t.DOTTED):
-        found = rows.all.find(t.IPV4, good=lambda m: t.is_ip(m[0]) and not _version(m))
-    for start, end in _ipv6(rows.all.text):
-        row, *place = rows.all.at(start, end)
-        found.setdefault(row, tuple(place))
-    return found
+    return rows.all.first(ip_spans(rows.all))
+
+
+def ip_spans(joined: Joined) -> Iterator[tuple[int, int]]:
+    if any(d in joined.squeezed for d in t.DOTTED):
+        yield from (m.span() for m in t.IPV4.finditer(joined.text) if t.is_ip(m[0]) and not _version(m))
+    yield from _ipv6(joined.text)
 
 
 FOUR_GROUPS = re.compile(r":[0-9A-Fa-f]{1,4}:[0-9A-Fa-f]{1,4}:[0-9A-Fa-f]{1,4}:")
@@ -287,19 +314,15 @@ def _version(m: re.Match[str]) -> bool:
 
 
 def api_key(rows: Rows) -> Hits:
-    found: Hits = {}
-    for start, end in sorted(_keys(rows.all)):
-        row, *place = rows.all.at(start, end)
-        found.setdefault(row, tuple(place))
-    return found
+    return rows.all.first(sorted(key_spans(rows.all)))
 
 
 NAME_GATES = (b"password", b"passwd", b"secret", b"api_key", b"apikey", b"api-key", b"access_key", b"_token")
 GIVEN = re.compile(rb"[a-z0_.-]{0,30}[\"']?\s{0,4}[=:]")  # behind such a name: a value is given
-NO_SECRET = re.compile(r"[(){}<>$]|your|example|xxx|•", re.IGNORECASE)
+NO_SECRET = re.compile(r"[(){}<>$]|your|example|xxx|•|^\[KEY(?:_\d+)?\]$", re.IGNORECASE)  # [KEY_12] is what `prepare` writes
 
 
-def _keys(joined: Joined) -> Iterator[tuple[int, int]]:
+def key_spans(joined: Joined) -> Iterator[tuple[int, int]]:
     text, data, lower = joined.text, joined.squeezed, joined.squeezed_lower
     line = b"_" in data  # looked for first: it is one byte, and most gates have it
     for gate in (g for g in t.KEY_GATES if line or b"_" not in g):

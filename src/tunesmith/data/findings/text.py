@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -68,14 +68,17 @@ class Joined:
         if there are any, and with `around` only so many characters before and behind each."""
         data = self.squeezed_lower if lower else self.squeezed
         known = [gate for g in gates if (gate := g.encode("latin-1", "replace")) in data]
-        found: Hits = {}
         if gates and not known:
-            return found
+            return {}
         near = self._near(pattern, known, around, lower, data) if around else self._everywhere(pattern, lower)
-        for m, shift in near:
-            if good is None or good(m):
-                row, *place = self.at(m.start() + shift, m.end() + shift)
-                found.setdefault(row, tuple(place))
+        return self.first((m.start() + shift, m.end() + shift) for m, shift in near if good is None or good(m))
+
+    def first(self, spans: Iterable[tuple[int, int]]) -> Hits:
+        """The first of these places in the joined text in each row."""
+        found: Hits = {}
+        for start, end in spans:
+            row, *place = self.at(start, end)
+            found.setdefault(row, tuple(place))
         return found
 
     def _everywhere(self, pattern: re.Pattern[str], lower: bool) -> Iterator[tuple[re.Match[str], int]]:
