@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 BAR = 40
 SHOWN_HEAD, SHOWN_TAIL = 500, 150  # tokens of a longer example that are shown
 BEFORE_TAIL = 8  # tokens read before the tail, so that it begins with a whole character
-IN_TERMINAL = 3  # rows shown there where none is asked for
+IN_TERMINAL = 2  # rows shown there where none is asked for
 ASKED, ASKED_EXAMPLES = 12, 24  # rows that may be asked for, and how many of their examples are shown: a page stays small
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 TRAINED, UNTRAINED, SPECIAL = "bold green", "dim", "magenta"

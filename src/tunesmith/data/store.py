@@ -159,13 +159,13 @@ class ExampleStore(Sequence[Example]):
         begin, end = (start + position)[long], (start + length)[long]
         if not len(begin):
             return 0
-        ones = np.append(np.bitwise_count(self._learn), np.uint8(0))  # of each byte; the last end may lie behind them
-        first, last = begin // 8, end // 8
-        between = np.add.reduceat(ones, np.stack([first, last], 1).ravel(), dtype=np.int64)[::2]  # bytes first..last - 1
+        bits, first, last = np.append(self._learn, np.uint8(0)), begin // 8, end // 8  # the last end may lie behind them all
+        edges = np.stack([first, last], 1).ravel()
+        between = np.add.reduceat(np.bitwise_count(bits), edges, dtype=np.int64)[::2]  # ones of the bytes first..last - 1
 
         def before(bit: np.ndarray) -> np.ndarray:
             """Ones of a bit's byte that stand before it."""
-            return np.bitwise_count(np.append(self._learn, np.uint8(0))[bit // 8] >> (8 - bit % 8))
+            return np.bitwise_count(bits[bit // 8] >> (8 - bit % 8))
 
         return int(between[first < last].sum() + before(end).sum(dtype=np.int64) - before(begin).sum(dtype=np.int64))
 
