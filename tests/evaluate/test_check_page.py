@@ -72,9 +72,9 @@ def test_each_source_with_its_columns(tmp_path):
 
 def test_data_that_cannot_be_trained_says_so_at_the_top(tmp_path):
     text = Reader(source(checked(tmp_path, [row("a b c"), {"foo": 1}]), tmp_path)).text
-    assert text.index("1 of 2 rows (50.0%) were refused") < text.index("Not trained so") < text.index("What is there")
+    assert text.index("1 of 2 rows (50.0%) were refused") < text.index("Cannot train yet") < text.index("What is there")
     nothing = Reader(source(checked(tmp_path, [{"foo": 1}]), tmp_path)).text
-    assert "Not trained so" in nothing and "What will be trained" not in nothing
+    assert "Cannot train yet" in nothing and "What will be trained" not in nothing
 
 
 def test_what_findings_mask_stands_on_the_page_only_where_its_row_is_shown(tmp_path):

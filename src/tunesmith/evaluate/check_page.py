@@ -76,7 +76,7 @@ def _banner(report: CheckReport) -> Markup | None:
 def _hero(report: CheckReport) -> Markup:
     errors = any(f["severity"] == "error" for f in report.account.findings or ())
     if report.fault:
-        tone, word = "bad", "Not trained so"
+        tone, word = "bad", "Cannot train yet"
     elif errors:
         tone, word = "open", "Look first"
     else:
