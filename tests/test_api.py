@@ -29,6 +29,10 @@ def test_from_rows_to_a_model_one_can_talk_to(tiny, tmp_path):
     checked, console = tunesmith.check(tmp_path / "run.yaml", *overrides), quiet()
     checked.print(console)
     assert checked.exit_code == 0 and "24" in console.file.getvalue()
+    assert checked.page.read_text("utf-8").startswith("<!doctype html>") and (checked.page.parent / "account.json").is_file()
+    assert console.file.getvalue().endswith(f"all of it on one page: {checked.page}\n")
+    other = tunesmith.check(tmp_path / "run.yaml", *overrides, show=3, page=tmp_path / "check.html", console=quiet())
+    assert other.page == tmp_path / "check.html" and "asked for: row 3, " in other.page.read_text("utf-8")
     assert tunesmith.plan(tmp_path / "run.yaml", *overrides).fits
     assert tunesmith.plan(tmp_path / "run.yaml", *overrides, gpu="4090").device.kind == "cuda"
     run = tunesmith.train(tmp_path / "run.yaml", *overrides, console=quiet())

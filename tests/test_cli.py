@@ -94,7 +94,12 @@ def calls(monkeypatch):
     [
         (
             "check run.yaml train.epochs=1 --show 3 --model m",
-            ("check", ("run.yaml", "train.epochs=1"), {"show": 3, "model": "m"}),
+            ("check", ("run.yaml", "train.epochs=1"), {"show": [3], "model": "m", "page": None}),
+            1,
+        ),
+        (
+            "check run.yaml --show 17,42 --show 5 a.b=1 --page c.html",
+            ("check", ("run.yaml", "a.b=1"), {"show": [17, 42, 5], "model": None, "page": "c.html"}),
             1,
         ),
         (
@@ -158,7 +163,10 @@ def test_init_writes_the_file_once(calls, tmp_path, capsys, monkeypatch):
         ("plan run.yaml --gup 4090", "Did you mean --gpu?"),
         ("train", "CONFIG"),
         ("merge runs/a", "OUT"),
-        ("check run.yaml --show many", "many"),
+        ("check run.yaml --show many", "'many' is no row"),
+        ("check run.yaml --show 3,,4", "'' is no row"),
+        ("check run.yaml --page chats.jsonl", "the page is an HTML file"),
+        ("check run.yaml --page no/such/check.html", "there is no folder no/such"),
         ("generate m", 'give --prompt "..."'),
         ("generate m --file nope.txt", "nope.txt: cannot be read"),
     ],

@@ -15,6 +15,7 @@ ROOMS = (
     "tokenizer",
     "run",
     "evaluate.report",
+    "evaluate.check_page",
     "config.load",
     "spec",
     "hub",

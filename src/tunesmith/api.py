@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,12 +91,18 @@ def doctor() -> Diagnosis:
 
 
 def check(
-    config: Config, *overrides: str, show: int | None = None, model: str | None = None, console: Console | None = None
+    config: Config,
+    *overrides: str,
+    show: int | Sequence[int] | None = None,
+    model: str | None = None,
+    page: str | Path | None = None,
+    console: Console | None = None,
 ) -> CheckReport:
-    """What is in the data, what will be trained, what was refused and why. Nothing is trained.
+    """What is in the data, what is wrong with it, what will be trained, and which rows were refused and why. Nothing is trained.
 
-    `config` may be the data itself (a file or folder); `model` then names whose tokenizer and template to use. `show` picks the row
-    to show as coloured tokens. Returns a report with `.print(console)` and `.exit_code`.
+    `config` may be the data itself (a file or folder); `model` then names whose tokenizer and template to use. `show` picks rows to
+    show as coloured tokens. `page` names the .html file with all of it; without it the page lies beside the prepared data.
+    Returns a report with `.print(console)`, `.exit_code` and `.page`.
     """
     import datetime
     import functools
@@ -103,8 +110,10 @@ def check(
     from tunesmith.data.prepare import prepare
     from tunesmith.data.render import build_renderer
     from tunesmith.data.report import check_report
+    from tunesmith.evaluate import check_page
     from tunesmith.hub import resolve_model
 
+    target = check_page.place(page) if page else None  # before the rows are read: a slip of the pen is answered at once
     settings = _load_or_data(config, [*overrides, *([f"model={model}"] if model else [])])
     base = resolve_model(settings.model, weights=False)
     make = functools.partial(build_renderer, base.path, settings.data, settings.lora.new_tokens, datetime.date.today().isoformat())
@@ -119,7 +128,11 @@ def check(
         strict=False,
         look=True,
     )
-    return check_report(prepared, renderer, show=show, source=str(config) if isinstance(config, (str, Path)) else "run.yaml")
+    source = str(config) if isinstance(config, (str, Path)) else "run.yaml"
+    rows = [show] if isinstance(show, int) else show or ()
+    train, at_once = settings.train, settings.memory.micro_batch_tokens
+    report = check_report(prepared, renderer, rows, train=train, seed=settings.seed, at_once=at_once, source=source)
+    return replace(report, page=check_page.write(report, target or prepared.folder / "check.html"))
 
 
 def prepare(

@@ -16,7 +16,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, Token
 
 import tunesmith
 from tunesmith.errors import TunesmithError
@@ -48,6 +48,15 @@ Adapter = Annotated[str | None, Parameter(help="A PEFT adapter folder over the m
 System = Annotated[str | None, Parameter(help="The system message.")]
 MaxTokens = Annotated[int, Parameter(help="Longest answer in tokens.")]
 Temperature = Annotated[float, Parameter(help="0 always takes the likeliest token; higher is more varied.")]
+
+
+def _rows(_: object, tokens: Sequence[Token]) -> list[int]:
+    """`17`, `17,42`; ValueError is told as a wrong value."""
+    parts = [part for token in tokens for part in token.value.split(",")]
+    if wrong := [part for part in parts if not part.strip().isdecimal()]:
+        raise ValueError(f"{wrong[0]!r} is no row; rows are numbers from 1, such as 17 or 17,42")
+    return [int(part) for part in parts]
+
 
 app = App(
     name="tunesmith", help=HELP, help_format="plaintext", version=lambda: tunesmith.__version__, suppress_keyboard_interrupt=False
@@ -90,11 +99,15 @@ def check(
     config: Annotated[str, Parameter(help="A run file, or the data itself.")],
     /,
     *overrides: Overrides,
-    show: Annotated[int | None, Parameter(help="The row to show as coloured tokens, learned or not.")] = None,
+    show: Annotated[
+        list[int] | None,
+        Parameter(help="Rows to show as coloured tokens, learned or not: 17 or 17,42.", converter=_rows, n_tokens=1, negative=""),
+    ] = None,
     model: Annotated[str | None, Parameter(help="Whose tokenizer and chat template to use.")] = None,
+    page: Annotated[str | None, Parameter(help="The .html file to write; beside the prepared data without it.")] = None,
 ) -> int:
-    """Say what is in the data, what will be learned, what is refused and why."""
-    report = tunesmith.check(config, *overrides, show=show, model=model)
+    """Say what is in the data, what is wrong with it, what will be learned; the page has all of it."""
+    report = tunesmith.check(config, *overrides, show=show, model=model, page=page)
     report.print(_console())
     return report.exit_code
 

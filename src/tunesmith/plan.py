@@ -362,7 +362,7 @@ class _Job:
         if dtype == "bf16" and device.kind == "cuda" and not device.bf16:
             raise ModelError(f"{device.name} does not compute in bf16", "set memory.dtype: fp16 (with loss scaling) or fp32")
         rows = Rows.of(lengths, config.data.max_length)
-        steps = train.max_steps or max(1, math.ceil(math.ceil(rows.count / train.batch_size) * train.epochs))
+        steps = train.steps(rows.count)
         epochs = steps * train.batch_size / rows.count if train.max_steps else train.epochs
         held_out = config.data.held_out
         asked = HELD_OUT_ROWS if isinstance(held_out, str) else min(HELD_OUT_ROWS, rows.count * held_out / (1 - held_out))

@@ -217,7 +217,7 @@ class _Session:
         self.config, self.run, self.base, self.prepared, self.renderer = config, run, base, prepared, renderer
         self.where, self.plan, self.model, self.console = where, plan, model, console
         self.per_epoch = math.ceil(prepared.epoch_size / config.train.batch_size)
-        self.total = config.train.max_steps or max(1, math.ceil(self.per_epoch * config.train.epochs))
+        self.total = config.train.steps(prepared.epoch_size)
         self.held_out, ev = prepared.held_out, config.eval
         step_tokens = prepared.train.lengths.mean() * config.train.batch_size
         auto = every(self.total, step_tokens, int(self.held_out.lengths.sum()))

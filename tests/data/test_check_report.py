@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from tunesmith.config import starter
-from tunesmith.config.schema import Data
-from tunesmith.data import formats, sources
+from tunesmith.config.schema import Data, Train
+from tunesmith.data import formats, learned, sources
 from tunesmith.data import report as report_module
 from tunesmith.data.prepare import prepare
 from tunesmith.data.render import Rendered, RowRefused
@@ -47,7 +47,7 @@ class TinyRenderer:
         ids, learn = [BEGIN], [False]
         for m in c.messages:
             text = [*m.content.encode(), END]
-            ids, learn = ids + text, learn + [m.role == "assistant"] * len(text)
+            ids, learn = ids + text, learn + [m.role in ("assistant", "text")] * len(text)
         if len(ids) > self.max_length:
             return RowRefused(f"{len(ids)} tokens, and data.max_length is {self.max_length}", tokens=len(ids))
         return Rendered((Example(np.array(ids, np.int32), np.array(learn), c.origin),))
@@ -57,11 +57,14 @@ def row(question, answer="an answer"):
     return {"question": question, "answer": answer}
 
 
-def checked(tmp_path, rows, show=None, **data):
+def prepared(tmp_path, rows, **data):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    p = prepare(Data(train=str(path), **data), TinyRenderer, seed=0, cache_dir=tmp_path / "c", strict=False, look=True)
-    return check_report(p, TinyRenderer(), show)
+    return prepare(Data(train=str(path), **data), TinyRenderer, seed=0, cache_dir=tmp_path / "c", strict=False, look=True)
+
+
+def checked(tmp_path, rows, show=(), **data):
+    return check_report(prepared(tmp_path, rows, **data), TinyRenderer(), show)
 
 
 def printed(report, colour=False):
@@ -107,9 +110,43 @@ def test_what_truncation_would_cut(tmp_path):
     }
     assert table["512"][:2] == ["3", "3"]
     assert table["512"][2] == f"{(550 - 512) + (900 - 512) + (5000 - 512):,}"
+    assert table["512"][4:] == ["10", "(33.3%)"], "the whole answer of the only long row that is not refused"
     assert table["1,024"][:3] == ["1", "1", f"{5000 - 1024:,}"]
     assert table["8,192"][:3] == ["0", "0", "0"]
     assert "the longest 550" in text and "(2 of them are refused" in text
+
+
+def test_each_source_its_part_of_an_epoch_and_the_steps(tmp_path):
+    for name, count in (("a", 30), ("b", 10)):
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row(f"{name} question {i}", "four")) + "\n" for i in range(count))
+        )
+    train = [{"path": str(tmp_path / "a.jsonl"), "weight": 2}, {"path": str(tmp_path / "b.jsonl"), "weight": 0.5}]
+    p = prepare(Data(train=train, held_out=0), TinyRenderer, seed=0, cache_dir=tmp_path / "c", look=True)
+    report = check_report(p, TinyRenderer(), train=Train(epochs=2, batch_size=4), at_once=64)
+    a, b = report.learned.shares
+    assert (a.examples, a.trained, b.examples, b.trained) == (30, 150, 10, 50) and a.tokens + b.tokens == report.tokens
+    assert a.share == pytest.approx(300 / 325) and a.share + b.share == pytest.approx(1)
+    assert (report.learned.epoch_size, report.learned.steps) == (65, 2 * 17)
+    text = printed(report)
+    assert re.search(r"b\.jsonl +0\.5 +10 +\d+ +50 +7\.7%", text)
+    assert "steps: 34, which is 2 epochs of 65 examples, 4 a step" in text
+    short = check_report(p, TinyRenderer(), train=Train(max_steps=34, batch_size=4)).learned
+    assert short.steps == 34 and short.epochs == 2
+
+
+def test_how_full_the_micro_batches_are(tmp_path):
+    """Two examples a step, so that the numbers can be told by hand: 21 and 61 tokens, 100 at once."""
+    rows = [row("q" * n, "a" * 10) for n in (8, 48)]
+    report = checked(tmp_path, rows, held_out=0)
+    packed = learned.learned(prepared(tmp_path, rows, held_out=0), Train(batch_size=2), 0, 100).packing
+    assert (packed.parts, packed.filled, packed.padding) == (1, pytest.approx(82 / 100), pytest.approx(1 - 82 / 122))
+    assert report.learned.packing.at_once == learned.AT_ONCE
+
+
+def test_raw_text_loses_nothing_to_a_shorter_length(tmp_path):
+    report = checked(tmp_path, [{"text": f"{i} " + "word " * 100} for i in range(20)], held_out=0)
+    assert report.learned.cuts == () and "raw text is cut into windows" in printed(report)
 
 
 def test_tables_keep_their_numbers_whole_on_a_narrow_terminal(tmp_path):
@@ -147,28 +184,50 @@ def test_tokens_with_colour_are_green_where_trained(tmp_path):
 def test_show_picks_a_row_whatever_became_of_it(tmp_path):
     rows = [row(f"question {i} {'abcdefghij'[i] * 9}") for i in range(10)] + [{"foo": "bar"}]
     for n in range(1, 11):
-        (shown,) = checked(tmp_path, rows, n, held_out=0.3).shown
+        report = checked(tmp_path, rows, [n], held_out=0.3)
+        assert report.in_terminal == 1
+        shown = report.shown[0]
         assert shown.title.startswith(f"row {n}, ") and f"a.jsonl:{n}, " in shown.title
-        assert f"question {n - 1} " in "".join(r.text for r in shown.runs)
-    (shown,) = checked(tmp_path, rows, 11).shown
-    assert "refused: no known format" in shown.title and "bar" in shown.runs[0].text
+        assert f"question {n - 1} " in "".join(p.text for p in shown.pieces)
+    report = checked(tmp_path, rows, [11, 2, 11])
+    assert report.in_terminal == 2 and report.shown[1].title.startswith("row 2, ")
+    assert "refused: no known format" in report.shown[0].title and "bar" in report.shown[0].pieces[0].text
     for n in (0, 12):
-        with pytest.raises(DataError, match="there is no row"):
-            checked(tmp_path, rows, n)
-    assert len(checked(tmp_path, rows).shown) == 3
+        with pytest.raises(DataError, match=f"there is no row {n}"):
+            checked(tmp_path, rows, [3, n])
+    with pytest.raises(DataError, match="13 rows to show"):
+        checked(tmp_path, rows, range(1, 14))
+
+
+def test_unasked_the_first_a_typical_the_longest_and_some_at_random_are_shown(tmp_path):
+    rows = [row(f"question {i} {'x' * i}") for i in range(51)]
+    report = checked(tmp_path, rows, held_out=0)
+    whys = {shown.why: shown.title.split(",")[0] for shown in report.shown}
+    assert whys["the first"] == "row 1" and whys["of typical length"] == "row 26" and whys["the longest"] == "row 51"
+    assert 4 <= len(report.shown) <= 6 and len({shown.title for shown in report.shown}) == len(report.shown)
+    assert printed(report).count("\nrow ") == 2
+    assert checked(tmp_path, rows, held_out=0).shown == report.shown, "drawn by the seed"
+    assert len(checked(tmp_path, rows[:1], held_out=0).shown) == 1
 
 
 def test_a_long_example_is_shown_without_its_middle(tmp_path, monkeypatch):
     monkeypatch.setattr(report_module, "SHOWN_HEAD", 101)
     monkeypatch.setattr(report_module, "SHOWN_TAIL", 21)
     (shown,) = checked(tmp_path, [row("é" * 200, "ü" * 90)], held_out=0).shown
-    assert [(r.text, r.trained) for r in shown.runs if "…" not in r.text] == [
-        ("<|begin|>", False),
-        ("é" * 50, False),
-        ("ü" * 10, True),
-        ("<|end|>", True),
-    ]
-    assert [r.text.strip() for r in shown.runs if "…" in r.text] == [f"… {1 + 401 + 181 - 122} tokens …"]
+    (gap,) = [i for i, p in enumerate(shown.pieces) if not p.ids]
+    assert shown.pieces[gap].text.strip() == f"… {1 + 401 + 181 - 122} tokens …"
+    head, tail = shown.pieces[:gap], shown.pieces[gap + 1 :]
+    assert [(p.text, p.trained) for p in head] == [("<|begin|>", False)] + [("é", False)] * 50
+    assert [(p.text, p.trained) for p in tail] == [("ü", True)] * 10 + [("<|end|>", True)]
+    assert all(len(p.ids) == 2 for p in head[1:]) and tail[-1].special and (shown.tokens, shown.trained) == (583, 181)
+
+
+def test_a_cut_through_a_character_shows_no_half_of_it(tmp_path, monkeypatch):
+    for head, tail in ((100, 21), (101, 20), (100, 20)):
+        monkeypatch.setattr(report_module, "SHOWN_HEAD", head)
+        monkeypatch.setattr(report_module, "SHOWN_TAIL", tail)
+        (shown,) = checked(tmp_path, [row("é" * 200, "ü" * 90)], held_out=0).shown
+        assert "\ufffd" not in "".join(p.text for p in shown.pieces)
 
 
 def test_markup_and_control_characters_in_peoples_text_are_shown_not_obeyed(tmp_path):

@@ -414,9 +414,9 @@ def cache(tmp_path, stub, monkeypatch):
     class Cache:
         root, folders = tmp_path / "c" / "prepared", {}
 
-        def make(self, n, console=None):
+        def make(self, n, console=None, look=False):
             path = write(tmp_path / f"{n}.jsonl", rows(30, n))
-            p = prepare(Data(train=path), stub, seed=0, cache_dir=tmp_path / "c", model=f"m{n}", progress=console)
+            p = prepare(Data(train=path), stub, seed=0, cache_dir=tmp_path / "c", model=f"m{n}", progress=console, look=look)
             self.folders[p.folder.name] = n
             return p
 
@@ -488,6 +488,19 @@ def test_what_was_used_within_the_hour_is_not_pruned(cache, monkeypatch):
     for n in range(3):
         cache.make(n)
     assert cache.kept() == [0, 1, 2]
+
+
+def test_what_was_looked_at_is_an_entry_like_any_other(cache, monkeypatch):
+    """Not something left behind by a process that died: it stays after a day, and goes when the cache is full."""
+    looked = cache.make(0, look=True)
+    monkeypatch.setattr(prepare_module, "CACHE_BYTES", 10 * size_of(looked))
+    cache.age(looked)
+    cache.make(1)
+    assert cache.kept() == [0, 1]
+    monkeypatch.setattr(prepare_module, "CACHE_BYTES", size_of(looked))
+    del looked
+    cache.make(2)
+    assert cache.kept() == [1, 2]
 
 
 def test_a_damaged_entry_is_pruned_too(cache, monkeypatch):

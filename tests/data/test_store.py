@@ -45,6 +45,11 @@ def test_what_goes_in_comes_out(tmp_path, sizes):
     assert store.lengths.tolist() == [len(e.ids) for e, _ in flat]
     assert store.trained.tolist() == [int(e.learn.sum()) for e, _ in flat]
     assert store.column("row").tolist() == list(range(len(flat)))
+    for position in (0, 1, 7, 8, 9, 30, 40):
+        assert store.trained_from(position) == sum(int(e.learn[position:].sum()) for e, _ in flat)
+        assert store.subset(np.arange(len(flat))[::-2]).trained_from(position) == sum(
+            int(e.learn[position:].sum()) for e, _ in flat[::-2]
+        )
 
 
 def test_subset_and_indexing(tmp_path):

@@ -1,12 +1,10 @@
 """The report page shows the findings of account.json as a table, escaped, and bears a damaged account."""
 
-from pathlib import Path
-
 from tunesmith.evaluate import report
 
 
 def page(findings):
-    return report._findings(report._Found(Path("run"), "run", account={"findings": findings}))
+    return report.findings_table(report._list(findings))
 
 
 def test_findings_on_the_page():

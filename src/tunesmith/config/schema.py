@@ -7,6 +7,7 @@ Each field's docstring says what it does; `key(...)` adds what too high and too 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import unicodedata
@@ -405,6 +406,10 @@ class Train(Section):
         unsloth="full_determinism",
     )
     """Bit-identical on one GPU at some cost in speed (a CPU always is)."""
+
+    def steps(self, examples: int) -> int:
+        """Optimiser steps of a run whose epoch has so many examples."""
+        return self.max_steps or max(1, math.ceil(math.ceil(examples / self.batch_size) * self.epochs))
 
 
 class Eval(Section):

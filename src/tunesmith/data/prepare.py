@@ -59,6 +59,7 @@ HELD_OUT_MOST = 500  # rows a held-out share takes at most
 MAX_WORKERS = 16
 CACHE_BYTES = 20 << 30  # beyond it, what was used longest ago is removed
 CACHE_GRACE = 3_600  # seconds for which an entry that was used stays in any case: another process may be about to open it
+ENTRY = re.compile("[0-9a-f]{32}(-findings)?")  # a whole entry's name; any other one with a "-" is being made, or was left behind
 REASONS_KEPT, EXAMPLES_KEPT = 200, 3
 
 
@@ -369,7 +370,7 @@ def _prune(root: Path, console: Console | None) -> None:
     """
     entries = []
     for path in root.iterdir():
-        if re.fullmatch("[0-9a-f]{32}", path.name):
+        if ENTRY.fullmatch(path.name):
             with suppress(FileNotFoundError):  # another process was quicker
                 entries.append((path.stat().st_mtime, sum(p.stat().st_size for p in path.rglob("*")), path))
     excess, removed = sum(size for _, size, _ in entries) - CACHE_BYTES, []
@@ -651,7 +652,8 @@ def _build(
 def _clear_leftovers(root: Path) -> None:
     """Remove what a process that died left here, once it is a day old."""
     for path in root.iterdir():
-        if path.is_dir() and (path.name.startswith(".") or "-" in path.name) and time.time() - path.stat().st_mtime > 86_400:
+        made = path.name.startswith(".") or ("-" in path.name and not ENTRY.fullmatch(path.name))
+        if made and path.is_dir() and time.time() - path.stat().st_mtime > 86_400:
             shutil.rmtree(path, ignore_errors=True)
 
 

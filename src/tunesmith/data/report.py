@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tunesmith.config.schema import Train
 from tunesmith.data import findings, mend
+from tunesmith.data.learned import Learned, bins, learned
 from tunesmith.data.prepare import Account, Prepared
+from tunesmith.data.store import ExampleStore
 from tunesmith.errors import DataError
 from tunesmith.types import Example
 
@@ -27,31 +31,38 @@ if TYPE_CHECKING:
 
     from tunesmith.data.render import Renderer
 
-LIMITS = (512, 1024, 2048, 4096, 8192)  # lengths for which the report says what they would cut
 BAR = 40
 SHOWN_HEAD, SHOWN_TAIL = 500, 150  # tokens of a longer example that are shown
+BEFORE_TAIL = 8  # tokens read before the tail, so that it begins with a whole character
+IN_TERMINAL = 2  # rows shown there where none is asked for
+ASKED, ASKED_EXAMPLES = 12, 24  # rows that may be asked for, and how many of their examples are shown: a page stays small
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 TRAINED, UNTRAINED, SPECIAL = "bold green", "dim", "magenta"
 STYLES = {"error": "bold red", "warning": "yellow", "note": ""}
 FINDINGS_WHOLE = 6  # findings told with a place and the fix
+WINDOWS = "raw text is cut into windows of data.max_length: a shorter one loses nothing of it"
 OPEN, CLOSE = "▸", "◂"  # around trained tokens where there is no colour
 
 
 @dataclass(frozen=True)
-class Run:
-    """Neighbouring tokens of one example that are alike."""
+class Piece:
+    """A token's text; of several tokens where only together they are a character. Without ids: words of ours, not of the row."""
 
     text: str
-    trained: bool
-    special: bool
+    trained: bool = False
+    special: bool = False
+    ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One example as coloured tokens."""
+    """One example as coloured tokens. `why` it is shown; `tokens` and `trained` are 0 of a row that was refused."""
 
     title: str
-    runs: tuple[Run, ...]
+    why: str
+    pieces: tuple[Piece, ...]
+    tokens: int = 0
+    trained: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,19 +74,25 @@ class CheckReport:
     tokens: int
     trained: int
     lengths: np.ndarray  # tokens of every example, held-out ones too, int64 [N]
-    last: np.ndarray  # position of each example's last trained token [N]
     max_length: int
-    overlength: str
     held_out: str  # how the held-out rows were chosen
+    learned: Learned
+    folder: Path  # holds account.json and the whole list of refused rows
     shown: tuple[Shown, ...] = ()
+    in_terminal: int = 0  # so many of the first of `shown` are printed; the page has all
     fault: DataError | None = None
     source: str = "run.yaml"  # what was checked, for the command that mends it
-    _places: str = field(default="", repr=False)  # where the whole list of refused rows is
+    page: Path | None = None  # where the page was written
 
     @property
     def exit_code(self) -> int:
         """0 when this data can be trained on, else the error's."""
         return self.fault.exit_code if self.fault else 0
+
+    @property
+    def every_token(self) -> int:
+        """Of all examples, held-out ones too, and of rows refused for their length."""
+        return int(self.lengths.sum()) + sum(self.account.overlong)
 
     def print(self, console: Console | None = None) -> None:
         """Everything, to a terminal or a file; without colour, trained tokens stand between ▸ and ◂."""
@@ -84,18 +101,29 @@ class CheckReport:
         console = console or Console()
         _classes(self, console)
         _lengths(self, console)
+        _learned(self, console)
         _duplicates(self, console)
         _findings(self, console)
-        for shown in self.shown:
+        for shown in self.shown[: self.in_terminal]:
             _tokens(shown, console)
         _verdict(self, console)
         _mending(self, console)
 
 
-def check_report(prepared: Prepared, renderer: Renderer, show: int | None = None, source: str = "run.yaml") -> CheckReport:
-    """The report on prepared data, with row `show` (counted from 1 over all sources) as tokens, or three rows spread over the data.
+def check_report(
+    prepared: Prepared,
+    renderer: Renderer,
+    show: Sequence[int] = (),
+    *,
+    train: Train | None = None,
+    seed: int = 0,
+    at_once: int | str = "auto",
+    source: str = "run.yaml",
+) -> CheckReport:
+    """The report on prepared data. The rows of `show` (counted from 1 over all sources) come first among those shown as tokens.
 
-    Raises DataError when there is no row `show`.
+    train, seed, at_once: the run's `train` section, its seed and memory.micro_batch_tokens, for steps and packing.
+    Raises DataError when there is no such row.
     """
     account, data = prepared.account, prepared.data
     stores = (prepared.train, prepared.held_out)
@@ -110,20 +138,22 @@ def check_report(prepared: Prepared, renderer: Renderer, show: int | None = None
         held = f"{account.held_out_rows:,} rows, by whole groups of near-equal rows"
     else:
         held = "no rows" if not data.held_out else "no rows: there are too few different ones to split"
+    asked = _asked(prepared, renderer, show)
+    usual = [_example(prepared.train, at, renderer, why=why) for at, why in _usual(prepared.train, seed)]
     return CheckReport(
         account=account,
         train=len(prepared.train),
         tokens=int(prepared.train.lengths.sum()),
         trained=int(prepared.train.trained.sum()),
         lengths=np.concatenate([s.lengths for s in stores]),
-        last=np.concatenate([s.column("last") for s in stores]).astype(np.int64),
         max_length=data.max_length,
-        overlength=data.overlength,
         held_out=held,
-        shown=tuple(_show(prepared, renderer, show)),
+        learned=learned(prepared, train or Train(), seed, at_once),
+        folder=prepared.folder,
+        shown=(*asked, *usual),
+        in_terminal=len(asked) if show else IN_TERMINAL,
         fault=fault,
         source=source,
-        _places=str(prepared.folder / "refused.jsonl"),
     )
 
 
@@ -134,53 +164,81 @@ def print_one_row(prepared: Prepared, renderer: Renderer, console: Console) -> N
         return
     short = train.lengths + np.where(train.trained < 8, train.lengths.max(), 0)
     at = int(short.argmin())
-    _tokens(Shown(f"what is learned, shown on {train.origin(at)}", _runs(train[at], renderer)), console)
+    _tokens(Shown(f"what is learned, shown on {train.origin(at)}", "", _pieces(train[at], renderer)), console)
     console.print(_text(_legend(console) + "; more rows: tunesmith check\n", "dim"))
 
 
 # ---- which rows, and their tokens ----------------------------------------------------------------------------------------------
 
 
-def _show(prepared: Prepared, renderer: Renderer, row: int | None) -> Iterator[Shown]:
-    train = prepared.train
-    if row is None:
-        for at in sorted({int(i) for i in np.linspace(0, len(train) - 1, min(3, len(train)))} if len(train) else ()):
-            yield Shown(f"row {int(train.column('row')[at]) + 1}, {train.origin(at)}", _runs(train[at], renderer))
+def _usual(train: ExampleStore, seed: int) -> Iterator[tuple[int, str]]:
+    """Examples to look at, and why: the first, a typical one, three drawn at random, the longest; each once."""
+    if not len(train):
         return
-    if not 1 <= row <= prepared.account.rows:
-        raise DataError(f"there is no row {row}", f"rows are counted from 1 to {prepared.account.rows:,}")
-    for store, name in ((train, "trained"), (prepared.held_out, "held out")):
-        for at in np.flatnonzero(store.column("row") == row - 1):
-            yield Shown(f"row {row}, {store.origin(int(at))}, {name}", _runs(store[int(at)], renderer))
-    with (prepared.folder / "refused.jsonl").open(encoding="utf-8") as f:
-        for line in f:
-            if (entry := json.loads(line))["row"] == row:
-                title = f"row {row}, {entry['file']}:{entry['line']}, refused: {entry['reason']}"
-                yield Shown(title, (Run(entry["begins"], False, False),))
+    lengths = train.lengths
+    drawn = np.random.default_rng([seed, 0x5409]).choice(len(train), min(3, len(train)), replace=False).tolist()
+    picks = [(0, "the first"), (int(np.abs(lengths - np.median(lengths)).argmin()), "of typical length")]
+    picks += [*((at, "drawn at random") for at in drawn), (int(lengths.argmax()), "the longest")]
+    seen: set[int] = set()
+    for at, why in picks:
+        if at not in seen:
+            yield at, why
+        seen.add(at)
 
 
-def _runs(example: Example, renderer: Renderer) -> tuple[Run, ...]:
-    """Tokens as text, neighbours of one kind joined; the middle of a long example is left out."""
-    tokenizer = renderer.tokenizer
-    stream = tokenizer.stream(skip_special=False)
-    runs: list[Run] = []
+def _asked(prepared: Prepared, renderer: Renderer, rows: Sequence[int]) -> list[Shown]:
+    """What became of these rows: their examples, or what a refused one begins with."""
+    if len(rows) > ASKED:
+        raise DataError(f"{len(rows)} rows to show", f"ask for at most {ASKED} at once")
+    refused: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        if not 1 <= row <= prepared.account.rows:
+            raise DataError(f"there is no row {row}", f"rows are counted from 1 to {prepared.account.rows:,}")
+    if rows:
+        with (prepared.folder / "refused.jsonl").open(encoding="utf-8") as f:
+            refused = {entry["row"]: entry for entry in map(json.loads, f) if entry["row"] in rows}
+    out: list[Shown] = []
+    for row in dict.fromkeys(rows):
+        for store, name in ((prepared.train, "trained"), (prepared.held_out, "held out")):
+            for at in np.flatnonzero(store.column("row") == row - 1)[: ASKED_EXAMPLES - len(out)].tolist():
+                out.append(_example(store, at, renderer, f", {name}", "asked for"))
+        if entry := refused.get(row):
+            title = f"row {row}, {entry['file']}:{entry['line']}, refused: {entry['reason']}"
+            out.append(Shown(title, "asked for", (Piece(entry["begins"]),)))
+    return out
 
-    def add(text: str, trained: bool, special: bool) -> None:
-        if runs and (runs[-1].trained, runs[-1].special) == (trained, special):
-            text = runs.pop().text + text
-        if text:
-            runs.append(Run(text, trained, special))
 
+def _example(store: ExampleStore, at: int, renderer: Renderer, became: str = "", why: str = "") -> Shown:
+    example, row = store[at], int(store.column("row")[at]) + 1
+    title = f"row {row}, {example.origin}{became}"
+    return Shown(title, why, _pieces(example, renderer), len(example.ids), int(example.learn.sum()))
+
+
+def _pieces(example: Example, renderer: Renderer) -> tuple[Piece, ...]:
+    """Each token's text; the middle of a long example is left out."""
     count = len(example.ids)
-    for t, (token, learn) in enumerate(zip(example.ids.tolist(), example.learn.tolist(), strict=True)):
-        text = stream.push(token)
-        special = not tokenizer.decode([token], True) and bool(tokenizer.decode([token], False))
-        if t < SHOWN_HEAD or t >= count - SHOWN_TAIL:
-            add(text, learn, special)
-        elif t == SHOWN_HEAD:
-            add(f"\n… {count - SHOWN_HEAD - SHOWN_TAIL:,} tokens …\n", False, True)
-    add(stream.flush(), bool(example.learn[-1]) if count else False, False)
-    return tuple(runs)
+    if count <= SHOWN_HEAD + SHOWN_TAIL:
+        return tuple(piece for _, piece in _read(example, renderer, 0, count))
+    tail = count - SHOWN_TAIL
+    head = [piece for _, piece in _read(example, renderer, 0, SHOWN_HEAD)]
+    rest = [piece for at, piece in _read(example, renderer, max(SHOWN_HEAD, tail - BEFORE_TAIL), count) if at >= tail]
+    return *head, Piece(f"\n… {tail - SHOWN_HEAD:,} tokens …\n"), *rest
+
+
+def _read(example: Example, renderer: Renderer, begin: int, end: int) -> Iterator[tuple[int, Piece]]:
+    """(position of its last token, piece) of the tokens begin..end - 1; a character that goes on behind them is left out."""
+    tokenizer = renderer.tokenizer
+    stream, ids = tokenizer.stream(skip_special=False), list[int]()
+    for at, (token, learn) in enumerate(
+        zip(example.ids[begin:end].tolist(), example.learn[begin:end].tolist(), strict=True), begin
+    ):
+        ids.append(token)
+        if text := stream.push(token):
+            special = not tokenizer.decode([token], True) and bool(tokenizer.decode([token], False))
+            yield at, Piece(text, learn, special, tuple(ids))
+            ids = []
+    if ids and end == len(example.ids):
+        yield end - 1, Piece(stream.flush(), bool(example.learn[-1]), False, tuple(ids))
 
 
 # ---- printing ------------------------------------------------------------------------------------------------------------------
@@ -223,8 +281,6 @@ def _classes(report: CheckReport, console: Console) -> None:
         of = f" of {s.path}" if len(report.account.sources) > 1 else ""
         if s.formats:
             _line(console, _text(f"formats{of}: " + ", ".join(f"{n:,} {name}" for name, n in s.formats.items())))
-        if of:  # of all together the last line tells
-            _line(console, _text(f"examples{of}: {s.examples:,}; {s.trained:,} of {s.tokens:,} tokens are trained"))
         for title, counts in (("fixed", s.fixes), ("truncated", s.cuts), ("files", s.notes)):
             for what, n in counts.items():
                 _line(console, _text(f"{title}{of}: {n:,} {what}"))
@@ -239,7 +295,7 @@ def _classes(report: CheckReport, console: Console) -> None:
         )
     if reasons:
         more = f"{len(reasons) - 12} more reasons; " if len(reasons) > 12 else ""
-        _line(console, _text(f"{more}every refused row: {report._places}"))
+        _line(console, _text(f"{more}every refused row: {report.folder / 'refused.jsonl'}"))
 
 
 def _lengths(report: CheckReport, console: Console) -> None:
@@ -248,28 +304,54 @@ def _lengths(report: CheckReport, console: Console) -> None:
         return
     middle, late, most = (int(np.quantile(lengths, q)) for q in (0.5, 0.95, 1.0))
     _line(console, _text(f"\nlengths in tokens: half up to {middle:,}, 95 % up to {late:,}, the longest {most:,}", "bold"))
-    every = np.concatenate([lengths, np.array(report.account.overlong, np.int64)])
-    edges = [0, *(2**k for k in range(4, 40) if 2**k < max(2 * every.max(), 17))]  # at least one bin
-    counts = [int(((every > a) & (every <= b)).sum()) for a, b in pairwise(edges)]
-    first, end = next(i for i, n in enumerate(counts) if n), len(counts)
-    for high, n in zip(edges[first + 1 : end + 1], counts[first:], strict=True):
-        bar = "█" * round(BAR * n / max(counts)) or ("▏" if n else "")
+    counted = [(high, kept + refused) for high, kept, refused in bins(lengths, report.account.overlong)]
+    most = max(n for _, n in counted)
+    for high, n in counted:
+        bar = "█" * round(BAR * n / most) or ("▏" if n else "")
         console.print(_text(f"{'up to ' + format(high, ','):>14} {n:>9,} {bar}"))
     if report.account.overlong:
         told = f"({len(report.account.overlong):,} of them are refused: longer than data.max_length {report.max_length:,})"
         _line(console, _text(told))
-    table = _table("data.max_length", "examples cut", "answers cut", "tokens cut")
-    known = [n for n in LIMITS if report.overlength == "refuse" or n < report.max_length]  # cut rows no longer tell their length
-    for limit in known:  # the first one that cuts nothing is the last to be told
-        over = every > limit
-        answers = int((report.last >= limit).sum()) + sum(n > limit for n in report.account.overlong)
-        cut = int((every[over] - limit).sum())
-        table.add_row(f"{limit:,}", f"{int(over.sum()):,}", f"{answers:,}", f"{cut:,} ({cut / every.sum():.1%})")
-        if not over.any():
-            break
-    if known:
+    if report.learned.windows:
+        _line(console, _text(WINDOWS))
+    if report.learned.cuts:
+        every, trained = report.every_token, max(1, sum(s.trained for s in report.account.sources))
+        table = _table("cut at", "rows cut", "answers cut", "tokens lost", "trained ones lost")
+        for c in report.learned.cuts:
+            lost = f"{c.tokens:,} ({c.tokens / every:.1%})", f"{c.trained:,} ({c.trained / trained:.1%})"
+            table.add_row(f"{c.limit:,}", f"{c.rows:,}", f"{c.answers:,}", *lost)
         console.print()
         console.print(table)
+
+
+def _learned(report: CheckReport, console: Console) -> None:
+    """Each source's part where there are several; the steps; how full the micro-batches are."""
+    found = report.learned
+    if len(found.shares) > 1:
+        console.print()
+        table = _table("to train on", "weight", "examples", "tokens", "trained", "of an epoch")
+        for s in found.shares:
+            table.add_row(_text(s.path), f"{s.weight:g}", f"{s.examples:,}", f"{s.tokens:,}", f"{s.trained:,}", f"{s.share:.1%}")
+        console.print(table)
+    if found.packing is None:
+        return
+    _line(console, _text(f"\n{steps(found)}\n{packing(found)}"))
+
+
+def steps(found: Learned) -> str:
+    return (
+        f"steps: {found.steps:,}, which is {found.epochs:.3g} epochs of {found.epoch_size:,} examples, {found.batch_size:,} a step"
+    )
+
+
+def packing(found: Learned) -> str:
+    p = found.packing
+    assert p is not None, "nothing to train on"
+    parts = "one micro-batch" if p.parts == 1 else f"{p.parts:.1f} micro-batches"
+    return (
+        f"packing: no padding, where examples padded to the longest of their step would be {p.padding:.0%} padding; "
+        f"at {p.at_once:,} tokens at once a step is {parts}, {p.filled:.0%} full"
+    )
 
 
 def _duplicates(report: CheckReport, console: Console) -> None:
@@ -305,7 +387,8 @@ def _findings(report: CheckReport, console: Console) -> None:
         for words in filter(None, below):
             console.print(_text(" " * 17 + words, "dim"), no_wrap=True, overflow="ellipsis", crop=True)
     if len(found) > FINDINGS_WHOLE:
-        _line(console, _text("all of them with places and fixes: account.json beside the list of refused rows", "dim"))
+        where = "on the page" if report.page else "account.json beside the list of refused rows"
+        _line(console, _text(f"all of them with places and fixes: {where}", "dim"))
 
 
 def _tokens(shown: Shown, console: Console) -> None:
@@ -313,13 +396,15 @@ def _tokens(shown: Shown, console: Console) -> None:
     told = _text("\n")
     told.append_text(_text(shown.title, "bold"))
     told.append("\n")
-    for before, run, after in zip((None, *shown.runs), shown.runs, (*shown.runs[1:], None), strict=False):
-        style = TRAINED if run.trained else SPECIAL if run.special else UNTRAINED
-        text = _text(run.text, style + (" underline" if run.special and run.trained else ""))
-        if run.trained and not coloured:
-            opened, closed = before is not None and before.trained, after is not None and after.trained
-            text = _text("" if opened else OPEN) + text + _text("" if closed else CLOSE)
-        told.append_text(text)
+    inside = False
+    for (trained, special), pieces in groupby(shown.pieces, lambda p: (p.trained, p.special)):
+        if trained != inside and not coloured:
+            told.append(OPEN if trained else CLOSE)
+        inside = trained
+        style = TRAINED if trained else SPECIAL if special else UNTRAINED
+        told.append_text(_text("".join(p.text for p in pieces), style + (" underline" if special and trained else "")))
+    if inside and not coloured:
+        told.append(CLOSE)
     console.print(told, soft_wrap=True)
 
 
@@ -336,12 +421,14 @@ def _mending(report: CheckReport, console: Console) -> None:
 
 
 def _verdict(report: CheckReport, console: Console) -> None:
-    if any(shown.runs for shown in report.shown):
+    if report.in_terminal and report.shown:
         _line(console, _text(f"\n({_legend(console)})\n"))
     if report.fault is not None:
         _line(console, _text(f"error: {report.fault.what}", "bold red"))
         _line(console, _text(f"fix: {report.fault.fix}"))
-        return
-    share = f"{report.trained / max(1, report.tokens):.0%}"
-    told = f"{report.train:,} examples to train on; {report.trained:,} of their {report.tokens:,} tokens ({share}) are trained"
-    _line(console, _text(told, "bold"))
+    else:
+        share = f"{report.trained / max(1, report.tokens):.0%}"
+        told = f"{report.train:,} examples to train on; {report.trained:,} of their {report.tokens:,} tokens ({share}) are trained"
+        _line(console, _text(told, "bold"))
+    if report.page:
+        _line(console, _text(f"all of it on one page: {report.page}"))

@@ -152,6 +152,23 @@ class ExampleStore(Sequence[Example]):
         """Of these, how many are targets, int64 [N]."""
         return self.column("trained").astype(np.int64)
 
+    def trained_from(self, position: int) -> int:
+        """How many tokens at `position` and behind it are targets, over all examples."""
+        start, length = self.column("start").astype(np.int64), self.lengths
+        long = length > position
+        begin, end = (start + position)[long], (start + length)[long]
+        if not len(begin):
+            return 0
+        bits, first, last = np.append(self._learn, np.uint8(0)), begin // 8, end // 8  # the last end may lie behind them all
+        edges = np.stack([first, last], 1).ravel()
+        between = np.add.reduceat(np.bitwise_count(bits), edges, dtype=np.int64)[::2]  # ones of the bytes first..last - 1
+
+        def before(bit: np.ndarray) -> np.ndarray:
+            """Ones of a bit's byte that stand before it."""
+            return np.bitwise_count(bits[bit // 8] >> (8 - bit % 8))
+
+        return int(between[first < last].sum() + before(end).sum(dtype=np.int64) - before(begin).sum(dtype=np.int64))
+
     def origin(self, i: int) -> Origin:
         entry = self._index[i if self._chosen is None else self._chosen[i]]
         return Origin(self.files[entry["file"]], int(entry["line"]))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 VOID = frozenset({"meta", "br", "hr"})
-INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff\ufffe\uffff]")
+INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff\ufffe\uffff]")
 CSS = Path(__file__).with_name("report.css").read_text("utf-8")
 POINTS = 400  # of a curve: more than a screen shows; of each stretch the lowest and highest stay
 
@@ -75,14 +75,23 @@ def page(title: str, body: Markup) -> str:
     return "<!doctype html>\n" + el("html", head, el("body", body), lang="en") + "\n"
 
 
-def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str = "", numbers: Iterable[int] = ()) -> Markup:
-    """A table whose first column names its rows; `numbers` are columns set flush right."""
+def table(
+    head: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str = "", numbers: Iterable[int] = (), *, style: str | None = None
+) -> Markup:
+    """A table whose first column names its rows; `numbers` are columns set flush right. Of style `cards` it has one column on a
+    phone, and each cell its column's name."""
     right = set(numbers)
     cells = [
         el(
             "tr",
             [
-                el("th" if i == 0 else "td", c, scope="row" if i == 0 else None, class_="n" if i in right else None)
+                el(
+                    "th" if i == 0 else "td",
+                    c,
+                    scope="row" if i == 0 else None,
+                    class_="n" if i in right else None,
+                    data_name=head[i] if style == "cards" else None,
+                )
                 for i, c in enumerate(row)
             ],
         )
@@ -90,12 +99,30 @@ def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], caption: str = "",
     ]
     top = el("thead", el("tr", [el("th", h, scope="col", class_="n" if i in right else None) for i, h in enumerate(head)]))
     return el(
-        "div", el("table", el("caption", caption) if caption else None, top, el("tbody", cells)), class_="scroll", tabindex="0"
+        "div",
+        el("table", el("caption", caption) if caption else None, top, el("tbody", cells), class_=style),
+        class_="scroll",
+        tabindex="0",
     )
+
+
+def clip(words: str, most: int) -> str:
+    return words if len(words) <= most else words[: most - 1] + "…"
 
 
 def fold(summary: Any, *content: Any, open_: bool = False) -> Markup:
     return el("details", el("summary", summary), *content, open=open_)
+
+
+def facts_list(facts: Sequence[tuple[str, str, str]]) -> Markup:
+    """A band of numbers: (name, value, a word more)."""
+    if not facts:
+        return Markup("")
+    return el(
+        "dl",
+        [el("div", el("dt", name), el("dd", value, el("small", small) if small else None)) for name, value, small in facts],
+        class_="facts",
+    )
 
 
 # ---- charts ----------------------------------------------------------------------------------------------------------------------
@@ -264,6 +291,26 @@ def stacked(
         preserveAspectRatio="none",
         class_="chart stacked",
         aria_label=words,
+    )
+
+
+def bin_chart(title: str, bins: Sequence[tuple[str, int, int]], *, width: int, style: str = "") -> Markup:
+    """Lying bars: (name, count, count of another kind behind it)."""
+    left, right, high = 76, 64, 24
+    most = max((a + b for _, a, b in bins), default=0) or 1
+    parts = [el("title", title)]
+    for i, (name, a, b) in enumerate(bins):
+        y, x, middle = i * high, float(left), i * high + high / 2 + 4
+        parts.append(el("text", name, x=left - 10, y=middle, text_anchor="end", class_="tick"))
+        for count, kind in ((a, "a"), (b, "e")):
+            if count:
+                long = max((width - left - right) * count / most, 1)
+                parts.append(el("rect", x=round(x, 1), y=y + 3, width=round(long, 1), height=high - 6, rx=3, class_=f"part {kind}"))
+                x += long
+        parts.append(el("text", number(a + b), x=round(x + 8, 1), y=middle, class_="tick"))
+    words = f"{title}: " + ", ".join(f"{name} {number(a + b)}" for name, a, b in bins)
+    return el(
+        "svg", parts, viewBox=f"0 0 {width} {len(bins) * high}", role="img", class_=f"chart {style}".strip(), aria_label=words
     )
 
 

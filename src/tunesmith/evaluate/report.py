@@ -20,7 +20,9 @@ from tunesmith.evaluate.page import (
     Mark,
     Markup,
     chart,
+    clip,
     el,
+    facts_list,
     fold,
     interval_chart,
     join,
@@ -291,14 +293,14 @@ def _head(found: _Found) -> Markup:
     bits = [f"{model}, {found.method}"]
     if when := found.manifest.get("finished") or found.manifest.get("started"):
         bits.append(str(when)[:16].replace("T", " "))
-    return el("header", el("p", "Tunesmith report", class_="brand"), el("h1", _cut(found.name, 120)),
-              el("p", _cut(" · ".join(bits), 300), " · ", el("span", label, class_=f"tag {tone}"), class_="sub"))  # fmt: skip
+    return el("header", el("p", "Tunesmith report", class_="brand"), el("h1", clip(found.name, 120)),
+              el("p", clip(" · ".join(bits), 300), " · ", el("span", label, class_=f"tag {tone}"), class_="sub"))  # fmt: skip
 
 
 def _banner(found: _Found) -> Markup | None:
     out = []
     if found.state != "finished":
-        label, tone = STATES.get(found.state, (f"in an unknown state ({_cut(found.state, 40)})", "open"))
+        label, tone = STATES.get(found.state, (f"in an unknown state ({clip(found.state, 40)})", "open"))
         where = f" at step {found.step:,}" + (f" of {found.steps:,}" if found.steps else "") if found.step else ""
         more = {
             "running": "The figures below are those so far.", "preparing": "Nothing has been trained yet.",
@@ -306,12 +308,12 @@ def _banner(found: _Found) -> Markup | None:
             "stopped": "tunesmith train --resume goes on from the newest whole checkpoint.",
             "failed": "What it learned is not to be trusted.",
         }.get(found.state, "")  # fmt: skip
-        message = el("p", _cut(found.message, 2000)) if found.message else None
+        message = el("p", clip(found.message, 2000)) if found.message else None
         what = f"This run failed{where}." if found.state == "failed" else f"This run is {label}{where}."
         style = "banner" if tone == "bad" else "banner soft"
         out.append(el("div", el("p", el("strong", what), f" {more}"), message, class_=style, role="status"))
     if found.gaps:
-        items = [el("li", _cut(gap, 300)) for gap in found.gaps[:20]]
+        items = [el("li", clip(gap, 300)) for gap in found.gaps[:20]]
         out.append(
             el(
                 "div",
@@ -361,13 +363,7 @@ def _facts(found: _Found) -> Markup:
         facts.append(("training time", _clock(seconds), f"{rate:,.0f} tokens a second" if rate else ""))
     if peak := _peak(found):
         facts.append(("peak memory", f"{peak / GIB:.1f} GB", ""))
-    if not facts:
-        return Markup("")
-    return el(
-        "dl",
-        [el("div", el("dt", name), el("dd", value, el("small", small) if small else None)) for name, value, small in facts],
-        class_="facts",
-    )
+    return facts_list(facts)
 
 
 def _curves(found: _Found) -> Markup | None:
@@ -436,7 +432,7 @@ def _table(found: _Found) -> Markup | None:
         rows.append(_compared("loss per trained token", found.loss, lower=True))
     for name, value in list(_dict(found.comparison.get("metrics")).items())[:30]:
         if isinstance(value, dict):
-            rows.append(_compared(_cut(str(name), 80), value, lower=value.get("better") == "lower"))
+            rows.append(_compared(clip(str(name), 80), value, lower=value.get("better") == "lower"))
     if not rows:
         return None
     changes = _changes(found)
@@ -461,14 +457,14 @@ def _table(found: _Found) -> Markup | None:
 def _extra(found: _Found) -> Markup | None:
     """A table that whoever trained put into comparison.json: `title`, `head`, `rows` of text, `note`."""
     extra = _dict(found.comparison.get("table"))
-    head = [_cut(str(h), 80) for h in _list(extra.get("head"))[:8]]
+    head = [clip(str(h), 80) for h in _list(extra.get("head"))[:8]]
     rows = [
-        [_cut(str(v), 80) for v in row] for row in _list(extra.get("rows"))[:30] if isinstance(row, list) and len(row) == len(head)
+        [clip(str(v), 80) for v in row] for row in _list(extra.get("rows"))[:30] if isinstance(row, list) and len(row) == len(head)
     ]
     if not head or not rows:
         return None
-    note = el("p", _cut(str(extra["note"]), 600), class_="note") if extra.get("note") else None
-    title = el("h2", _cut(str(extra.get("title", "")), 120) or "Checks")
+    note = el("p", clip(str(extra["note"]), 600), class_="note") if extra.get("note") else None
+    title = el("h2", clip(str(extra.get("title", "")), 120) or "Checks")
     return el("section", title, note, table(head, rows, numbers=range(1, len(head))))
 
 
@@ -553,12 +549,13 @@ def _during(found: _Found) -> Markup | None:
         kept = rows if len(rows) <= 12 else [rows[round(i * (len(rows) - 1) / 11)] for i in range(12)]
         lines = [(f"step {_count(r.get('step')):,}", _long(r.get("answer"))) for r in kept]
         gold = [("reference", _long(rows[0].get("gold")))] if rows[0].get("gold") else []
-        shown.append(fold(_cut(str(rows[0].get("prompt") or "(no prompt)"), 160), table(("when", "answer"), [*lines, *gold])))
+        shown.append(fold(clip(str(rows[0].get("prompt") or "(no prompt)"), 160), table(("when", "answer"), [*lines, *gold])))
     return el("section", el("h2", "Answers on the way"), el("p", "What the model said at each evaluation.", class_="note"), *shown)
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------------------
 
+TONES = {"error": "bad", "warning": "open"}
 FINDINGS = 40  # kinds of faults that are shown; there are some 30
 CLASSES = (("used", "b", "used as they are"), ("fixed", "a", "fixed"), ("truncated", "c", "cut"), ("refused", "e", "refused"))
 
@@ -569,25 +566,18 @@ def _data(found: _Found) -> Markup | None:
         return None
     parts: list[Any] = [el("h2", "What it learned from")]
     if sources:
-        total = {c: sum(_count(s.get(c)) for s in sources) for c, _, _ in CLASSES}
-        rows = sum(_count(s.get("rows")) for s in sources)
-        parts.append(
-            el("p", f"Every one of {rows:,} rows ended in one of these classes; nothing is dropped in silence.", class_="note")
-        )
-        parts.append(stacked("Rows by class", [(words, total[c], style) for c, style, words in CLASSES], total=rows))
-        legend = [el("li", swatch(style), f"{words}: {total[c]:,}") for c, style, words in CLASSES if total[c] or c == "refused"]
-        parts.append(el("ul", legend, class_="legend"))
+        parts.append(classes(sources))
         columns = {name: name for name in ("rows", "used", "fixed", "truncated", "refused", "tokens", "trained")} | {
             "truncated": "cut"
         }
         body = [(_named(s), *(f"{_count(s.get(key)):,}" for key in columns)) for s in sources[:SOURCES]]
         parts.append(table(("source", *columns.values()), body, numbers=range(1, 8)))
         parts.append(_notes(found, sources))
-        parts.append(_findings(found))
-        parts.append(_refusals(sources))
+        parts.append(findings_table(_list(found.account.get("findings"))))
+        parts.append(refusals_table(sources))
     if found.refused:
         body = [
-            (_cut(_origin(r), 160), _cut(str(r.get("reason", "")), 300), _long(r.get("row"), "text", 160)) for r in found.refused
+            (clip(_origin(r), 160), clip(str(r.get("reason", "")), 300), _long(r.get("row"), "text", 160)) for r in found.refused
         ]
         first = (
             f"The first {len(body)} refused rows"
@@ -600,8 +590,22 @@ def _data(found: _Found) -> Markup | None:
     return el("section", *parts)
 
 
+def classes(sources: Sequence[Mapping[str, Any]]) -> Markup:
+    """The rows of sources, as an account has them, by what became of them: a bar and its legend."""
+    total = {c: sum(_count(s.get(c)) for s in sources) for c, _, _ in CLASSES}
+    rows = sum(_count(s.get("rows")) for s in sources)
+    legend = [el("li", swatch(style), f"{words}: {total[c]:,}") for c, style, words in CLASSES if total[c] or c == "refused"]
+    return join(
+        [
+            el("p", f"Every one of {rows:,} rows ended in one of these classes; nothing is dropped in silence.", class_="note"),
+            stacked("Rows by class", [(words, total[c], style) for c, style, words in CLASSES], total=rows),
+            el("ul", legend, class_="legend"),
+        ]
+    )
+
+
 def _named(source: Mapping[str, Any]) -> str:
-    return _cut(str(source.get("path", "?")), 120) + (" (held out)" if source.get("held_out") else "")
+    return clip(str(source.get("path", "?")), 120) + (" (held out)" if source.get("held_out") else "")
 
 
 def _origin(row: Mapping[str, Any]) -> str:
@@ -617,7 +621,7 @@ def _notes(found: _Found, sources: Sequence[Mapping[str, Any]]) -> Markup | None
             for name, count in _dict(source.get(key)).items():
                 counts[str(name)] = counts.get(str(name), 0) + _count(count)
         items += [
-            f"{word}: {_cut(name, 200)} ({count:,} rows)" for name, count in sorted(counts.items(), key=lambda kv: -kv[1])[:12]
+            f"{word}: {clip(name, 200)} ({count:,} rows)" for name, count in sorted(counts.items(), key=lambda kv: -kv[1])[:12]
         ]
     a = found.account
     exact, near = _count(a.get("exact_duplicates")), _count(a.get("near_duplicates"))
@@ -633,24 +637,25 @@ def _notes(found: _Found, sources: Sequence[Mapping[str, Any]]) -> Markup | None
     return el("ul", [el("li", item) for item in items], class_="plain note") if items else None
 
 
-def _findings(found: _Found) -> Markup | None:
+def findings_table(findings: Sequence[Any]) -> Markup | None:
     """What `check` found in the rows, as account.json has it: nothing secret stands whole in it."""
-    rows = [_dict(f) for f in _list(found.account.get("findings"))][:FINDINGS]
+    rows = [_dict(f) for f in findings][:FINDINGS]
     if not rows:
         return None
     body = []
     for f in rows:
         places = [[str(part) for part in _list(e)[:2]] for e in _list(f.get("examples"))[:3]]
-        shown = [el("div", _cut(" ".join(filter(None, place)), 240)) for place in places]
-        why = el("div", _cut(str(f.get("detail") or f.get("why", "")), 240), class_="note")
-        what = join([_cut(str(f.get("what", f.get("name", "?"))), 120), why])
-        severity, count = _cut(str(f.get("severity", "")), 20), f"{_count(f.get('count')):,}"
-        body.append((what, severity, count, join(shown), _cut(str(f.get("fix", "")), 240)))
+        shown = [el("div", clip(" ".join(filter(None, place)), 240)) for place in places]
+        why = el("div", clip(str(f.get("detail") or f.get("why", "")), 240), class_="note")
+        what = join([clip(str(f.get("what", f.get("name", "?"))), 120), why])
+        severity, count = clip(str(f.get("severity", "")), 20), f"{_count(f.get('count')):,}"
+        tag = el("span", severity, class_=f"tag {TONES.get(severity, '')}".strip())
+        body.append((what, tag, count, join(shown), clip(str(f.get("fix", "")), 240)))
     head = ("finding", "severity", "rows", "for example", "fix")
-    return table(head, body, caption="What was found in the rows, the worst first", numbers=(2,))
+    return table(head, body, caption="What was found in the rows, the worst first", numbers=(2,), style="cards")
 
 
-def _refusals(sources: Sequence[Mapping[str, Any]]) -> Markup | None:
+def refusals_table(sources: Sequence[Mapping[str, Any]]) -> Markup | None:
     merged: dict[str, list[Any]] = {}
     for source in sources:
         for key, value in _dict(source.get("refusals")).items():
@@ -660,13 +665,9 @@ def _refusals(sources: Sequence[Mapping[str, Any]]) -> Markup | None:
     if not merged:
         return None
     ordered = sorted(merged.values(), key=lambda e: -e[0])
-    body = [(_cut(reason, 300), f"{count:,}", _cut(", ".join(places[:3]), 240)) for count, reason, places in ordered[:REASONS]]
-    more = (
-        el("p", f"{len(ordered) - REASONS} more reasons are in data/account.json.", class_="note")
-        if len(ordered) > REASONS
-        else None
-    )
-    return join([table(("why rows were refused", "rows", "for example"), body, numbers=(1,)), more])
+    body = [(clip(reason, 300), f"{count:,}", clip(", ".join(places[:3]), 240)) for count, reason, places in ordered[:REASONS]]
+    more = el("p", f"{len(ordered) - REASONS} more reasons are in account.json.", class_="note") if len(ordered) > REASONS else None
+    return join([table(("why rows were refused", "rows", "for example"), body, numbers=(1,), style="cards"), more])
 
 
 # ---- cost, use, details --------------------------------------------------------------------------------------------------------
@@ -696,7 +697,7 @@ def _cost(found: _Found) -> Markup | None:
         rows.append(("time", _clock(minutes * 60), took, ratio))
     words = [f"On {device}" if device else "", f"{plan.get('dtype', '')}", f"activations: {plan.get('activations', '?')}",
              f"at most {_count(plan.get('micro_batch_tokens')):,} tokens at once"]  # fmt: skip
-    parts.append(el("p", _cut(", ".join(w for w in words if w), 300) + ".", class_="note"))
+    parts.append(el("p", clip(", ".join(w for w in words if w), 300) + ".", class_="note"))
     if rows:
         parts.append(table(("", "planned", "measured", "ratio"), rows, numbers=(1, 2, 3)))
     components = [
@@ -706,7 +707,7 @@ def _cost(found: _Found) -> Markup | None:
         bar = [(str(c.get("name", "?")), round(float(c["bytes"]) / GIB, 3), "abcdefgh"[i % 8]) for i, c in enumerate(components)]
         parts.append(stacked(f"Planned memory in GB of {number(budget or 0)} GB", bar, total=budget))
         parts.append(
-            el("ul", [el("li", swatch(style), f"{_cut(name, 60)} {size:.2g} GB") for name, size, style in bar], class_="legend")
+            el("ul", [el("li", swatch(style), f"{clip(name, 60)} {size:.2g} GB") for name, size, style in bar], class_="legend")
         )
     return el("section", *parts)
 
@@ -733,10 +734,10 @@ def _details(found: _Found) -> Markup | None:
         rows = [(f"step {_count(e['step']):,}", *_event(e)) for e in events[-EVENTS:]]
         parts.append(fold(f"What happened on the way ({len(events)})", table(("when", "what", ""), rows), open_=len(events) <= 5))
     if found.config_text:
-        parts.append(fold("The run file as resolved", el("pre", el("code", _cut(found.config_text, 40_000)))))
+        parts.append(fold("The run file as resolved", el("pre", el("code", clip(found.config_text, 40_000)))))
     if found.manifest:
         rows = [
-            (_cut(str(k), 80), _cut(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False), 1000))
+            (clip(str(k), 80), clip(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False), 1000))
             for k, v in list(found.manifest.items())[:60]
         ]
         parts.append(fold("Versions, fingerprints and the command", table(("", ""), rows)))
@@ -745,7 +746,7 @@ def _details(found: _Found) -> Markup | None:
 
 def _event(event: Mapping[str, Any]) -> tuple[str, str]:
     rest = {k: v for k, v in event.items() if k not in ("kind", "step", "what", "message")}
-    return _cut(str(event.get("what", event.get("message", ""))), 300), _cut(", ".join(f"{k} {v}" for k, v in rest.items()), 400)
+    return clip(str(event.get("what", event.get("message", ""))), 300), clip(", ".join(f"{k} {v}" for k, v in rest.items()), 400)
 
 
 # ---- small things --------------------------------------------------------------------------------------------------------------
@@ -766,10 +767,6 @@ def _long(value: Any, style: str = "text", shown: int = SHOWN) -> Markup:
             fold(f"the other {len(words) - shown:,} characters", el("p", rest, class_=style, dir="auto"), *cut),
         ]
     )
-
-
-def _cut(words: str, most: int) -> str:
-    return words if len(words) <= most else words[: most - 1] + "…"
 
 
 def _seconds(found: _Found) -> float | None:
