@@ -26,6 +26,7 @@ ZIP_RATIO, ZIP_RATIO_FROM = 200, 16 << 20  # XML of office files packs 5x to 40x
 ZIP_FILES = 10_000
 XML_DEPTH = 256  # of a Word document; tables in tables come to some 30
 PDF_MAX = 512 << 20
+PAGE_PIECES = 50_000  # of text on a PDF's page: pypdf's time grows with their square, 2 s for 32,000, 52 s for 262,000
 LINE_MOST = 64 << 10  # a paragraph is handed on in lines no longer than this, so that a page without line breaks is cut too
 EXTRA = "pip install 'tunesmith[documents]'"
 TAG_MOST = 4 << 20  # characters of one tag or comment: pictures stand inside tags
@@ -217,6 +218,9 @@ def docx(path: Path, notes: Counter[str]) -> Iterator[Line]:
 # ---- pdf -----------------------------------------------------------------------------------------------------------------------
 
 
+_SHOWS = re.compile(rb"T[jJ]\b")
+
+
 def pdf(path: Path, notes: Counter[str]) -> Iterator[Line]:
     """The text of a PDF, page by page; a page is a paragraph."""
     try:
@@ -238,6 +242,10 @@ def pdf(path: Path, notes: Counter[str]) -> Iterator[Line]:
                     f"{path}: protected by a password", f"qpdf --decrypt --password=... {path} open.pdf, and use open.pdf"
                 )
             for pages, page in enumerate(reader.pages, 1):
+                shown = page.get_contents()
+                if shown is not None and len(_SHOWS.findall(shown.get_data())) > PAGE_PIECES:
+                    notes[f"PDF page with more than {PAGE_PIECES:,} pieces of text left out"] += 1
+                    continue
                 text = page.extract_text() or ""
                 if text.strip():
                     for line in text.splitlines():

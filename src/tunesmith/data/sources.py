@@ -732,7 +732,7 @@ def _json(f: BinaryIO, path: Path, kind: str, notes: Counter[str]) -> Iterator[I
         while stream.peek() != "}":
             key, key_text = _whole(stream, path)
             if not isinstance(key, str):
-                _fault(path, f"not valid JSON: {key_text[:40]} is no key", "mend it, or write one row a line (.jsonl)")
+                _fault(path, f"not valid JSON: {key_text[:40]!r} is no key", "mend it, or write one row a line (.jsonl)")
             if key in own or key == listed:
                 _fault(path, f"the key {key[:40]!r} stands twice", "keep one of them")
             stream.take(":", f"after {key!r}")
