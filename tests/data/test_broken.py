@@ -278,6 +278,7 @@ BROKEN: dict[str, tuple] = {
     "unknown_dates.txt": (
         "03/04/24, 14:05 - Anna: Hello?\n04/03/24, 14:06 - Ben: Hello!\n" * 3, "1 used", "read as a dialogue: 'ben' is the assistant"
     ),
+    "nul_in_a_name.txt": ("[1.1.24, 1:00] A\0: a\n[1.1.24, 1:01] B: b\n[1.1.24, 1:02] C: c\n[1.1.24, 1:03] B: d\n", "1 refused", ":1: a zero character (NUL)"),
     "no_answer.txt": ("User: a\nAssistant:\nUser: b\nAssistant: c\n", "1 refused", ":1: the answer in message 2 is empty"),
     "lines_before.md": (
         "A title\n\n## User\nHello\n## Assistant\nHello!\n", "1 used", "line before the first speaker left out", "'assistant' is the"

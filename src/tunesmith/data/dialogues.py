@@ -273,10 +273,10 @@ class _Row:
         messages = []
         for role, name, parts in self.turns:
             text = "".join(parts).replace("\r\n", "\n").replace("\r", "\n").strip()
-            if "\0" in text:
-                return self.start, "a zero character (NUL) in the text", 0
             if role == "user" and how.several:
                 text = f"{name}: {text}"
+            if "\0" in text:
+                return self.start, "a zero character (NUL) in the text", 0
             messages.append({"role": role, "content": text})
         return self.start, {"messages": messages}, self.chars
 

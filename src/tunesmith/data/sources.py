@@ -37,6 +37,7 @@ from tunesmith.errors import DataError
 from tunesmith.types import Origin
 
 MAX_ROW = 32 << 20  # characters of one row
+MAX_PARTS = 1_000_000  # objects and lists in one JSON row: 32 MB of `{},` are 10 million, and take 1 GB
 MAX_DEPTH = 64  # nesting of one JSON row
 CHUNK_ROWS, CHUNK_CHARS = 1024, 4 << 20
 TEXT_PIECE = 64 << 10  # a raw text file is cut at blank lines into pieces of about this size, so that a share of it can be held out
@@ -547,6 +548,8 @@ _STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},"]', re.DOTALL)
 def _from_json(text: str, origin: Origin) -> Row | Refused:
     """One JSON text as a row."""
     text = text.strip()
+    if _many_parts(text, 0):
+        return Refused(origin, _MANY_PARTS, text[:300])
     try:
         value = _DECODER.decode(text)
     except (ValueError, RecursionError):
@@ -563,6 +566,13 @@ def from_json(text: str) -> Any:
     if reason := _TOO_DEEP if _depth(value) > MAX_DEPTH else _bad_text(value):
         raise ValueError(reason)
     return value
+
+
+_MANY_PARTS = f"more than {MAX_PARTS:,} objects and lists in one row"
+
+
+def _many_parts(text: str, start: int) -> bool:
+    return len(text) - start > MAX_PARTS and text.count("{", start) + text.count("[", start) > MAX_PARTS
 
 
 _TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
@@ -694,6 +704,8 @@ class _Stream:
                     raise ValueError(_why_not_json(text), text[:300]) from None
             if len(self.text) - self.at > MAX_ROW:
                 _too_long(self.path)
+            if _many_parts(self.text, self.at):
+                _fault(self.path, _MANY_PARTS, "split the row, or write the file as one row a line (.jsonl)")
             if not self.more():
                 raise EOFError
 
