@@ -122,27 +122,28 @@ def sheet(path: Path, rows: int, shared: bool) -> None:
     book, out = openpyxl.Workbook(), io.BytesIO()
     book.active.append(["question", "answer"])
     book.save(out)
-    lines, texts = [], ["question", "answer"]
-    for i in range(1, rows + 1):
+    lines, texts = [], []
+    for i in range(rows + 1):
         cells = []
-        for column in "AB":
-            text = words(20, 2 * i + (column == "B"))
-            if shared:
-                cells.append(f'<c r="{column}{i + 1}" t="s"><v>{len(texts)}</v></c>')
-                texts.append(text)
-            else:
-                cells.append(f'<c r="{column}{i + 1}" t="inlineStr"><is><t>{text}</t></is></c>')
+        for k, column in enumerate("AB"):
+            text = words(20, 2 * i + k) if i else ("question", "answer")[k]
+            inside = f't="s"><v>{len(texts)}</v>' if shared else f't="inlineStr"><is><t>{text}</t></is>'
+            cells.append(f'<c r="{column}{i + 1}" {inside}</c>')
+            texts.append(text)
         lines.append(f'<row r="{i + 1}">{"".join(cells)}</row>')
     space = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
     with zipfile.ZipFile(out) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
         for info in old.infolist():
             content = old.read(info)
             if info.filename == "xl/worksheets/sheet1.xml":
-                head = '<row r="1"><c r="A1" t="s"><v>0</v></c><c r="B1" t="s"><v>1</v></c></row>'
-                content = f"<worksheet {space}><sheetData>{head}{''.join(lines)}</sheetData></worksheet>".encode()
-            elif info.filename == "xl/sharedStrings.xml":
-                content = f"<sst {space}>{''.join(f'<si><t>{t}</t></si>' for t in texts)}</sst>".encode()
+                content = f"<worksheet {space}><sheetData>{''.join(lines)}</sheetData></worksheet>".encode()
+            elif info.filename == "[Content_Types].xml":
+                kind = "application/vnd.openxmlformats-officedocument.spreadsheetml.sharedStrings+xml"
+                part = f'<Override PartName="/xl/sharedStrings.xml" ContentType="{kind}"/></Types>'
+                content = content.replace(b"</Types>", part.encode() if shared else b"</Types>")
             new.writestr(info.filename, content)
+        if shared:
+            new.writestr("xl/sharedStrings.xml", f"<sst {space}>{''.join(f'<si><t>{t}</t></si>' for t in texts)}</sst>")
 
 
 def word(path: Path, body) -> None:
