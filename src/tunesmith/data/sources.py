@@ -740,7 +740,7 @@ def _json(f: BinaryIO, path: Path, kind: str, notes: Counter[str]) -> Iterator[I
     else:
         stream.take("{", "at the beginning")
         own: dict[str, Any] = {}
-        text, listed, size = "", "", 0
+        texts, listed, size = [], "", 0
         while stream.peek() != "}":
             key, key_text = _whole(stream, path)
             if not isinstance(key, str):
@@ -755,7 +755,7 @@ def _json(f: BinaryIO, path: Path, kind: str, notes: Counter[str]) -> Iterator[I
                 yield from _elements(stream, path, notes)
             else:
                 own[key], value_text = _whole(stream, path)
-                text += value_text[: MAX_ROW - len(text)]
+                texts.append(value_text)
                 size += len(key_text) + len(value_text)
                 if size > MAX_ROW:
                     _too_long(path)
@@ -763,6 +763,7 @@ def _json(f: BinaryIO, path: Path, kind: str, notes: Counter[str]) -> Iterator[I
                 stream.take(",", f"after {key!r}")
         stream.at += 1
         if not listed:
+            text = "".join(texts)
             row = _checked(own, text, Origin(str(path), 1))
             yield 1, row if isinstance(row, Refused) else row.value, len(text)
     if stream.peek():
