@@ -3,7 +3,7 @@
     python bench/findings.py --clean A.jsonl [B.json ...] [--share 0.02] [--json out.json]     planted faults and false alarms
     python bench/findings.py --cost A.jsonl --tokenizer FOLDER [--times 4] [--rounds 3]      rows per CPU-second with and without
     python bench/findings.py --duplicates A.jsonl                                           near duplicates against datasketch
-    python bench/findings.py --evaluations NAME=QUESTIONS.jsonl:KEY ... --against A.jsonl    makes evaluations.bin
+    python bench/findings.py --evaluations NAME[@WORDS]=QUESTIONS.jsonl:KEY ... --against A.jsonl    makes evaluations.bin
 
 Faults are planted in a share of the rows of each clean set, one kind at a time, from a seed. Precision counts a found row as wrong
 when nothing was planted in it; so what the set itself has wrong lowers it, and `own` tells how many rows that were. Of faults that
@@ -383,21 +383,23 @@ def duplicates(path: str, most: int = 3000) -> dict:
 def make_evaluations(specs: list[str], against: list[str]) -> dict:
     """Write evaluations.bin: hashes of the questions' word runs that stand in no row of `against`."""
 
-    def hashes(texts: list[str]) -> np.ndarray:
+    def hashes(texts: list[str], words: int) -> np.ndarray:
         plain = [" ".join(t.translate(clusters.PUNCTUATION).lower().split()) for t in texts]
-        return np.unique(clusters.Shingles([p for p in plain if len(p.split()) >= evaluations.WORDS]).hashes(evaluations.WORDS)[0])
+        return np.unique(clusters.Shingles([p for p in plain if len(p.split()) >= words]).hashes(words)[0])
 
-    common = np.concatenate(
-        [hashes([m.content for c, _ in load(p) for m in c.messages]) for p in against] or [np.zeros(0, np.uint64)]
-    )
+    others = [m.content for p in against for c, _ in load(p) for m in c.messages]
     sets, parts = [], []
     for spec in specs:
         name, _, rest = spec.partition("=")
+        name, _, words = name.partition("@")
+        words = int(words or evaluations.WORDS)
         path, _, field = rest.rpartition(":")
         values = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
-        own = hashes([str(v[field]) for v in values])
-        own = own[(own % np.uint64(evaluations.KEEP) == 0) & ~np.isin(own, common)]
-        sets.append({"name": name, "questions": len(values), "hashes": len(own)})
+        own = hashes([str(v[field]) for v in values], words)
+        own = own[~np.isin(own, hashes(others, words))]
+        if words == evaluations.WORDS:
+            own = own[own % np.uint64(evaluations.KEEP) == 0]
+        sets.append({"name": name, "questions": len(values), "words": words, "hashes": len(own)})
         parts.append(own)
     evaluations.FILE.write_bytes(json.dumps(sets).encode() + b"\n" + np.concatenate(parts).astype("<u8").tobytes())
     return {"sets": sets, "bytes": evaluations.FILE.stat().st_size}

@@ -122,14 +122,16 @@ def test_what_only_many_rows_show():
 def test_text_of_an_evaluation_set_is_known(monkeypatch):
     asked = "A baker has twelve loaves in the oven and sells five of them before noon and two more at night"
     assert found([chat("Five.", asked)]) == {}
-    names, hashes, of, table = ["baking"], *evaluations.known()[1:]
-    hashes = clusters.Shingles([asked.lower()]).hashes(evaluations.WORDS)[0]
-    hashes.sort()
-    table = table * False
-    table[(hashes >> (64 - evaluations.TABLE_BITS)).astype(int)] = True
-    monkeypatch.setattr(evaluations, "known", lambda: (names, hashes, of[:1].repeat(len(hashes)) * 0, table))
+    runs = {words: clusters.Shingles([asked.lower()]).hashes(words)[0] for words in (evaluations.WORDS, 7)}
+    monkeypatch.setattr(evaluations, "known", lambda: [evaluations.Known.of("baking", w, h) for w, h in runs.items()])
     told = found([chat("Seven."), chat("Five.", "Please solve: " + asked + " - how many?", 2)])
     assert told["contamination"].count == 1 and told["contamination"].examples[0][1].startswith("baking: ")
+
+
+def test_the_sets_that_the_verbs_score_are_known():
+    assert {(k.name, k.words) for k in evaluations.known()} == {("gsm8k", 13), ("fairytaleqa", 7)}
+    assert all((k.hashes[1:] > k.hashes[:-1]).all() for k in evaluations.known())
+    assert evaluations.FILE.stat().st_size < 150_000
 
 
 def test_the_result_does_not_depend_on_where_chunks_end():

@@ -159,7 +159,7 @@ def test_what_is_mended_is_named(value, fix, content):
         ({"messages": [{"role": "wizard", "content": "q"}, A]}, "unknown role 'wizard'"),
         ({"messages": [U, {"role": "assistant"}]}, "content of message 2 is missing or null"),
         ({"messages": [U, {"role": "assistant", "content": None}]}, "content of message 2 is missing or null"),
-        ({"messages": [U, {"role": "assistant", "content": {"a": 1}}]}, "is a dict, not text"),
+        ({"messages": [U, {"role": "assistant", "content": {"a": 1}}]}, "is an object, not text"),
         ({"messages": [U, {"role": "assistant", "content": " \n"}]}, "answer in message 2 is empty"),
         ({"messages": [{"role": "user", "content": ""}, A]}, "message 1 (user) is empty"),
         ({"messages": [U]}, "no assistant message"),
@@ -173,7 +173,7 @@ def test_what_is_mended_is_named(value, fix, content):
         ({"messages": [U, {"role": "assistant", "tool_calls": [{"function": {}}]}]}, "tool call has no name"),
         (
             {"messages": [U, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
-            "arguments are a string",
+            "the argument text of a tool call is a string that is not JSON",
         ),
         ({"messages": [U, A], "tools": "x"}, "tools is a string that is not JSON"),
         ({"messages": [U, A], "tools": ["x"]}, "tools is not a list of objects"),

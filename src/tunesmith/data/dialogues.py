@@ -47,7 +47,7 @@ _DAY, _TIME = r"(\d{1,4}[./-]\d{1,2}[./-]\d{1,4})", r"\d{1,2}[:.]\d{2}(?:[:.]\d{
 _STAMP = re.compile(rf"[\u200e\u200f\ufeff]*\[?{_DAY},?[ \u202f]{_TIME}(?:\]|(?=\s*[-–])|(?=[ :]))\s*[-–:]?\s+(.*)", re.DOTALL)
 _NAMED = re.compile(r"[\u200e\u200f~ ]*([^:\n]{1,60}?):(?:\s+|$)(.*)", re.DOTALL)
 _BOLD = re.compile(r"\s{0,3}(\*\*|__)([^*_:\n]{1,40}?)(?::\s*\1|\1\s*:)\s*(.*)", re.DOTALL)
-_HEADING = re.compile(r"#{1,6}\s+\**([^#:*\n]{1,40}?)\**\s*:?\**\s*$")
+_HEADING = re.compile(r"#{1,6}\s+\**([^#:*\s][^#:*\n]{0,39}?)[*:\s]*")
 _PLAIN = re.compile(r"([^\W\d_][^:\n<>{}\[\]()|\"/=]{0,39}?)\s?:(?:\s+(.*)|$)", re.DOTALL)
 _RULE = re.compile(r"\s*([-*=_])(?:\s*\1){2,79}\s*$")
 _LEFT_OUT = r"(?:image|video|audio|sticker|GIF|document|Bild|Video) (?:omitted|weggelassen)"
@@ -272,11 +272,11 @@ class _Row:
             return self.start, f"a turn longer than {MOST_CHARS >> 20} MB", 0
         messages = []
         for role, name, parts in self.turns:
-            text = "".join(parts).replace("\r\n", "\n").strip()
-            if "\0" in text:
-                return self.start, "a zero character (NUL) in the text", 0
+            text = "".join(parts).replace("\r\n", "\n").replace("\r", "\n").strip()
             if role == "user" and how.several:
                 text = f"{name}: {text}"
+            if "\0" in text:
+                return self.start, "a zero character (NUL) in the text", 0
             messages.append({"role": role, "content": text})
         return self.start, {"messages": messages}, self.chars
 
@@ -294,7 +294,8 @@ def _speaker(line: str, style: str) -> tuple[str, str, str] | None:
         named = _NAMED.match(rest)
         return (_name(named[1]), named[2], day) if named else ("", rest, day)
     if style == "heading":
-        m = _HEADING.match(line.rstrip("\r\n"))
+        line = line.strip()
+        m = _HEADING.fullmatch(line) if len(line) < 80 else None  # in a long run of spaces the search takes its square
         name = _name(m[1]) if m else ""
         return (name, "", "") if role_of(name) else None
     if style == "bold":

@@ -8,6 +8,7 @@ entities is refused unread.
 from __future__ import annotations
 
 import datetime
+import re
 import zipfile
 import zlib
 from collections import Counter
@@ -23,7 +24,9 @@ from tunesmith.errors import DataError
 ZIP_MAX = 512 << 20  # bytes that an archive may unpack to
 ZIP_RATIO, ZIP_RATIO_FROM = 200, 16 << 20  # XML of office files packs 5x to 40x
 ZIP_FILES = 10_000
+XML_DEPTH = 256  # of a Word document; tables in tables come to some 30
 PDF_MAX = 512 << 20
+PAGE_PIECES = 50_000  # of text on a PDF's page: pypdf's time grows with their square, 2 s for 32,000, 52 s for 262,000
 LINE_MOST = 64 << 10  # a paragraph is handed on in lines no longer than this, so that a page without line breaks is cut too
 EXTRA = "pip install 'tunesmith[documents]'"
 TAG_MOST = 4 << 20  # characters of one tag or comment: pictures stand inside tags
@@ -62,11 +65,15 @@ def open_zip(path: Path) -> zipfile.ZipFile:
         for info in infos:
             if info.filename.lower().endswith((".xml", ".rels")):
                 with archive.open(info) as f:
-                    head = f.read(4096).replace(b"\0", b"")  # in UTF-16 there is a zero beside each letter
-                if b"<!DOCTYPE" in head.upper() or b"<!ENTITY" in head.upper():
-                    raise DataError(
-                        f"{path}: {info.filename} inside defines XML entities", "no office program writes that; save it again"
-                    )
+                    before = b""
+                    while block := f.read(1 << 20):
+                        text = before + block.replace(b"\0", b"")  # in UTF-16 there is a zero beside each letter
+                        if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
+                            raise DataError(
+                                f"{path}: {info.filename} inside defines XML entities",
+                                "no office program writes that; save it again",
+                            )
+                        before = text[-16:]
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as e:
         archive.close()
         raise DataError(f"{path}: not a whole {kind} file ({e})", "save or download it again") from None
@@ -98,7 +105,7 @@ class _Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
         if tag in _UNSEEN:
-            if len(self.unseen) < 64 or tag != self.unseen[-1]:
+            if len(self.unseen) < 64:  # each end tag is looked for among them
                 self.unseen.append(tag)
         elif tag in _BLOCKS:
             if tag == "body":
@@ -186,6 +193,8 @@ def docx(path: Path, notes: Counter[str]) -> Iterator[Line]:
                 for event, node in ElementTree.iterparse(f, ("start", "end")):
                     if event == "start":
                         stack.append(node)
+                        if len(stack) > XML_DEPTH:
+                            raise DataError(f"{path}: nested deeper than {XML_DEPTH} levels", "save it again, or as .txt")
                         continue
                     stack.pop()
                     if node.tag == _W + "t":
@@ -200,7 +209,7 @@ def docx(path: Path, notes: Counter[str]) -> Iterator[Line]:
                         words = []
                         yield number, text + "\n"
                         yield number, "\n"
-                    if stack and node.tag in (_W + "p", _W + "tbl", _W + "sdt", _W + "tr", _W + "r", _W + "tc"):
+                    if stack:
                         stack[-1].remove(node)  # what has been read need not be kept
         except (ElementTree.ParseError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as e:
             raise DataError(f"{path}: not a whole .docx file ({e})", "save or download it again") from None
@@ -209,10 +218,14 @@ def docx(path: Path, notes: Counter[str]) -> Iterator[Line]:
 # ---- pdf -----------------------------------------------------------------------------------------------------------------------
 
 
+_SHOWS = re.compile(rb"T[jJ]\b")
+
+
 def pdf(path: Path, notes: Counter[str]) -> Iterator[Line]:
     """The text of a PDF, page by page; a page is a paragraph."""
     try:
         import pypdf
+        from pypdf.errors import LimitReachedError
     except ImportError:
         raise DataError(f"{path}: reading .pdf needs pypdf, which is not installed", EXTRA) from None
     import logging
@@ -229,6 +242,10 @@ def pdf(path: Path, notes: Counter[str]) -> Iterator[Line]:
                     f"{path}: protected by a password", f"qpdf --decrypt --password=... {path} open.pdf, and use open.pdf"
                 )
             for pages, page in enumerate(reader.pages, 1):
+                shown = page.get_contents()
+                if shown is not None and len(_SHOWS.findall(shown.get_data())) > PAGE_PIECES:
+                    notes[f"PDF page with more than {PAGE_PIECES:,} pieces of text left out"] += 1
+                    continue
                 text = page.extract_text() or ""
                 if text.strip():
                     for line in text.splitlines():
@@ -236,8 +253,11 @@ def pdf(path: Path, notes: Counter[str]) -> Iterator[Line]:
                     yield pages, "\n"
                 else:
                     empty += 1
-    except DataError:
+    except (DataError, MemoryError):  # too little memory is no damage
         raise
+    except LimitReachedError as e:
+        fix = f"if you trust it: qpdf --object-streams=disable --recompress-flate {path} plain.pdf, or save its text as .txt"
+        raise DataError(f"{path}: it would unpack to more than pypdf allows ({e})", fix) from None
     except Exception as e:  # noqa: BLE001 - a damaged file makes pypdf fail in every way there is
         told = (str(e).splitlines() or [type(e).__name__])[0][:120]
         raise DataError(f"{path}: not a whole PDF ({told})", "download it again, or save it as text") from None
@@ -257,7 +277,8 @@ def xlsx(path: Path, notes: Counter[str]) -> Iterator[tuple[int, list[str]]]:
     except ImportError:
         fix = f"{EXTRA}, or save the sheet as .csv"
         raise DataError(f"{path}: reading .xlsx needs openpyxl, which is not installed", fix) from None
-    open_zip(path).close()
+    with open_zip(path) as archive:
+        _count_lost_cells(archive, notes)
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True, keep_links=False)
         try:
@@ -269,7 +290,7 @@ def xlsx(path: Path, notes: Counter[str]) -> Iterator[tuple[int, list[str]]]:
                 sheet.reset_dimensions()  # what the file says of its size may be wrong
                 width = 0
                 for number, row in enumerate(sheet.iter_rows(values_only=True), 1):
-                    cells = [_cell(v) for v in row]
+                    cells = [_cell(v, notes) for v in row]
                     while cells and not cells[-1] and len(cells) > width:
                         cells.pop()
                     if not any(cells):
@@ -279,15 +300,41 @@ def xlsx(path: Path, notes: Counter[str]) -> Iterator[tuple[int, list[str]]]:
                     yield number, cells + [""] * (width - len(cells))
         finally:
             book.close()
-    except DataError:
+    except (DataError, MemoryError):  # too little memory is no damage
         raise
     except Exception as e:  # noqa: BLE001 - a damaged file makes openpyxl fail in every way there is
         told = (str(e).splitlines() or [type(e).__name__])[0][:120]
         raise DataError(f"{path}: not a whole .xlsx file ({told})", "save it again, or as .csv") from None
 
 
-def _cell(value: Any) -> str:
+_UNSAVED = re.compile(rb"</f>(?:<v\s*/>|<v></v>)?</c>|<f\s[^<>]*/></c>")  # a formula that no program has worked out
+_MERGED = re.compile(rb"<mergeCell\s")
+_ERRORS = frozenset(("#NULL!", "#DIV/0!", "#VALUE!", "#REF!", "#NAME?", "#NUM!", "#N/A"))
+
+
+def _count_lost_cells(archive: zipfile.ZipFile, notes: Counter[str]) -> None:
+    """Cells that come empty though the sheet shows something in them."""
+    for info in archive.infolist():
+        if info.filename.startswith("xl/worksheets/") and info.filename.endswith(".xml"):
+            with archive.open(info) as f:
+                before = b""
+                while block := f.read(1 << 20):
+                    text = before + block
+                    cut = max(text.rfind(b"</c>") + 4, len(before)) if len(block) == 1 << 20 else len(text)
+                    whole, before = text[:cut], text[cut:]
+                    if n := len(_UNSAVED.findall(whole)):
+                        notes[
+                            "formula without a saved value read as empty (open the sheet in Excel or LibreOffice and save it)"
+                        ] += n
+                    if n := len(_MERGED.findall(whole)):
+                        notes["merged cells: only the first of them holds the value"] += n
+
+
+def _cell(value: Any, notes: Counter[str]) -> str:
     if value is None:
+        return ""
+    if isinstance(value, str) and value in _ERRORS:
+        notes[f"cell with {value} read as empty"] += 1
         return ""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))

@@ -6,12 +6,11 @@ counted; what the answers rest on and the export does not hold (a picture, a fil
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
-CITATION = re.compile(r"\ue200[^\ue200\ue201]*\ue201|【\d+(?::\d+)?†[^】]*】")  # marks that the web page turns into links
+CITATION = re.compile(r"\ue200[^\ue200\ue201]*\ue201|【\d+(?::\d+)?†[^【】]*】")  # marks that the web page turns into links
 ASIDE = {  # content types that hold nothing that was said, and how leaving them out is told
     "user_editable_context": "custom instructions left out",
     "model_editable_context": "the model's memory left out",
@@ -33,11 +32,6 @@ class ExportError(Exception):
 def chatgpt(value: Mapping[str, Any], fixes: list[str]) -> list[dict[str, Any]]:
     """The messages of one conversation as {role, content}, in OpenAI's keys. ExportError with the reason."""
     nodes = value["mapping"]
-    if isinstance(nodes, str):
-        try:
-            nodes = json.loads(nodes)
-        except (ValueError, RecursionError):
-            raise ExportError("mapping is a string that is not JSON") from None
     if not isinstance(nodes, dict):
         raise ExportError("mapping is not an object of nodes")
     messages: list[dict[str, Any]] = []
@@ -88,7 +82,7 @@ def _turn(message: dict[str, Any], number: int, before: list[dict[str, Any]], fi
     if not isinstance(content, dict):
         raise ExportError(f"message {number} has no content")
     kind = content.get("content_type", "text")
-    if kind in ASIDE:
+    if isinstance(kind, str) and kind in ASIDE:
         fixes.append(ASIDE[kind])
         return None
     text = _text(content, kind, number, fixes)

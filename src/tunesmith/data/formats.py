@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from tunesmith.data import exports
-from tunesmith.data.sources import Row
+from tunesmith.data.sources import Row, from_json
 from tunesmith.errors import DataError
 from tunesmith.registry import Registry
 from tunesmith.types import Conversation, Message, Origin
@@ -174,10 +174,13 @@ def _string(value: Any, what: str, fixes: list[str]) -> str:
         return value
     if _missing(value):
         raise FormatError(f"{what} is missing or null")
+    if isinstance(value, float) and math.isinf(value):
+        raise FormatError(f"{what} is a number beyond what can be held")
     if isinstance(value, (bool, int, float)):
         fixes.append("number read as text")
         return str(value)
-    raise FormatError(f"{what} is a {type(value).__name__}, not text")
+    kind = "a list" if isinstance(value, (list, tuple)) else "an object" if isinstance(value, dict) else type(value).__name__
+    raise FormatError(f"{what} is {kind}, not text")
 
 
 def _nonempty(text: str, what: str) -> str:
@@ -191,9 +194,9 @@ def _json(value: Any, what: str, fixes: list[str] | None = None) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        parsed = json.loads(value)
-    except (ValueError, RecursionError):
-        raise FormatError(f"{what} is a string that is not JSON") from None
+        parsed = from_json(value)
+    except ValueError as e:
+        raise FormatError(f"{what} is a string that is not JSON as a row may have it: {e}") from None
     if fixes is not None:
         fixes.append("list read from a JSON string")
     return parsed
@@ -221,10 +224,7 @@ def _calls(value: Any) -> list[dict[str, Any]]:
             raise FormatError("a tool call has no name")
         arguments = inner.get("arguments", inner.get("parameters", {}))
         if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments) if arguments.strip() else {}
-            except (ValueError, RecursionError):
-                raise FormatError("a tool call's arguments are a string that is not JSON") from None
+            arguments = _json(arguments, "the argument text of a tool call") if arguments.strip() else {}
         head = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         arguments = {} if arguments is None else arguments
         calls.append(
@@ -372,7 +372,8 @@ def _alpaca(value: Mapping[str, Any], fixes: list[str]) -> Found:
     given = _first(value, "input", "context")
     given = "" if given is None else _string(given, "input", fixes)
     messages = _system(value, fixes)
-    for pair in _json(value.get("history") or [], "history"):
+    history = _json(value.get("history") or [], "history")
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise FormatError("history is not a list of [question, answer]")
         messages.append(Message(USER, _nonempty(_string(pair[0], "a question in history", fixes), "a question in history")))
@@ -412,7 +413,7 @@ def _chatgpt(value: Mapping[str, Any], fixes: list[str]) -> Found:
     """One conversation of ChatGPT's export: the path that was seen last."""
     _refuse_media(value)
     try:
-        messages = exports.chatgpt(value, fixes)
+        messages = exports.chatgpt({**value, "mapping": _json(value["mapping"], "mapping")}, fixes)
     except exports.ExportError as e:
         raise FormatError(str(e)) from None
     return "chat", [_turn(m, i, fixes) for i, m in enumerate(messages, 1)], ()

@@ -16,7 +16,11 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
+import shutil
+import stat
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,9 +37,11 @@ from tunesmith.errors import DataError
 from tunesmith.types import Origin
 
 MAX_ROW = 32 << 20  # characters of one row
+MAX_PARTS = 1_000_000  # objects and lists in one JSON row: 32 MB of `{},` are 10 million, and take 1 GB
 MAX_DEPTH = 64  # nesting of one JSON row
 CHUNK_ROWS, CHUNK_CHARS = 1024, 4 << 20
 TEXT_PIECE = 64 << 10  # a raw text file is cut at blank lines into pieces of about this size, so that a share of it can be held out
+LINE_MOST = 4 << 20  # characters; a longer line of raw text is taken in pieces
 BLOCK = 1 << 20
 BOMB_FROM, BOMB_RATIO, BOMB_MAX = 64 << 20, 20, 4 << 30  # gzip: real text packs 3x to 10x
 
@@ -43,6 +49,17 @@ ROWS_SUFFIXES, TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", "
 SPOKEN = (".txt", ".md")  # text that may be a dialogue
 PACKED = (".xlsx", ".pdf", ".docx")  # whole files, which are packed themselves: not read as .gz
 ALIASES = {".htm": ".html", ".xhtml": ".html", ".ndjson": ".jsonl", ".text": ".txt", ".markdown": ".md"}
+OTHER_FILES = (  # what a file begins with that is not what its name says; what it is, and what to do
+    (b"PK\x03\x04", "a zip archive", "unpack it; an Office file keeps its own ending (.xlsx, .docx)"),
+    (b"\x1f\x8b\x08", "packed with gzip", "add .gz to its name; if it ends in .gz, it was packed twice: gzip -d it once"),
+    (b"(\xb5/\xfd", "packed with zstd", "zstd -d it, or pack it with gzip"),
+    (b"\xfd7zXZ\0", "packed with xz", "xz -d it, or pack it with gzip"),
+    (b"BZh91AY&SY", "packed with bzip2", "bzip2 -d it, or pack it with gzip"),
+    (b"PAR1", "a parquet file", "name it .parquet"),
+    (b"%PDF-", "a PDF", "name it .pdf"),
+    (b"SQLite format 3\0", "a SQLite database", "write the table as .csv: sqlite3 -header -csv FILE 'select * from TABLE'"),
+    (b"\xd0\xcf\x11\xe0", "an Office file in the old binary form", "save it as .xlsx or .docx"),
+)
 NOT_ROWS = {
     "dataset_info.json",
     "dataset_infos.json",
@@ -111,6 +128,7 @@ class Files:
 
     label: str
     paths: tuple[Path, ...]
+    stamps: tuple[tuple[int, int], ...]  # size and time of change of each, when it was found
     skipped: tuple[str, ...] = ()  # files of a folder that hold no rows, with the reason
     notes: Counter[str] = field(default_factory=Counter)  # what was mended or guessed in whole files, e.g. a byte order mark
     columns: Mapping[str, str] = field(default_factory=dict)  # data.train[].columns: what is what, as the person wrote it
@@ -133,16 +151,23 @@ def find(path: str | Path, columns: Mapping[str, str] | None = None) -> Files:
         from tunesmith.hub import resolve_dataset
 
         path = resolve_dataset(label)
-    root = Path(path).expanduser()
-    if root.is_file():
+    root = Path(path)
+    try:
+        root = root.expanduser()
+        mode = root.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero character in the path
+        _missing(root)
+    except RuntimeError:
+        _fault(root, "there is no such user's home folder", "write the path out")
+    except OSError as e:
+        _fault(root, f"cannot be read: {e.strerror}", "correct the path; check its permissions and its links")
+    if stat.S_ISREG(mode):
         if _suffix(root) not in ROWS_SUFFIXES + TEXT_SUFFIXES:
             _fault(root, f"files of type {root.suffix or 'without a suffix'} are not read", _KNOWN)
-        return Files(label, (root,), columns=columns)
-    if not root.exists():
-        near = sorted(p.name for p in root.parent.iterdir() if not p.name.startswith("."))[:8] if root.parent.is_dir() else []
-        beside = f"; {root.parent} holds {', '.join(near)}" if near else ""
-        _fault(root, "no such file or folder", f"correct the path (relative paths start at the current folder){beside}")
-    every = [p for p in sorted(root.rglob("*")) if p.is_file() and not any(s.startswith(".") for s in p.relative_to(root).parts)]
+        return Files(label, (root,), _stamps([root]), columns=columns)
+    if not stat.S_ISDIR(mode):
+        _fault(root, "neither a file nor a folder (a pipe or a device)", "write what it gives into a file: cat it > rows.jsonl")
+    every, not_files = _walk(root)
     runs = {p.parent for p in every if p.name == "run.yaml" and (p.parent / "manifest.json").is_file()}
     every = [p for p in every if runs.isdisjoint(p.parents)]
     exported = {p.parent for p in every if CONVERSATIONS.fullmatch(p.name)}
@@ -158,20 +183,78 @@ def find(path: str | Path, columns: Mapping[str, str] | None = None) -> Files:
         if p not in set(chosen)
     ]
     skipped += [f"{run} (a run folder)" for run in sorted(runs)]
-    return Files(label, tuple(chosen), tuple(skipped), columns=columns)
+    return Files(label, tuple(chosen), _stamps(chosen), tuple(skipped + not_files), columns=columns)
+
+
+def _missing(path: Path) -> NoReturn:
+    if os.path.islink(path):
+        _fault(path, f"a link to {os.readlink(path)}, which is not there", "correct the link, or give the file itself")
+    try:
+        near = sorted(p.name for p in path.parent.iterdir() if not p.name.startswith("."))[:8]
+    except (OSError, ValueError):
+        near = []
+    beside = f"; {path.parent} holds {', '.join(near)}" if near else ""
+    _fault(path, "no such file or folder", f"correct the path (relative paths start at the current folder){beside}")
+
+
+def _walk(root: Path) -> tuple[list[Path], list[str]]:
+    """The files below a folder in the order of their names, and what is neither file nor folder. Hidden ones are passed over."""
+    files, others, faults = [], [], []
+
+    def unreadable(e: OSError) -> None:
+        faults.append(DataError(f"{e.filename}: cannot be read: {e.strerror}", "check its permissions, or move it away"))
+
+    for folder, inner, names in os.walk(root, onerror=unreadable):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        others += [f"{link} (a link to a folder)" for name in inner if (link := Path(folder, name)).is_symlink()]
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            if os.path.isfile(path):
+                files.append(path)
+            else:
+                others.append(f"{path} ({'a link that leads nowhere' if path.is_symlink() else 'a pipe or a device'})")
+    raise_all(faults)
+    return sorted(files), sorted(others)
+
+
+def _stamps(paths: list[Path]) -> tuple[tuple[int, int], ...]:
+    """Of files that can be opened; DataError names all that cannot."""
+    stamps, faults = [], []
+    for path in paths:
+        try:
+            path.open("rb").close()
+            stamps.append(_stamp(path))
+        except OSError as e:
+            faults.append(_unreadable(path, e))
+    raise_all(faults)
+    return tuple(stamps)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    return (said := path.stat()).st_size, said.st_mtime_ns
+
+
+def _unreadable(path: Path, e: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read: {e.strerror or e}", "check its permissions and the disk")
 
 
 def chunks(files: Files) -> Iterator[Chunk]:
     """Every row of every file, in order. Raises one DataError at the end that names all bad files."""
     faults: list[DataError] = []
     voices = _voices(files)
-    for path in files.paths:
+    for path, stamp in zip(files.paths, files.stamps, strict=True):
+        fault = None
         try:
             yield from _grouped(path, files, voices)
         except DataError as e:
-            faults.append(e)
+            fault = e
         except OSError as e:
-            faults.append(DataError(f"{path}: cannot be read: {e.strerror or e}", "check its permissions and the disk"))
+            fault = _unreadable(path, e)
+        except MemoryError:
+            fault = DataError(f"{path}: this computer's memory is too small to read it", "split it into several files")
+        with suppress(OSError):
+            if _stamp(path) != stamp:  # what was read is neither the old file nor the new one
+                fault = DataError(f"{path}: changed while it was read", "run it again when nothing writes to the file")
+        faults += [fault] if fault else []
     raise_all(faults)
 
 
@@ -314,6 +397,9 @@ def _open(path: Path, notes: Counter[str]) -> tuple[BinaryIO, Any]:
         notes["UTF-8 byte order mark passed over"] += 1
     elif wide := _wide(head[:4096]):
         _fault(path, f"not UTF-8 but {wide}", _iconv(wide, path))
+    for mark, what, fix in OTHER_FILES:
+        if head.startswith(mark):
+            _fault(path, f"the file is {what}, whatever its name says", fix)
     return f, tell
 
 
@@ -332,7 +418,8 @@ def _grouped(path: Path, files: Files, voices: dialogues.Voices) -> Iterator[Chu
     """One file as chunks of at most CHUNK_ROWS rows and about CHUNK_CHARS characters."""
     suffix, notes = _suffix(path), files.notes
     if suffix == ".parquet":
-        yield from _parquet(path, files.columns)
+        read = [0]
+        yield from _collected(path, False, _parquet(path, read), lambda: read[0], files.columns)
         return
     if suffix in PACKED:
         yield from _collected(path, False, _packed(path, suffix, files), lambda: 0, {})
@@ -343,7 +430,7 @@ def _grouped(path: Path, files: Files, voices: dialogues.Voices) -> Iterator[Chu
         if suffix == ".json" and (first := _json_kind(f, path)) != "lines":
             raw, items = False, _json(f, path, first, notes)
         elif suffix in (".jsonl", ".json"):
-            raw, items = True, _lines(f, path)
+            raw, items = True, _lines(f, path, notes)
         elif suffix in (".csv", ".tsv"):
             raw, items = False, _csv(f, path, suffix, files)
         elif suffix == ".html":
@@ -354,7 +441,7 @@ def _grouped(path: Path, files: Files, voices: dialogues.Voices) -> Iterator[Chu
             fix = "correct data.train[].columns: in text files it names speakers, as in `Anna: ...`; or drop it"
             _fault(path, "no lines of speakers are found", fix)
         else:
-            raw, items = False, _text(enumerate(_decoded(f, path), 1), path)
+            raw, items = False, _text(_numbered(_decoded(f, path, LINE_MOST)), path)
         yield from _collected(path, raw, items, tell, columns)
 
 
@@ -399,14 +486,25 @@ Item = tuple[int, Any, int]  # line or row number, what it holds, its size in ch
 # ---- JSON lines ----------------------------------------------------------------------------------------------------------------
 
 
-def _lines(f: BinaryIO, path: Path) -> Iterator[Item]:
+_ROW_TOO_LONG = f"the row is longer than {MAX_ROW >> 20} MB"
+
+
+def _lines(f: BinaryIO, path: Path, notes: Counter[str]) -> Iterator[Item]:
     name, number = str(path), 0
+    first = f.peek(BLOCK).lstrip().partition(b"\n")[0].strip()  # type: ignore[attr-defined]
+    if first.startswith(b"[{") or first == b"[":
+        _fault(path, "one JSON array, not one row a line", "give it a name that ends in .json")
+    if first == b"{":
+        _fault(path, "JSON that runs over many lines, not one row a line", "write each row in one line: jq -c . FILE > new.jsonl")
     while line := f.readline(MAX_ROW + 1):
         number += 1
+        if line.startswith(b"\xef\xbb\xbf"):  # files with a mark were joined
+            line = line[3:]
+            notes["UTF-8 byte order mark passed over"] += 1
         if len(line) > MAX_ROW:
             while not line.endswith(b"\n") and (line := f.readline(BLOCK)):
                 pass
-            yield number, Refused(Origin(name, number), f"the row is longer than {MAX_ROW >> 20} MB"), 0
+            yield number, Refused(Origin(name, number), _ROW_TOO_LONG), 0
             continue
         if line.isspace():
             continue
@@ -442,7 +540,16 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """json keeps the last of two values under one key and says nothing: a row would lose a text."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice[:40]!r} stands twice in one object")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_object)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},"]', re.DOTALL)
@@ -451,11 +558,31 @@ _STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},"]', re.DOTALL)
 def _from_json(text: str, origin: Origin) -> Row | Refused:
     """One JSON text as a row."""
     text = text.strip()
+    if _many_parts(text, 0):
+        return Refused(origin, _MANY_PARTS, text[:300])
     try:
         value = _DECODER.decode(text)
     except (ValueError, RecursionError):
         return Refused(origin, _why_not_json(text), text[:300])
     return _checked(value, text, origin)
+
+
+def from_json(text: str) -> Any:
+    """JSON that stands in a text of a row, under the rules for rows. ValueError with the reason."""
+    try:
+        value = _DECODER.decode(text.strip())
+    except (ValueError, RecursionError):
+        raise ValueError(_why_not_json(text.strip())) from None
+    if reason := _TOO_DEEP if _depth(value) > MAX_DEPTH else _bad_text(value):
+        raise ValueError(reason)
+    return value
+
+
+_MANY_PARTS = f"more than {MAX_PARTS:,} objects and lists in one row"
+
+
+def _many_parts(text: str, start: int) -> bool:
+    return len(text) - start > MAX_PARTS and text.count("{", start) + text.count("[", start) > MAX_PARTS
 
 
 _TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
@@ -472,7 +599,9 @@ def _why_not_json(text: str) -> str:
             return "zero bytes in the row"
         if e.pos >= len(text) or e.msg.startswith("Unterminated"):
             return "the JSON is cut off in the middle"
-        return f"not valid JSON ({e.msg} at column {e.colno})"
+        if e.msg == "Extra data":
+            return f"behind the end of the row, in column {e.pos + 1}, stands {text[e.pos : e.pos + 20]!r}; a line holds one row"
+        return f"not valid JSON ({e.msg} at column {e.pos + 1})"
     except ValueError as e:  # NaN, an integer of thousands of digits
         return f"not valid JSON ({str(e).split(';')[0]})"
     return "not valid JSON"
@@ -584,7 +713,9 @@ class _Stream:
                     self.at = end
                     raise ValueError(_why_not_json(text), text[:300]) from None
             if len(self.text) - self.at > MAX_ROW:
-                _fault(self.path, f"a row longer than {MAX_ROW >> 20} MB", "split it, or write the file as one row a line (.jsonl)")
+                _too_long(self.path)
+            if _many_parts(self.text, self.at):
+                _fault(self.path, _MANY_PARTS, "split the row, or write the file as one row a line (.jsonl)")
             if not self.more():
                 raise EOFError
 
@@ -606,6 +737,10 @@ class _Stream:
         return None
 
 
+def _too_long(path: Path) -> NoReturn:
+    _fault(path, f"a row longer than {MAX_ROW >> 20} MB", "split it, or write the file as one row a line (.jsonl)")
+
+
 def _json(f: BinaryIO, path: Path, kind: str, notes: Counter[str]) -> Iterator[Item]:
     """An array of rows; an object that holds one array of rows; or an object that is one row."""
     stream = _Stream(f, path)
@@ -615,11 +750,13 @@ def _json(f: BinaryIO, path: Path, kind: str, notes: Counter[str]) -> Iterator[I
     else:
         stream.take("{", "at the beginning")
         own: dict[str, Any] = {}
-        text, listed = "", ""
+        texts, listed, size = [], "", 0
         while stream.peek() != "}":
             key, key_text = _whole(stream, path)
             if not isinstance(key, str):
-                _fault(path, f"not valid JSON: {key_text[:40]} is no key", "mend it, or write one row a line (.jsonl)")
+                _fault(path, f"not valid JSON: {key_text[:40]!r} is no key", "mend it, or write one row a line (.jsonl)")
+            if key in own or key == listed:
+                _fault(path, f"the key {key[:40]!r} stands twice", "keep one of them")
             stream.take(":", f"after {key!r}")
             if stream.peek() == "[" and not (ONE_ROW_KEYS & {key, *own}):
                 if listed:
@@ -628,11 +765,15 @@ def _json(f: BinaryIO, path: Path, kind: str, notes: Counter[str]) -> Iterator[I
                 yield from _elements(stream, path, notes)
             else:
                 own[key], value_text = _whole(stream, path)
-                text += value_text[: MAX_ROW - len(text)]
+                texts.append(value_text)
+                size += len(key_text) + len(value_text)
+                if size > MAX_ROW:
+                    _too_long(path)
             if stream.peek() != "}":
                 stream.take(",", f"after {key!r}")
         stream.at += 1
         if not listed:
+            text = "".join(texts)
             row = _checked(own, text, Origin(str(path), 1))
             yield 1, row if isinstance(row, Refused) else row.value, len(text)
     if stream.peek():
@@ -685,12 +826,31 @@ def _csv(f: BinaryIO, path: Path, suffix: str, files: Files) -> Iterator[Item]:
     if said := re.fullmatch(r"sep=(.)\s*", first):  # what Excel writes for itself
         mark, first, before = said[1], next(text, ""), 1
         files.notes["line sep= passed over"] += 1
-    reader = csv.reader(chain([first], text), delimiter=mark, strict=True)
+    lines = _RecordLines(chain([first], text))
+    reader = csv.reader(lines, delimiter=mark, strict=True)
     try:
         header = next(reader, [])
     except csv.Error as e:
         _fault(path, f"the header cannot be read ({e})", "mend the first line; it names the columns")
-    yield from _table(header, _records(reader, path, before), path, files, mark)
+    yield from _table(header, _records(reader, lines, path, before), path, files, mark)
+
+
+class _RecordLines:
+    """Lines for csv.reader, which would otherwise take a long line in pieces for many records, and hold any number of lines that
+    an open quote makes one record."""
+
+    def __init__(self, lines: Iterator[str]):
+        self.lines, self.size = lines, 0
+
+    def __iter__(self) -> _RecordLines:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self.lines)
+        self.size += len(line)
+        if self.size >= MAX_ROW:
+            raise csv.Error(f"longer than {MAX_ROW >> 20} MB")
+        return line
 
 
 def _mark(header: str) -> str:
@@ -699,10 +859,10 @@ def _mark(header: str) -> str:
     return max(",;\t", key=bare.count)
 
 
-def _records(reader: Any, path: Path, before: int) -> Iterator[tuple[int, list[str] | Refused]]:
+def _records(reader: Any, lines: _RecordLines, path: Path, before: int) -> Iterator[tuple[int, list[str] | Refused]]:
     """The records behind the header, each with the line it begins in."""
     while True:
-        line = reader.line_num + 1 + before
+        line, lines.size = reader.line_num + 1 + before, 0
         try:
             cells = next(reader)
         except StopIteration:
@@ -710,6 +870,8 @@ def _records(reader: Any, path: Path, before: int) -> Iterator[tuple[int, list[s
         except csv.Error as e:
             if "unexpected end of data" in str(e):
                 _fault(path, f"the quotes opened in line {line} are never closed", "close them, or copy the file again")
+            if lines.size >= MAX_ROW:  # where the next record begins cannot be told
+                _fault(path, f"the record that begins in line {line} is {e}", "close its quotes, or take it out")
             yield line, Refused(Origin(str(path), line), f"not a valid record ({e})")
             continue
         yield line, cells
@@ -744,6 +906,8 @@ def _table(
         elif len(cells) != len(keys):
             reason = f"{len(cells)} columns, the header names {len(keys)}"
             yield line, Refused(Origin(name, line), reason, mark.join(cells)[:300]), 0
+        elif cells == header:
+            yield line, Refused(Origin(name, line), "the names of the columns again; files that were joined have them twice"), 0
         elif any("\0" in c for c in cells):
             yield line, Refused(Origin(name, line), "a zero character (NUL) in the text"), 0
         else:
@@ -758,11 +922,14 @@ def _known_keys(keys: list[str]) -> bool:
     return formats.knows(keys)
 
 
+_AROUND = "\ufeff" + "".join(c for c in map(chr, range(0x3001)) if c.isspace())
+
+
 def _columns(header: list[str], path: Path) -> list[str]:
     """A header's names without space and byte order marks around them, and those of COLUMNS in lower case."""
     keys: dict[str, str] = {}
     for name in header:
-        key = re.sub(r"^[\s\ufeff]+|[\s\ufeff]+$", "", name)
+        key = name.strip(_AROUND)
         key = key.lower() if key.lower() in COLUMNS else key
         if key in keys:
             _fault(
@@ -774,19 +941,27 @@ def _columns(header: list[str], path: Path) -> list[str]:
     return list(keys)
 
 
-def _decoded(f: BinaryIO, path: Path) -> Iterator[str]:
-    """Lines of a text file with their ends, none longer than MAX_ROW."""
+def _decoded(f: BinaryIO, path: Path, most: int = MAX_ROW) -> Iterator[str]:
+    """Lines of a text file with their ends, longer ones than `most` in pieces."""
     text: TextIO = io.TextIOWrapper(f, encoding="utf-8", newline="")
     number = 0
-    while True:
-        try:
-            line = text.readline(MAX_ROW)
-        except UnicodeDecodeError as e:
-            _not_utf8(path, f"after line {number}", e.object[max(0, e.start - 200) : e.start + 200])
-        if not line:
-            return
-        number += 1
-        yield line
+    try:
+        while line := text.readline(most):
+            number += 1
+            yield line
+    except UnicodeDecodeError as e:
+        _not_utf8(path, f"after line {number}", e.object[max(0, e.start - 200) : e.start + 200])
+    finally:
+        if not f.closed:
+            text.detach()  # else it closes the file, whose place is still asked for
+
+
+def _numbered(pieces: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Pieces of lines, each with the number of its line."""
+    number = 1
+    for piece in pieces:
+        yield number, piece
+        number += piece.endswith(("\n", "\r"))
 
 
 def _text(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[Item]:
@@ -794,7 +969,7 @@ def _text(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[Item]:
     name, piece, size, start = str(path), [], 0, 1
 
     def made() -> Item:
-        text = "".join(piece).replace("\r\n", "\n").strip("\n")
+        text = "".join(piece).replace("\r\n", "\n").replace("\r", "\n").strip("\n")
         bad = "\0" in text
         return start, Refused(Origin(name, start), "a zero character (NUL) in the text", text[:300]) if bad else text, len(text)
 
@@ -822,34 +997,43 @@ def _dialogue(f: BinaryIO, path: Path, found: dialogues.Look, files: Files, voic
         yield line, Refused(Origin(str(path), line), row) if isinstance(row, str) else row, chars
 
 
-def _parquet(path: Path, columns: Mapping[str, str]) -> Iterator[Chunk]:
-    """Rows of a parquet file, a batch at a time."""
+PARQUET_BATCH = 32  # rows unpacked at once: a few bytes of a dictionary may stand for a long text in every row
+
+
+def _parquet(path: Path, read: list[int]) -> Iterator[Item]:
+    """Rows of a parquet file. `read` is told how many of its bytes they are."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    size = path.stat().st_size
+    size, name = path.stat().st_size, str(path)
     if not size:
         _fault(path, "the file is empty", "remove it, or write its rows again")
     try:
-        source: Any = str(path)
-        if path.suffix.lower() == ".gz":
-            with io.BufferedReader(_Gunzip(path), BLOCK) as f:
-                source = pa.BufferReader(f.read())
-        with parquet.ParquetFile(source) as table:
-            total, done = max(1, table.metadata.num_rows), 0
-            for batch in table.iter_batches(batch_size=CHUNK_ROWS):
-                values = [_plain(v, Origin(str(path), done + i)) for i, v in enumerate(batch.to_pylist(), 1)]
-                lines = list(range(done + 1, done + len(values) + 1))
-                done += len(values)
-                yield Chunk(str(path), False, lines, values, size * done // total, columns)
-        if not done:
-            _fault(path, "the file holds no rows", "remove it, or write its rows again")
+        with tempfile.TemporaryFile() as unpacked:
+            source: Any = name
+            if path.suffix.lower() == ".gz":
+                with io.BufferedReader(_Gunzip(path), BLOCK) as f:
+                    shutil.copyfileobj(f, unpacked)
+                source = unpacked
+            with parquet.ParquetFile(source) as table:
+                twice = [k for k, n in Counter(table.schema_arrow.names).items() if n > 1]
+                if twice:
+                    _fault(path, f"two columns have one name: {twice[0]!r}", "rename one of them, or take it out")
+                total, done = max(1, table.metadata.num_rows), 0
+                for batch in table.iter_batches(batch_size=PARQUET_BATCH):
+                    for i in range(len(batch)) if batch.nbytes > MAX_ROW else (None,):
+                        some = batch if i is None else batch.slice(i, 1)
+                        chars = some.nbytes // max(1, len(some))
+                        for value in [None] if chars > MAX_ROW else some.to_pylist():
+                            done += 1
+                            origin = Origin(name, done)
+                            yield done, _plain(value, origin) if value is not None else Refused(origin, _ROW_TOO_LONG), chars
+                    read[0] = size * done // total
     except (pa.ArrowException, ValueError, OSError, OverflowError) as e:
-        _fault(
-            path,
-            f"not a whole parquet file ({str(e).splitlines()[0][:120] if str(e) else type(e).__name__})",
-            "copy or download it again",
-        )
+        if isinstance(e, MemoryError):
+            raise
+        told = str(e).splitlines()[0][:120] if str(e) else type(e).__name__
+        _fault(path, f"not a whole parquet file ({told})", "copy or download it again")
 
 
 def _plain(value: dict[str, Any], origin: Origin) -> dict[str, Any] | Refused:

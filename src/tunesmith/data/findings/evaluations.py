@@ -1,8 +1,8 @@
 """Contamination: text of public evaluation sets in the rows.
 
-evaluations.bin holds, for each set, hashes of runs of WORDS words of its questions, one in KEEP of them, and none that also stands
-in other text of its kind (bench/findings.py --evaluations makes it; the texts themselves cannot be had from it). A row that has
-HITS of them has a question of that set in it.
+evaluations.bin holds, for each set, hashes of runs of words of its questions, and none that also stands in other text of its kind
+(bench/findings.py --evaluations makes it; the texts themselves cannot be had from it). A run has WORDS words, and one in KEEP is
+held; short questions have runs of fewer words, all of them held. A row that has HITS of them has a question of that set in it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,34 +23,36 @@ HITS = 1
 TABLE_BITS = 20  # of the first look: 1 MB, so it stays in the cache
 
 
+class Known(NamedTuple):
+    """A set: its name, the words of a run, its hashes in order; for the first look, whether any hash begins with these bits."""
+
+    name: str
+    words: int
+    hashes: np.ndarray
+    table: np.ndarray
+
+    @classmethod
+    def of(cls, name: str, words: int, hashes: np.ndarray) -> Known:
+        table = np.zeros(1 << TABLE_BITS, bool)
+        table[(hashes >> np.uint64(64 - TABLE_BITS)).astype(np.int64)] = True
+        return cls(name, words, np.sort(hashes), table)
+
+
 @cache
-def known() -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """Names of the sets; hashes in order and the set of each; for the first look, whether any hash begins with these bits."""
-    if not FILE.is_file():
-        return [], np.zeros(0, np.uint64), np.zeros(0, np.uint8), np.zeros(1 << TABLE_BITS, bool)
-    raw = FILE.read_bytes()
-    head, _, body = raw.partition(b"\n")
+def known() -> list[Known]:
+    head, _, body = FILE.read_bytes().partition(b"\n")
     sets = json.loads(head)
-    hashes = np.frombuffer(body, "<u8")
-    of = np.repeat(np.arange(len(sets), dtype=np.uint8), [s["hashes"] for s in sets])
-    order = np.argsort(hashes, kind="stable")
-    hashes, of = hashes[order], of[order]
-    table = np.zeros(1 << TABLE_BITS, bool)
-    table[(hashes >> np.uint64(64 - TABLE_BITS)).astype(np.int64)] = True
-    return [s["name"] for s in sets], hashes, of, table
+    parts = np.split(np.frombuffer(body, "<u8"), np.cumsum([s["hashes"] for s in sets])[:-1])
+    return [Known.of(s["name"], s["words"], part) for s, part in zip(sets, parts, strict=True)]
 
 
 def contamination(shingles: Shingles) -> dict[int, str]:
     """Rows with text of an evaluation set, and its name."""
-    names, hashes, of, table = known()
-    if not names or not shingles.texts:
-        return {}
-    span_S, begin_N = shingles.hashes(WORDS)
-    maybe = np.flatnonzero(table[(span_S >> np.uint64(64 - TABLE_BITS)).astype(np.int64)])
-    at = np.minimum(np.searchsorted(hashes, span_S[maybe]), len(hashes) - 1)
-    sure = hashes[at] == span_S[maybe]
-    rows = np.searchsorted(begin_N, maybe[sure], side="right") - 1
     found: dict[int, str] = {}
-    for row, of_set in zip(rows.tolist(), of[at[sure]].tolist(), strict=True):
-        found.setdefault(row, names[of_set])
+    for name, words, hashes, table in known() if shingles.texts else ():
+        span_S, begin_N = shingles.hashes(words)
+        maybe = np.flatnonzero(table[(span_S >> np.uint64(64 - TABLE_BITS)).astype(np.int64)])
+        at = np.minimum(np.searchsorted(hashes, span_S[maybe]), len(hashes) - 1)
+        for row in np.searchsorted(begin_N, maybe[hashes[at] == span_S[maybe]], side="right") - 1:
+            found.setdefault(int(row), name)
     return found
