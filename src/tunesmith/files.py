@@ -80,7 +80,8 @@ def room(path: Path, needed: int | None = None) -> Iterator[None]:
         if number == errno.EFBIG:
             what, fix = "a file may not grow that large here", "raise the limit (ulimit -f) or choose a file system without one"
         else:
-            what, fix = "the disk is full", "make room, then run the same command again with --resume"
+            what = "the disk is full"
+            fix = "make room, then give the same command again; a training run that had begun goes on with --resume"
         numbers = (f"{needed:,} bytes are needed, " if needed is not None else "") + f"{free_bytes(path.parent):,} are free"
         raise DoesNotFit(f"{path}: {what}: {numbers}; what was there before is untouched", fix) from e
 

@@ -284,7 +284,7 @@ def test_check_finds_none_of_what_was_mended(tmp_path, monkeypatch):
     assert len(found & fixed) > 17
     out = io.StringIO()
     tunesmith.check(data, console=QUIET).print(Console(file=out, width=400))
-    assert f"mend them: tunesmith prepare {data} --out mended --fix encoding," in out.getvalue()
+    assert f"mend what was found: tunesmith prepare {data} --out mended --fix encoding," in out.getvalue()
     made = prepare(tmp_path, data, fix="all")
     again = tunesmith.check(made.folder / "train.jsonl", console=QUIET)
     assert not {f["name"] for f in again.account.findings} & fixed

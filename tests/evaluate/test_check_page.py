@@ -38,6 +38,7 @@ def test_what_is_there_what_is_wrong_and_what_will_be_trained(tmp_path):
         "question_answer 33",
         "e-mail addresses",
         "replace them by a placeholder such as [email]",
+        "Mend what was found: tunesmith prepare run.yaml --out mended --fix ",
         "no known format has these keys: foo",
         f"{report.trained:,} of their {report.tokens:,} tokens are learned",
         "steps: 12, which is 3 epochs of 32 examples, 8 a step",

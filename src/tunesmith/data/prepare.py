@@ -52,7 +52,7 @@ from tunesmith.types import Conversation, Example
 if TYPE_CHECKING:
     from rich.console import Console
 
-VERSION = 4  # raise it when the same rows would be prepared differently
+VERSION = 5  # raise it when the same rows would be prepared differently
 INLINE_ROWS = 500  # rows prepared here before workers are started: a forked one begins with what these taught the tokenizer
 BYTES_A_WORKER = {"fork": 1 << 20, "spawn": 4 << 20}  # `workers: auto`: files for each, that it is worth its start (0.2 or 1-3 s)
 HELD_OUT_MOST = 500  # rows a held-out share takes at most

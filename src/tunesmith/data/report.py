@@ -94,6 +94,13 @@ class CheckReport:
         """Of all examples, held-out ones too, and of rows refused for their length."""
         return int(self.lengths.sum()) + sum(self.account.overlong)
 
+    @property
+    def mending(self) -> str:
+        """The command that answers the findings; empty where no fix does."""
+        found = self.account.findings or ()
+        fixes = mend.answering(f["name"] for f in found if f["severity"] != findings.NOTE)
+        return f"tunesmith prepare {shlex.quote(self.source)} --out mended --fix {','.join(fixes)}" if fixes else ""
+
     def print(self, console: Console | None = None) -> None:
         """Everything, to a terminal or a file; without colour, trained tokens stand between ▸ and ◂."""
         from rich.console import Console
@@ -107,7 +114,6 @@ class CheckReport:
         for shown in self.shown[: self.in_terminal]:
             _tokens(shown, console)
         _verdict(self, console)
-        _mending(self, console)
 
 
 def check_report(
@@ -413,13 +419,6 @@ def _legend(console: Console) -> str:
     return "green tokens are trained, dim ones are read only" if coloured else f"tokens between {OPEN} and {CLOSE} are trained"
 
 
-def _mending(report: CheckReport, console: Console) -> None:
-    """The command that answers the findings."""
-    found = report.account.findings or ()
-    if fixes := mend.answering(f["name"] for f in found if f["severity"] != findings.NOTE):
-        _line(console, _text(f"mend them: tunesmith prepare {shlex.quote(report.source)} --out mended --fix {','.join(fixes)}"))
-
-
 def _verdict(report: CheckReport, console: Console) -> None:
     if report.in_terminal and report.shown:
         _line(console, _text(f"\n({_legend(console)})\n"))
@@ -430,5 +429,7 @@ def _verdict(report: CheckReport, console: Console) -> None:
         share = f"{report.trained / max(1, report.tokens):.0%}"
         told = f"{report.train:,} examples to train on; {report.trained:,} of their {report.tokens:,} tokens ({share}) are trained"
         _line(console, _text(told, "bold"))
+    if report.mending:  # whole, to be copied: the terminal wraps it
+        console.print(_text(f"mend what was found: {report.mending}"), soft_wrap=True)
     if report.page:
         _line(console, _text(f"all of it on one page: {report.page}"))

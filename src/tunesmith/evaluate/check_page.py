@@ -153,9 +153,10 @@ def _more(count: int, most: int, what: str) -> Markup | None:
 def _wrong(report: CheckReport) -> Markup:
     found = findings_table(report.account.findings or ())
     note = "Nothing was changed. Secrets and personal data are masked here." if found else "Nothing was found in the rows."
+    mending = el("p", "Mend what was found: ", el("code", report.mending)) if report.mending else None
     refused = refusals_table([asdict(s) for s in report.account.sources])
     where = el("p", f"Every refused row: {report.folder / 'refused.jsonl'}", class_="note") if refused else None
-    return el("section", el("h2", "What is wrong"), el("p", note, class_="note"), found, refused, where)
+    return el("section", el("h2", "What is wrong"), el("p", note, class_="note"), found, mending, refused, where)
 
 
 def _trained(report: CheckReport) -> Markup | None:

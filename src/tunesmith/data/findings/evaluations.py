@@ -2,7 +2,7 @@
 
 evaluations.bin holds, for each set, hashes of runs of words of its questions, and none that also stands in other text of its kind
 (bench/findings.py --evaluations makes it; the texts themselves cannot be had from it). A run has WORDS words, and one in KEEP is
-held; short questions have runs of fewer words, all of them held. A row that has HITS of them has a question of that set in it.
+held; short questions have runs of fewer words, all of them held. A row that has one of them has a question of that set in it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from tunesmith.data.clusters import Shingles
 FILE = Path(__file__).with_name("evaluations.bin")
 WORDS = 13  # as GPT-3's authors had it (Brown et al. 2020, appendix C)
 KEEP = 4  # one hash in four: a question of 20 words has two of them, one of 13 words is missed three times in four
-HITS = 1
 TABLE_BITS = 20  # of the first look: 1 MB, so it stays in the cache
 
 

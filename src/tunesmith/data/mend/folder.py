@@ -20,6 +20,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -348,8 +349,6 @@ class _Job:
     # ---- the record --------------------------------------------------------------------------------------------------------
 
     def _record(self, counts: dict[str, np.ndarray]) -> dict[str, Any]:
-        import tunesmith
-
         o, unit = self.options, "tokens" if self.options.model else "characters"
         told = []
         for n, files in enumerate(self.found):
@@ -375,7 +374,7 @@ class _Job:
         names = (chunk.READING, *o.fixes, *(["mix"] if o.mix else []))
         return {
             "made_by": MADE_BY,
-            "tunesmith": tunesmith.__version__,
+            "tunesmith": version("tunesmith"),
             "seed": o.seed,
             "options": {"fix": list(o.fixes), "split": o.size, "split_by": str(o.by) if o.by else "near-equal rows", "mix": o.mix},
             "rows": {"read": sum(s["rows"] for s in told), **total, "changed": self.changed_rows},
