@@ -7,6 +7,7 @@ import lzma
 import math
 import random
 import re
+import shutil
 import sys
 import tracemalloc
 from pathlib import Path
@@ -273,7 +274,11 @@ def test_instruction_rows_are_short_plain_and_never_from_the_test_split(recipe, 
     assert len(reading) == 100 and "test" not in "".join(re.findall(r"Who in (\w+)", json.dumps(reading)))
     cited = [a for a in answers if re.search(r" \[[123]\]$", a)]
     without = [a for a in answers if a in instruct.NO_ANSWER]
-    assert 5 <= len(cited) <= 25 and 2 <= len(without) <= 15 and answers.count("The cat.") == 100 - len(cited) - len(without)
+    assert (
+        5 <= len(cited) <= 25
+        and 2 <= len(without) <= 15
+        and sum(a in ("Cat.", "A cat.", "The cat.") for a in answers) == 100 - len(cited) - len(without)
+    )
     golds = [story["sections"][0]["text"] for story in rows(data / "rag/fairytaleqa/documents.jsonl")[:4]]
     for row, answer in zip(reading, answers, strict=True):
         prompt = row["messages"][0]["content"]
@@ -368,3 +373,29 @@ def test_readme_names_the_files_we_have(shared_data):
     for name, sha256 in listed:
         with (shared_data / name).open("rb") as file:
             assert hashlib.file_digest(file, "sha256").hexdigest() == sha256, name
+
+
+@pytest.mark.parametrize(("answer", "said"), [
+    ("It was delightfully cold.", "delightfully cold"),  # as the sentence has it
+    ("The broken rake", "broken rake"),
+    ("He had a triangular hat", ""),  # nothing is near enough: as it was
+    ("Old rake", "an old broken rake"),
+])  # fmt: skip
+def test_answers_take_the_words_of_their_passage(recipe, answer, said):
+    passage = '"It is so delightfully cold," said the Snow Man. His mouth was made of an old broken rake, and had teeth! He sang.'
+    assert recipe["instruct"].in_its_words(passage, answer) == (said or answer)
+
+
+def test_text_that_stands_in_a_held_out_document_is_not_trained_on(recipe, data, tmp_path):
+    held = recipe["prepare"].held_out_keys(
+        "childrens", {key for key, _ in recipe["prepare"].documents(data / "pretrain/childrens_books.jsonl.xz")}
+    )
+    texts = [text for key, text in recipe["prepare"].documents(data / "pretrain/childrens_books.jsonl.xz") if key in held]
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    with lzma.open(copy / "pretrain/books.jsonl.xz", "at", encoding="utf-8") as out:
+        out.write(json.dumps({"path": "the same again", "text": texts[0]}) + "\n")
+    recipe["prepare"].write(copy, tmp_path / "out", 10**9)
+    runs = set(recipe["prepare"].runs_of(texts[0]))
+    rows = [json.loads(line)["text"] for path in (tmp_path / "out/train").glob("*.jsonl") for line in path.open(encoding="utf-8")]
+    assert runs and not any(recipe["prepare"].shares_run(row, runs) for row in rows)
