@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -130,6 +131,36 @@ def test_text_of_an_evaluation_set_is_known(monkeypatch):
     monkeypatch.setattr(evaluations, "known", lambda: (names, hashes, of[:1].repeat(len(hashes)) * 0, table))
     told = found([chat("Seven."), chat("Five.", "Please solve: " + asked + " - how many?", 2)])
     assert told["contamination"].count == 1 and told["contamination"].examples[0][1].startswith("baking: ")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.text("".join({*"".join(rows.BOILERPLATE_GATES + rows.SPECIAL_GATES), *"aA5é’ｘ\n"}), max_size=30), max_size=4),
+    st.data(),
+)
+def test_the_table_of_threes_hides_no_gate(texts, data):
+    every = rows.BOILERPLATE_GATES + rows.SPECIAL_GATES + rows.ROLE_GATES + rows.t.KEY_GATES
+    texts += data.draw(st.lists(st.sampled_from(every), max_size=3))
+    joined = rows.Joined(texts, range(len(texts)))
+    as_bytes = {gate: gate.encode("latin-1", "replace") for gate in every}
+    assert joined.occurring(every) == [g for g in as_bytes.values() if g in joined.squeezed]
+    assert joined.occurring(every, lower=True) == [g for g in as_bytes.values() if g in joined.squeezed_lower]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("0123456789 ./()-=+,ABDEx", min_size=15, max_size=120))
+def test_no_number_is_passed_over(text):
+    stretches: list[list[int]] = []  # as `numbers` says it, without arrays
+    for low in range(len(text) - 14):
+        if sum(c.isdigit() for c in text[low : low + 15]) >= 10:
+            if stretches and low - stretches[-1][1] <= 15:
+                stretches[-1][1] = low
+            else:
+                stretches.append([low, low])
+    plain = [(max(0, a - 12), min(len(text), b + 39)) for a, b in stretches]
+    number = re.compile(r"\d(?:[ ./()-]{0,2}\d){7}|[A-Z]{2}\d{2}")
+    told = list(rows.Joined([text], [0]).numbers())
+    assert {place for place in plain if number.search(text, *place)} <= set(told) <= set(plain)
 
 
 def test_the_result_does_not_depend_on_where_chunks_end():

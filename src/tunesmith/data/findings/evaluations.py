@@ -45,7 +45,8 @@ def contamination(shingles: Shingles) -> dict[int, str]:
     if not names or not shingles.texts:
         return {}
     span_S, begin_N = shingles.hashes(WORDS)
-    maybe = np.flatnonzero(table[(span_S >> np.uint64(64 - TABLE_BITS)).astype(np.int64)])
+    kept = np.flatnonzero(span_S & np.uint64(KEEP - 1) == 0)  # no others are known
+    maybe = kept[table[(span_S[kept] >> np.uint64(64 - TABLE_BITS)).astype(np.int64)]]
     at = np.minimum(np.searchsorted(hashes, span_S[maybe]), len(hashes) - 1)
     sure = hashes[at] == span_S[maybe]
     rows = np.searchsorted(begin_N, maybe[sure], side="right") - 1
