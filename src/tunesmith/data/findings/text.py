@@ -30,7 +30,7 @@ class Joined:
     """Texts end to end, a line break between. `find` tells the first place in each row. `among`: texts that these are a part of."""
 
     def __init__(self, parts: Sequence[str], rows: Sequence[int], among: Joined | None = None):
-        self.parts, self.rows, self._among = parts, rows, among or self
+        self.parts, self.rows, self._among = parts, rows, among  # not itself: no collector runs that would free a circle
         self.text = "\n".join(parts)
 
     @cached_property
@@ -69,7 +69,7 @@ class Joined:
 
     def occurring(self, gates: Sequence[str], lower: bool = False) -> list[bytes]:
         """Those of `gates` (without digits) that occur, as they stand in `squeezed` or, with `lower`, in `squeezed_lower`."""
-        data, threes = self.squeezed_lower if lower else self.squeezed, self._among.threes
+        data, threes = self.squeezed_lower if lower else self.squeezed, (self._among or self).threes
         known = []
         for gate, needed in map(_gate, gates):
             if all(threes[i] for i in needed) and all(b in data for b in gate[:2]) and gate in data:
