@@ -3,9 +3,9 @@
     files -> chunks of rows -> (here or in worker processes: parse, format, render, hash) -> one store, in the order of the files
 
 Memory is flat: what there is of each row goes to disk as it comes, and what stays is some ten bytes a row. The result is the same
-whatever the number of workers. The cache is found by content: the sha256 of every file, the renderer's fingerprint, the settings
-that matter and this code's VERSION. A cache that is damaged or half written is made again, never trusted; beyond CACHE_BYTES what
-was used longest ago is removed.
+whatever the number of workers. The cache is found by content: the sha256 of every file, the renderer's fingerprint (template and
+tokenizer), the settings that matter and the code itself. A cache that is damaged or half written is made again, never trusted;
+beyond CACHE_BYTES what was used longest ago is removed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from multiprocessing import connection, util
 from pathlib import Path
 from secrets import token_hex
@@ -60,6 +61,8 @@ MAX_WORKERS = 16
 CACHE_BYTES = 20 << 30  # beyond it, what was used longest ago is removed
 CACHE_GRACE = 3_600  # seconds for which an entry that was used stays in any case: another process may be about to open it
 REASONS_KEPT, EXAMPLES_KEPT = 200, 3
+ENTRY = re.compile("[0-9a-f]{32}(-findings)?")
+LEFTOVER = re.compile(rf"\..*|{ENTRY.pattern}-[0-9a-f]{{8}}")  # of a process that died
 
 
 class Renders(Protocol):
@@ -265,9 +268,12 @@ def prepare(
     found = _find_all(data)
     key = _fingerprint(data, renderer.fingerprint, seed, found)
     root = cache_folder(cache_dir)
-    folder = root / f"{key[:32]}-findings"
+    name = sha256(key + _code())[
+        :32
+    ]  # apart from the fingerprint, so that a run goes on under a later version that prepares the same
+    folder = root / f"{name}-findings"
     if not look and not folder.is_dir():
-        folder = root / key[:32]
+        folder = root / name
     with suppress(FileNotFoundError, PermissionError):
         os.utime(folder)  # used now: `_prune` of another process leaves it alone while it is verified
     if built := not (folder.is_dir() and not verify(folder)):
@@ -313,6 +319,14 @@ def _fingerprint(data: Data, renderer: str, seed: int, found: list[Files]) -> st
     files = [[f.label, [[str(p), sha256_file(p)] for p in f.paths], f.skipped, dict(f.columns)] for f in found]
     drawn = seed if not isinstance(data.held_out, str) and data.held_out else 0
     return sha256(json.dumps([VERSION, renderer, drawn, _settings(data), files], sort_keys=True))
+
+
+@cache
+def _code() -> str:
+    """sha256 of all that reads, renders and looks at rows: what other code prepared is not found, even if nobody raised VERSION."""
+    here = Path(__file__).parent
+    files = sorted(f for f in (*here.rglob("*"), here.with_name("tokenizer.py")) if f.suffix in (".py", ".bin"))
+    return sha256("".join(map(sha256_file, files)))
 
 
 def _load(folder: Path, data: Data, fingerprint: str = "") -> Prepared:
@@ -369,7 +383,7 @@ def _prune(root: Path, console: Console | None) -> None:
     """
     entries = []
     for path in root.iterdir():
-        if re.fullmatch("[0-9a-f]{32}", path.name):
+        if ENTRY.fullmatch(path.name):
             with suppress(FileNotFoundError):  # another process was quicker
                 entries.append((path.stat().st_mtime, sum(p.stat().st_size for p in path.rglob("*")), path))
     excess, removed = sum(size for _, size, _ in entries) - CACHE_BYTES, []
@@ -649,7 +663,7 @@ def _build(
 def _clear_leftovers(root: Path) -> None:
     """Remove what a process that died left here, once it is a day old."""
     for path in root.iterdir():
-        if path.is_dir() and (path.name.startswith(".") or "-" in path.name) and time.time() - path.stat().st_mtime > 86_400:
+        if path.is_dir() and LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > 86_400:
             shutil.rmtree(path, ignore_errors=True)
 
 
