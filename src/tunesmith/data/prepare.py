@@ -260,7 +260,7 @@ def prepare(
     renderer: one that `make_renderer` made already, so that it is not made again here.
     progress: where a bar is shown if it is a terminal, and a line told when old entries of the cache are removed.
     model: the checkpoint's folder, under which `cached_lengths` finds the result.
-    look: look for faults in the rows (data/findings), for half as much time again; what was looked at once serves a run too.
+    look: look for faults in the rows (data/findings), for a fifth more time; what was looked at once serves a run too.
     strict: raise when too many rows are refused or nothing is trained (`Prepared.require`); `check` says False.
     Raises DataError with all faults of all files at once.
     """
