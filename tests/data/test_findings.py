@@ -1,8 +1,10 @@
 """Findings: each kind is found where it was planted and not beside; nothing secret is printed whole; no text makes it fail."""
 
+import gc
 import io
 import json
 import random
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -132,6 +134,47 @@ def test_the_sets_that_the_verbs_score_are_known():
     assert {(k.name, k.words) for k in evaluations.known()} == {("gsm8k", 13), ("fairytaleqa", 7)}
     assert all((k.hashes[1:] > k.hashes[:-1]).all() for k in evaluations.known())
     assert evaluations.FILE.stat().st_size < 150_000
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.text("".join({*"".join(rows.BOILERPLATE_GATES + rows.SPECIAL_GATES), *"aA5é’ｘ\n"}), max_size=30), max_size=4),
+    st.data(),
+)
+def test_the_table_of_threes_hides_no_gate(texts, data):
+    every = rows.BOILERPLATE_GATES + rows.SPECIAL_GATES + rows.ROLE_GATES + rows.t.KEY_GATES
+    texts += data.draw(st.lists(st.sampled_from(every), max_size=3))
+    joined = rows.Joined(texts, range(len(texts)))
+    as_bytes = {gate: gate.encode("latin-1", "replace") for gate in every}
+    assert joined.occurring(every) == [g for g in as_bytes.values() if g in joined.squeezed]
+    assert joined.occurring(every, lower=True) == [g for g in as_bytes.values() if g in joined.squeezed_lower]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("0123456789 ./()-=+,ABDEx", min_size=15, max_size=120))
+def test_no_number_is_passed_over(text):
+    stretches: list[list[int]] = []  # as `numbers` says it, without arrays
+    for low in range(len(text) - 14):
+        if sum(c.isdigit() for c in text[low : low + 15]) >= 10:
+            if stretches and low - stretches[-1][1] <= 15:
+                stretches[-1][1] = low
+            else:
+                stretches.append([low, low])
+    plain = [(max(0, a - 12), min(len(text), b + 39)) for a, b in stretches]
+    number = re.compile(r"\d(?:[ ./()-]{0,2}\d){7}|[A-Z]{2}\d{2}")
+    told = list(rows.Joined([text], [0]).numbers())
+    assert {place for place in plain if number.search(text, *place)} <= set(told) <= set(plain)
+
+
+def test_a_scan_leaves_nothing_for_the_collector():
+    """It does not run while rows are prepared: a circle around a chunk's texts would stay, 300 bytes a row."""
+    gc.collect()
+    gc.disable()
+    try:
+        found([chat(BROKEN[name], line=i) for i, name in enumerate(BROKEN)])
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_the_result_does_not_depend_on_where_chunks_end():

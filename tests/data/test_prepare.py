@@ -372,6 +372,16 @@ def test_the_cache_is_found_by_content(tmp_path, stub, monkeypatch):
     assert count(held_out=0, seed=5) == 0  # nothing is drawn
     monkeypatch.setattr(prepare_module, "VERSION", 10**6)
     assert count() == 1
+    monkeypatch.setattr(prepare_module, "_code", lambda: "other code")
+    assert count() == 1
+
+
+def test_the_code_in_the_key_is_every_file_that_prepares():
+    before = prepare_module._code()
+    prepare_module._code.cache_clear()
+    assert prepare_module._code() == before
+    names = {f.name for f in Path(prepare_module.__file__).parent.rglob("*.py")}
+    assert {"prepare.py", "render.py", "clusters.py", "rows.py", "whole.py"} <= names
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "missing", "manifest", "empty"])
@@ -404,6 +414,55 @@ def test_a_crash_leaves_nothing_that_is_trusted(tmp_path, stub, monkeypatch):
         run(tmp_path, stub, path)
     monkeypatch.undo()
     assert not [f for f in (tmp_path / "cache" / "prepared").iterdir() if f.is_dir() and not f.name.startswith(".")]
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from stub_for_prepare import Stub
+from tunesmith.config.schema import Data
+from tunesmith.data import prepare as p
+
+calls, where = [], sys.argv[3]
+def stop(*a, real=getattr(p.os if where == "rename" else p, where)):
+    calls.append(a)
+    if len(calls) < (3 if where == "_process" else 1):
+        return real(*a)
+    print("here", flush=True)
+    time.sleep(60)
+
+setattr(p.os if where == "rename" else p, where, stop)
+p.sources.CHUNK_ROWS = 10
+p.prepare(Data(train=sys.argv[1], workers=1), Stub, seed=0, cache_dir=Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("where", ["_process", "_choose", "_write_conversations", "rename"])
+def test_what_a_killed_process_left_is_not_believed(tmp_path, stub, where):
+    """SIGKILL, so that nothing is tidied up: while rows are read, before and after the split, and before the move to the last name
+    (the first `rename` is the one inside folder_atomic)."""
+    import subprocess
+    import sys
+
+    path = write(tmp_path / "a.jsonl", rows(60))
+    paths = os.pathsep.join([str(tmp_path / "lib"), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, path, str(tmp_path / "killed"), where],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    assert process.stdout.readline() == b"here\n"
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    root = tmp_path / "killed" / "prepared"
+    assert any(root.iterdir()) and not any(prepare_module.ENTRY.fullmatch(f.name) for f in root.iterdir())
+    assert content(run(tmp_path, stub, path, cache="killed")) == content(run(tmp_path, stub, path))
+    for left in root.iterdir():
+        os.utime(left, (1, 1))
+    run(tmp_path, stub, write(tmp_path / "b.jsonl", rows(30, 1)), cache="killed")
+    assert all(f.suffix == ".json" or prepare_module.ENTRY.fullmatch(f.name) for f in root.iterdir()), "what is left goes in a day"
+    assert len([f for f in root.iterdir() if f.is_dir()]) == 2, "and no entry with it"
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ class Shingles:
         encoded = [t.encode() + b" " for t in texts]
         data_B = np.frombuffer(b"".join(encoded), np.uint8)
         lengths_N = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        self._ends_N = ends_N = np.cumsum(lengths_N)
+        ends_N = np.cumsum(lengths_N)
         starts_N = ends_N - lengths_N
 
         space = data_B == 32
@@ -75,28 +75,27 @@ class Shingles:
             first_of_char = (data_B & 0xC0) != 0x80
             unit_B = np.where(np.repeat(spaceless_N, lengths_N), first_of_char & ~space, unit_B)
         unit_B[starts_N] = True
-        self._at_U = np.flatnonzero(unit_B)
+        at_U = np.flatnonzero(unit_B)
         self._count_N = _counts(unit_B, ends_N)
 
         # polynomial hash of every span from prefix sums, modulo 2^64: sum(byte * base^i) / base^start
         with np.errstate(over="ignore"):
-            power_B, self._back_B = _powers(len(data_B))
-            self._prefix = np.zeros(len(data_B) + 1, np.uint64)
-            np.cumsum((data_B + np.uint64(1)) * power_B, out=self._prefix[1:])
+            power_B, back_B = _powers(len(data_B))
+            prefix = np.zeros(len(data_B) + 1, np.uint64)
+            np.cumsum((data_B + np.uint64(1)) * power_B, out=prefix[1:])
+        self._prefix_U, self._back_U, self._prefix_N = prefix[at_U], back_B[at_U], prefix[ends_N]
 
     def hashes(self, words: int) -> tuple[np.ndarray, np.ndarray]:
         """uint64 [S], and where those of each text begin, int64 [N]. A text of fewer than `words` units gives one, of all of it."""
         # a shingle runs from its unit to the beginning of the words-th unit behind it, or to the end of a shorter row
-        at_U = self._at_U
         first_N = np.cumsum(self._count_N) - self._count_N
         shingles_N = np.maximum(self._count_N - words, 0) + 1  # none shorter than that many units, but one for a short row
         begin_N = np.cumsum(shingles_N) - shingles_N
         unit_S = np.arange(shingles_N.sum()) + np.repeat(first_N - begin_N, shingles_N)
-        start_S = at_U[unit_S]
-        end_S = np.append(at_U, 0)[np.minimum(unit_S + words, len(at_U))]
-        end_S[begin_N + shingles_N - 1] = self._ends_N
+        end_S = self._prefix_U[np.minimum(unit_S + words, len(self._prefix_U) - 1)]
+        end_S[begin_N + shingles_N - 1] = self._prefix_N
         with np.errstate(over="ignore"):
-            span_S = (self._prefix[end_S] - self._prefix[start_S]) * self._back_B[start_S]
+            span_S = (end_S - self._prefix_U[unit_S]) * self._back_U[unit_S]
             span_S ^= span_S >> np.uint64(31)
             span_S *= np.uint64(0xBF58476D1CE4E5B9)
         return span_S, begin_N

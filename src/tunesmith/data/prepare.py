@@ -3,9 +3,9 @@
     files -> chunks of rows -> (here or in worker processes: parse, format, render, hash) -> one store, in the order of the files
 
 Memory is flat: what there is of each row goes to disk as it comes, and what stays is some ten bytes a row. The result is the same
-whatever the number of workers. The cache is found by content: the sha256 of every file, the renderer's fingerprint, the settings
-that matter and this code's VERSION. A cache that is damaged or half written is made again, never trusted; beyond CACHE_BYTES what
-was used longest ago is removed.
+whatever the number of workers. The cache is found by content: the sha256 of every file, the renderer's fingerprint (template and
+tokenizer), the settings that matter and the code itself. A cache that is damaged or half written is made again, never trusted;
+beyond CACHE_BYTES what was used longest ago is removed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from multiprocessing import connection, util
 from pathlib import Path
 from secrets import token_hex
@@ -59,7 +60,8 @@ HELD_OUT_MOST = 500  # rows a held-out share takes at most
 MAX_WORKERS = 16
 CACHE_BYTES = 20 << 30  # beyond it, what was used longest ago is removed
 CACHE_GRACE = 3_600  # seconds for which an entry that was used stays in any case: another process may be about to open it
-ENTRY = re.compile("[0-9a-f]{32}(-findings)?")  # a whole entry's name; any other one with a "-" is being made, or was left behind
+ENTRY = re.compile("[0-9a-f]{32}(-findings)?")  # a whole entry's name
+LEFTOVER = re.compile(rf"\..*|{ENTRY.pattern}-[0-9a-f]{{8}}")  # one that is being made, or was left by a process that died
 REASONS_KEPT, EXAMPLES_KEPT = 200, 3
 
 
@@ -258,7 +260,7 @@ def prepare(
     renderer: one that `make_renderer` made already, so that it is not made again here.
     progress: where a bar is shown if it is a terminal, and a line told when old entries of the cache are removed.
     model: the checkpoint's folder, under which `cached_lengths` finds the result.
-    look: look for faults in the rows (data/findings), for half as much time again; what was looked at once serves a run too.
+    look: look for faults in the rows (data/findings), for a fifth more time; what was looked at once serves a run too.
     strict: raise when too many rows are refused or nothing is trained (`Prepared.require`); `check` says False.
     Raises DataError with all faults of all files at once.
     """
@@ -266,9 +268,10 @@ def prepare(
     found = find_all(data)
     key = _fingerprint(data, renderer.fingerprint, seed, found)
     root = cache_folder(cache_dir)
-    folder = root / f"{key[:32]}-findings"
+    name = sha256(key + _code())[:32]  # the fingerprint is without the code: a run goes on under one that prepares the same
+    folder = root / f"{name}-findings"
     if not look and not folder.is_dir():
-        folder = root / key[:32]
+        folder = root / name
     with suppress(FileNotFoundError, PermissionError):
         os.utime(folder)  # used now: `_prune` of another process leaves it alone while it is verified
     if built := not (folder.is_dir() and not verify(folder)):
@@ -314,6 +317,14 @@ def _fingerprint(data: Data, renderer: str, seed: int, found: list[Files]) -> st
     files = [[f.label, [[str(p), sha256_file(p)] for p in f.paths], f.skipped, dict(f.columns)] for f in found]
     drawn = seed if not isinstance(data.held_out, str) and data.held_out else 0
     return sha256(json.dumps([VERSION, renderer, drawn, _settings(data), files], sort_keys=True))
+
+
+@cache
+def _code() -> str:
+    """sha256 of all that reads, renders and looks at rows: what other code prepared is not found, even if nobody raised VERSION."""
+    here = Path(__file__).parent
+    files = sorted(f for f in (*here.rglob("*"), here.with_name("tokenizer.py")) if f.suffix in (".py", ".bin"))
+    return sha256("".join(map(sha256_file, files)))
 
 
 def _load(folder: Path, data: Data, fingerprint: str = "") -> Prepared:
@@ -652,8 +663,7 @@ def _build(
 def _clear_leftovers(root: Path) -> None:
     """Remove what a process that died left here, once it is a day old."""
     for path in root.iterdir():
-        made = path.name.startswith(".") or ("-" in path.name and not ENTRY.fullmatch(path.name))
-        if made and path.is_dir() and time.time() - path.stat().st_mtime > 86_400:
+        if path.is_dir() and LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > 86_400:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -23,18 +23,20 @@ TABLE_BITS = 20  # of the first look: 1 MB, so it stays in the cache
 
 
 class Known(NamedTuple):
-    """A set: its name, the words of a run, its hashes in order; for the first look, whether any hash begins with these bits."""
+    """A set: its name, the words of a run, its hashes in order; for the first look, whether only one hash in KEEP is held, and
+    whether any begins with these bits."""
 
     name: str
     words: int
     hashes: np.ndarray
+    thinned: bool
     table: np.ndarray
 
     @classmethod
     def of(cls, name: str, words: int, hashes: np.ndarray) -> Known:
         table = np.zeros(1 << TABLE_BITS, bool)
         table[(hashes >> np.uint64(64 - TABLE_BITS)).astype(np.int64)] = True
-        return cls(name, words, np.sort(hashes), table)
+        return cls(name, words, np.sort(hashes), not (hashes & np.uint64(KEEP - 1)).any(), table)
 
 
 @cache
@@ -48,9 +50,10 @@ def known() -> list[Known]:
 def contamination(shingles: Shingles) -> dict[int, str]:
     """Rows with text of an evaluation set, and its name."""
     found: dict[int, str] = {}
-    for name, words, hashes, table in known() if shingles.texts else ():
+    for name, words, hashes, thinned, table in known() if shingles.texts else ():
         span_S, begin_N = shingles.hashes(words)
-        maybe = np.flatnonzero(table[(span_S >> np.uint64(64 - TABLE_BITS)).astype(np.int64)])
+        held = np.flatnonzero(span_S & np.uint64(KEEP - 1) == 0) if thinned else np.arange(len(span_S))
+        maybe = held[table[(span_S[held] >> np.uint64(64 - TABLE_BITS)).astype(np.int64)]]
         at = np.minimum(np.searchsorted(hashes, span_S[maybe]), len(hashes) - 1)
         for row in np.searchsorted(begin_N, maybe[hashes[at] == span_S[maybe]], side="right") - 1:
             found.setdefault(int(row), name)

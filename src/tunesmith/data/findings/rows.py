@@ -15,30 +15,16 @@ COPY = 40  # characters of a prompt that an answer repeats by more than chance
 OPEN_ENDED = 80  # an answer shorter than this may end as it likes
 
 REFUSAL = re.compile(
-    r"^(?:i(?:'|’)?m (?:very |so |really )?sorry,? (?:but )?(?:i|as)\b.{0,40}?"
+    r"(?:i(?:'|’)?m (?:very |so |really )?sorry,? (?:but )?(?:i|as)\b.{0,40}?"
     r"(?:can(?:no|')?t|unable|not able|won't|do not|don't)"
     r"|(?:i(?:'|’)?m|i am) (?:sorry,? (?:but )?)?(?:not able|unable) to "
     r"(?:assist|help|provide|fulfill|answer|comply|generate|create)"
     r"|i (?:can(?:no|'|’)t|can not|won(?:'|’)t|will not) "
     r"(?:assist|help|provide|fulfill|comply|answer|generate|create|do that|share)"
     r"|i apologi[sz]e,? but i|i must (?:respectfully |politely )?decline"
-    r"|(?:sorry|unfortunately),? (?:but )?i (?:can(?:no|'|’)t|can not|am unable|am not able))",
-    re.MULTILINE,
+    r"|(?:sorry|unfortunately),? (?:but )?i (?:can(?:no|'|’)t|can not|am unable|am not able))"
 )
-REFUSAL_GATES = (
-    "sorry",
-    "unable to",
-    "not able to",
-    "can't",
-    "can’t",
-    "cannot",
-    "can not",
-    "i won't",
-    "i won’t",
-    "i will not",
-    "apolog",
-    "decline",
-)
+REFUSAL_BEGINS = ("i'", "i’", "im ", "i am ", "i can", "i won", "i will not ", "i apolog", "i must ", "sorry", "unfortunately")
 BOILERPLATE = re.compile(
     r"\bas an? (?:large |artificial )?(?:ai|a\.i\.|language|artificial intelligence)(?: language)? ?(?:model|assistant|chatbot)?\b"
     r"(?=,| i\b| developed| trained)"
@@ -50,7 +36,7 @@ BOILERPLATE = re.compile(
     r"|\bals (?:ein )?ki-(?:sprach)?modell\b|\ben tant qu(?:e |'|’)(?:modèle de langage|ia)\b|\bcomo modelo de lenguaje\b"
 )
 BOILERPLATE_GATES = (
-    "as an ai", "as a large", "as a language", "as an artificial", "an ai ", "language model", "knowledge cutoff",
+    "an ai", "as a large", "as a language", "as an artificial", "language model", "knowledge cutoff",
     "knowledge update", "training data", "openai", "finds you well", "regenerate response", "personal ", "als ki", "als ein ki",
     "en tant qu", "como modelo",
 )  # fmt: skip
@@ -58,21 +44,26 @@ SPECIAL = re.compile(
     r"<\|[A-Za-z0-9_ ]{2,40}\|>|<｜[^｜\n]{2,40}｜>|\[/?INST\]|<</?SYS>>|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_turn>"
     r"|\[(?:PAD|UNK|CLS|MASK|BOS|EOS|SEP)\]"
 )
-SPECIAL_GATES = ("<|", "<｜", "SYS>>", "<s>", "</s>", "os>", "<pad>", "<unk>", "_of_turn>")
-BRACKET_GATES = ("INST]", "PAD]", "UNK]", "CLS]", "MASK]", "OS]", "SEP]")
+SPECIAL_GATES = (
+    "|>", "｜>", "SYS>>", "<s>", "</s>", "os>", "<pad>", "<unk>", "_of_turn>", "INST]", "PAD]", "UNK]", "CLS]", "MASK]", "OS]",
+    "SEP]",
+)  # fmt: skip
 CONFLICT = re.compile(r"^(?:<{7}(?: |$)|>{7}(?: |$)|\|{7}(?: |$))", re.MULTILINE)
 ROLE_LINE = re.compile(
     r"^(?:#{2,4} ?(?:Instruction|Input|Response|User|Human|Assistant|System|Prompt)\b:?"
     r"|\**(?:Human|User|Assistant|System|USER|ASSISTANT|HUMAN)\**:)",
     re.MULTILINE,
 )
-ROLE_GATES = ("## ", "Human", "User", "Assistant", "System", "USER:", "ASSISTANT:", "HUMAN:", "##Ins", "##Res")
+ROLE_GATES = (
+    *(f"#{gap}{name}" for gap in ("", " ") for name in ("Ins", "Inp", "Res", "Pro")),
+    "Human", "User", "Assistant", "System", "USER:", "ASSISTANT:", "HUMAN:",
+)  # fmt: skip
 # UTF-8 read as Latin-1 or Windows-1252, or what was left where a decoder gave up
 MOJIBAKE = re.compile(
     r"\ufffd|[ÃÂ][\x80-\xbf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u2022\u2026\u2030\u20ac\u2122]"
     r"|â(?:€|[\x80-\x9f\u201a][\x80-\xbf])|ð(?:Ÿ|\x9f)|ï»¿|[ÐÑ][\x80-\xbf][ÐÑ]"
 )
-MOJIBAKE_GATES = ("\ufffd", "Ã", "Â", "â", "ð", "ï»¿", "Ð", "Ñ")
+MOJIBAKE_SIGNS, MARK = frozenset("\ufffdÃÂâðÐÑ"), frozenset("ï»¿")
 CONTROL = re.compile("\x1b\\[[0-9;]*m|[\x00-\x08\x0b\x0e-\x1f\x7f\x80-\x84\x86-\x9f]")
 CONTROL_BYTES = bytes(b for b in (*range(32), *range(127, 160)) if b not in (9, 10, 12, 13, 0x85))
 # ZWNJ and ZWJ belong to Persian, Indic scripts and emoji: they are a fault between Latin letters only. A zero-width space parts
@@ -82,8 +73,8 @@ INVISIBLE = re.compile(
     "|[\u2060\u00ad\u202a-\u202e\u2066-\u2069]|(?<=[A-Za-z])[\u200c\u200d](?=[A-Za-z])|(?<!^)\ufeff"
     "|(?<![\U0001f3f4\U000e0001-\U000e007f])[\U000e0001-\U000e007f]"
 )
-_UNSEEN = (0x200B, 0x200C, 0x200D, 0x2060, 0xAD, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xE0001, 0xE0080))
-INVISIBLE_GATES = tuple(map(chr, _UNSEEN))
+_CODES = (0x200B, 0x200C, 0x200D, 0x2060, 0xAD, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xE0001, 0xE0080))
+UNSEEN = frozenset(map(chr, _CODES))
 BIDI = frozenset("\u202a\u202b\u202c\u2066\u2067\u2068\u2069")
 RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]")
 OPEN_SIGNS = frozenset(",([{–—:-")
@@ -163,7 +154,7 @@ def prompt_in_answer(rows: Rows) -> Hits:
             at = answer.find(key)
             if at >= 0 and len(answer) > len(prompt) * 0.5:
                 found[row] = (part_of[row], at, at + len(key))
-    if any(g.encode() in answers.squeezed for g in ROLE_GATES):
+    if answers.occurring(ROLE_GATES):
         for m in ROLE_LINE.finditer(answers.text):
             row, part, start, end = answers.at(*m.span())
             found.setdefault(row, (part, start, end))
@@ -171,13 +162,15 @@ def prompt_in_answer(rows: Rows) -> Hits:
 
 
 def refusal(rows: Rows) -> Hits:
-    return _of_heads(rows, rows.heads.find(REFUSAL, REFUSAL_GATES, lower=True))
-
-
-def _of_heads(rows: Rows, hits: Hits) -> Hits:
-    """Places in `heads` are places in the answers but for the blanks before."""
-    shift = {part: len(rows.answers.parts[part]) - len(rows.answers.parts[part].lstrip()) for part, _, _ in hits.values()}
-    return {row: (part, start + shift[part], end + shift[part]) for row, (part, start, end) in hits.items()}
+    """At the beginning of an answer, in one line."""
+    found: Hits = {}
+    answers = rows.answers
+    for part, answer in enumerate(answers.parts):
+        head = t.lowered(answer[:160].lstrip())
+        if head.startswith(REFUSAL_BEGINS) and (m := REFUSAL.match(head.replace("\n", " "))):
+            skipped = len(answer) - len(answer.lstrip())
+            found.setdefault(answers.rows[part], (part, skipped, skipped + m.end()))
+    return found
 
 
 def boilerplate(rows: Rows) -> Hits:
@@ -185,9 +178,7 @@ def boilerplate(rows: Rows) -> Hits:
 
 
 def special_tokens(rows: Rows) -> Hits:
-    data = rows.all.squeezed
-    gates = (SPECIAL_GATES if b"<" in data else ()) + (BRACKET_GATES if b"]" in data else ())
-    return rows.all.find(SPECIAL, gates, 48) if gates else {}
+    return rows.all.find(SPECIAL, SPECIAL_GATES, 48)
 
 
 def conflict_markers(rows: Rows) -> Hits:
@@ -195,8 +186,7 @@ def conflict_markers(rows: Rows) -> Hits:
 
 
 def mojibake(rows: Rows) -> Hits:
-    text = rows.all.text
-    return rows.all.find(MOJIBAKE) if not text.isascii() and any(g in text for g in MOJIBAKE_GATES) else {}
+    return rows.all.find(MOJIBAKE) if rows.all.foreign & MOJIBAKE_SIGNS or rows.all.foreign >= MARK else {}
 
 
 def control_characters(rows: Rows) -> Hits:
@@ -207,10 +197,16 @@ def control_characters(rows: Rows) -> Hits:
 
 
 def invisible(rows: Rows) -> Hits:
+    found: Hits = {}
     text = rows.all.text
-    if text.isascii() or not any(g in text for g in INVISIBLE_GATES):
-        return {}
-    return rows.all.find(INVISIBLE, good=lambda m: not is_bidi(m))
+    for sign in sorted(rows.all.foreign & UNSEEN):
+        at = text.find(sign)
+        while at >= 0:
+            if (m := INVISIBLE.match(text, at, at + 2)) and not is_bidi(m):
+                row, *place = rows.all.at(at, at + 1)
+                found[row] = min(found.get(row, tuple(place)), tuple(place))
+            at = text.find(sign, at + 1)
+    return found
 
 
 def is_bidi(m: re.Match[str]) -> bool:
@@ -291,7 +287,7 @@ def ip_address(rows: Rows) -> Hits:
 
 
 def ip_spans(joined: Joined) -> Iterator[tuple[int, int]]:
-    if any(d in joined.squeezed for d in t.DOTTED):
+    if t.DOTTED.search(joined.squeezed):
         yield from (m.span() for m in t.IPV4.finditer(joined.text) if t.is_ip(m[0]) and not _version(m))
     yield from _ipv6(joined.text)
 
@@ -317,21 +313,20 @@ def api_key(rows: Rows) -> Hits:
     return rows.all.first(sorted(key_spans(rows.all)))
 
 
-NAME_GATES = (b"password", b"passwd", b"secret", b"api_key", b"apikey", b"api-key", b"access_key", b"_token")
+NAME_GATES = ("password", "passwd", "secret", "api_key", "apikey", "api-key", "access_key", "_token")
 GIVEN = re.compile(rb"[a-z0_.-]{0,30}[\"']?\s{0,4}[=:]")  # behind such a name: a value is given
 NO_SECRET = re.compile(r"[(){}<>$]|your|example|xxx|•|^\[KEY(?:_\d+)?\]$", re.IGNORECASE)  # [KEY_12] is what `prepare` writes
 
 
 def key_spans(joined: Joined) -> Iterator[tuple[int, int]]:
     text, data, lower = joined.text, joined.squeezed, joined.squeezed_lower
-    line = b"_" in data  # looked for first: it is one byte, and most gates have it
-    for gate in (g for g in t.KEY_GATES if line or b"_" not in g):
+    for gate in joined.occurring(t.KEY_GATES):
         at = data.find(gate)
         while at >= 0:
             if m := redact.SHAPES.match(text, at):
                 yield m.span()
             at = data.find(gate, at + 1)
-    for gate in (g for g in NAME_GATES if line or b"_" not in g):
+    for gate in joined.occurring(NAME_GATES, lower=True):
         at = lower.find(gate)
         while at >= 0:
             if GIVEN.match(lower, at + len(gate)):

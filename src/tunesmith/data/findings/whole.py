@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tunesmith.data.clusters import PUNCTUATION, Shingles
-from tunesmith.data.findings.text import ANSWERS, EXCERPT, Rows, excerpt
+from tunesmith.data.findings.text import ANSWERS, EXCERPT, Rows, excerpt, snippet
 
 LABELS_KEPT = 20_000  # distinct answers that are counted; beyond it the rarest are dropped
 TOP = 3  # longest answers that are remembered
@@ -43,6 +43,7 @@ _LANGUAGE: dict[str, str] = {}
 for _name, _words in WORDS.items():
     for _word in _words.split():
         _LANGUAGE[_word] = "" if _word in _LANGUAGE else _name  # a word of two languages tells neither
+_TELLING = {word for word, name in _LANGUAGE.items() if name}
 SCRIPTS = (
     ("Japanese", "\u3040", "\u30ff"), ("Korean", "\uac00", "\ud7af"), ("Chinese", "\u4e00", "\u9fff"),
     ("Cyrillic", "\u0400", "\u04ff"), ("Arabic", "\u0600", "\u06ff"), ("Hebrew", "\u0590", "\u05ff"),
@@ -60,11 +61,15 @@ def language(text: str) -> str:
             return "Japanese" if counts["Japanese"] else counts.most_common(1)[0][0]
     if " the " in text and (" is " in text or " of " in text or " and " in text or " to " in text):
         return "English"  # as most rows; the same as counting, at a tenth of the price
-    told = Counter(filter(None, map(_LANGUAGE.get, text.lower().split())))
+    words = text.lower().split()
+    told: dict[str, int] = {}
+    for word in _TELLING.intersection(words):  # few words of a text, so that there is little to count
+        told[_LANGUAGE[word]] = told.get(_LANGUAGE[word], 0) + words.count(word)
     if not told:
         return ""
-    (name, most), *others = told.most_common(2)
-    return name if most >= 3 and most >= 2 * (others[0][1] if others else 0) else ""
+    name = max(told, key=told.__getitem__)
+    most = told.pop(name)
+    return name if most >= 3 and most >= 2 * max(told.values(), default=0) else ""
 
 
 @dataclass
@@ -73,10 +78,10 @@ class Sketch:
 
     rows: int
     bins: np.ndarray  # of answer lengths
-    longest: list[tuple[int, int, str]]  # characters, line, excerpt
+    longest: list[tuple[int, int, str]]  # characters, line, how it begins
     answers: np.ndarray  # crc of the answer [rows with one], uint32
     lines: np.ndarray  # of these rows
-    firsts: np.ndarray  # crc of the first word of the prompt, and of the last
+    firsts: np.ndarray  # crc of the first word of the prompt, and of the last; empty where the answers are too many for labels
     lasts: np.ndarray
     labels: dict[int, str]  # text of answers that are short
     long: int  # answers of OPEN_ENDED characters or more
@@ -97,7 +102,7 @@ def sketch(rows: Rows, texts: Sequence[str], shingles: Shingles, kinds: Sequence
     """`texts` are the rows' `clusters.normalised`, `shingles` made of them, `kinds` the rows' formats."""
     told = [c.origin.line for c in rows.conversations]
     pairs = rows.pairs
-    answers, firsts, lasts, labels, short, copies, long, open_ = [], [], [], {}, [], [], 0, []
+    answers, labels, short, copies, long, open_ = [], {}, [], [], 0, []
     sizes = np.zeros(len(pairs), np.int64)
     languages: dict[str, tuple[int, list[tuple[int, str]]]] = {}
     for k, (i, prompt, answer) in enumerate(pairs):
@@ -105,9 +110,6 @@ def sketch(rows: Rows, texts: Sequence[str], shingles: Shingles, kinds: Sequence
         sizes[k] = len(plain)
         key = crc(plain[:2000].lower())
         answers.append(key)
-        words = prompt[:200].split(None, 1), prompt[-200:].rsplit(None, 1)
-        firsts.append(crc(words[0][0].lower()) if words[0] else 0)
-        lasts.append(crc(words[1][-1].lower()) if words[1] else 0)
         if len(plain) <= LABEL_LENGTH:
             labels.setdefault(key, plain)
             if len(plain) <= 3:
@@ -128,11 +130,13 @@ def sketch(rows: Rows, texts: Sequence[str], shingles: Shingles, kinds: Sequence
         count, first = formats.get(kind, (0, line))
         formats[kind] = count + 1, first
     order = np.argsort(-sizes, kind="stable")[:TOP].tolist()
-    longest = [(int(sizes[k]), told[pairs[k][0]], excerpt(pairs[k][2], 0, 0)) for k in order if sizes[k] > 200]
+    longest = [(int(sizes[k]), told[pairs[k][0]], snippet(pairs[k][2], 0, 0)[0]) for k in order if sizes[k] > 200]
     span, _ = shingles.hashes(1) if len(texts) else (np.zeros(0, np.uint64), None)
+    different = len(set(answers))
+    ends = [_first_and_last(prompt) for _, prompt, _ in pairs] if different <= RULE_LABELS else []
     often = {a for a, n in Counter(answers).items() if n >= SHARED_IN_CHUNK}
     shared: dict[int, Counter[str]] = {}
-    if often and len(set(answers)) > len(answers) // 4:  # in a set of labels every answer is shared
+    if often and different > len(answers) // 4:  # in a set of labels every answer is shared
         for (_, prompt, _), key in zip(pairs, answers, strict=True):
             if key in often:
                 shared.setdefault(key, Counter()).update(_words(prompt))
@@ -142,8 +146,8 @@ def sketch(rows: Rows, texts: Sequence[str], shingles: Shingles, kinds: Sequence
         longest=longest,
         answers=np.array(answers, np.uint32),
         lines=np.array([told[i] for i, _, _ in pairs], np.int64),
-        firsts=np.array(firsts, np.uint32),
-        lasts=np.array(lasts, np.uint32),
+        firsts=np.array([first for first, _ in ends], np.uint32),
+        lasts=np.array([last for _, last in ends], np.uint32),
         labels=labels
         if len(labels) <= RULE_LABELS or len(labels) < len(pairs) // 4
         else {k: v for k, v in labels.items() if k in often},
@@ -156,6 +160,11 @@ def sketch(rows: Rows, texts: Sequence[str], shingles: Shingles, kinds: Sequence
         words=(span >> np.uint64(44)).astype(np.uint32),
         shared=shared,
     )
+
+
+def _first_and_last(prompt: str) -> tuple[int, int]:
+    first, last = prompt[:200].split(None, 1), prompt[-200:].rsplit(None, 1)
+    return crc(first[0].lower()) if first else 0, crc(last[-1].lower()) if last else 0
 
 
 def _words(prompt: str) -> list[str]:
@@ -289,7 +298,7 @@ def length_outliers(w: Whole) -> Seen | None:
     count = w.above(limit)
     if not count:
         return None
-    places = [(file, line, f"{n:,} characters: {text}") for n, file, line, text in w.longest if n > limit]
+    places = [(file, line, f"{n:,} characters: {excerpt(text, 0, 0)}") for n, file, line, text in w.longest if n > limit]
     return Seen(count, places, f"longer than {round(limit):,} characters; half of all answers have up to {middle:,}")
 
 
