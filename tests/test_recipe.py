@@ -37,7 +37,7 @@ ODD = [
 @pytest.fixture(scope="module")
 def recipe():
     """The scripts as modules; their folder is on the path only while they load (as when run), so their names do not stay behind."""
-    names = ("prepare", "drills", "tokenizer", "make_config", "init_weights", "instruct")
+    names = ("prepare", "drills", "tokenizer", "make_config", "init_weights", "instruct", "average")
     assert not [name for name in names if name in sys.modules]
     sys.path.insert(0, str(RECIPE))
     try:
@@ -244,7 +244,7 @@ def test_start_is_the_llama_transformers_builds(recipe, tmp_path):
     from safetensors.torch import load_file, save_file
 
     config = recipe["make_config"].config()
-    assert 4e6 < recipe["make_config"].parameters(config) < 5e6
+    assert 9e6 < recipe["make_config"].parameters(config) < 10e6
     tensors = recipe["init_weights"].weights(config, 0)
     same, other = recipe["init_weights"].weights(config, 0), recipe["init_weights"].weights(config, 1)
     assert all(torch.equal(tensors[name], same[name]) for name in tensors)
@@ -399,3 +399,18 @@ def test_text_that_stands_in_a_held_out_document_is_not_trained_on(recipe, data,
     runs = set(recipe["prepare"].runs_of(texts[0]))
     rows = [json.loads(line)["text"] for path in (tmp_path / "out/train").glob("*.jsonl") for line in path.open(encoding="utf-8")]
     assert runs and not any(recipe["prepare"].shares_run(row, runs) for row in rows)
+
+
+def test_the_mean_of_checkpoints(recipe, tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+
+    for name, value, size in (("a", 1.0, 3), ("b", 4.0, 3), ("c", 4.0, 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+        save_file({"w": torch.full((size,), value, dtype=torch.bfloat16)}, tmp_path / name / "model.safetensors")
+    recipe["average"].average(tmp_path / "out", [tmp_path / "a", tmp_path / "b"])
+    found = load_file(tmp_path / "out/model.safetensors")["w"]
+    assert found.dtype is torch.bfloat16 and found.tolist() == [2.5] * 3 and (tmp_path / "out/config.json").read_text() == "a"
+    with pytest.raises(ValueError, match="other weights"):
+        recipe["average"].average(tmp_path / "out", [tmp_path / "a", tmp_path / "c"])

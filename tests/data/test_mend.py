@@ -610,3 +610,12 @@ def test_the_docs_name_every_fix_and_what_needs_a_person():
         assert f"| `{f.name}` |" in told
     for name in mend.PERSON:
         assert findings.BY_NAME[name].what in told
+
+
+@pytest.mark.parametrize("answer", ["\x1b", "\u200b \x07"])
+def test_what_is_empty_once_mended_is_set_aside(tmp_path, answer):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r) for r in (row(1, answer), row(2))) + "\n", "utf-8")
+    made = prepare(tmp_path, str(tmp_path / "a.jsonl"), fix="encoding", split="0")
+    (aside,) = read(made.folder, "refused")
+    assert made.record["rows"]["train"] == 1 and aside["reason"] == "once mended, the answer in message 2 is empty"
+    assert aside["row"]["messages"][-1]["content"] == answer

@@ -22,7 +22,7 @@ from tunesmith.data import clusters, findings, formats, mend
 from tunesmith.data.findings import evaluations, rows, whole
 from tunesmith.data.findings.text import Joined, Rows, excerpt
 from tunesmith.data.mend import split, text
-from tunesmith.data.sources import Chunk, Refused, parse
+from tunesmith.data.sources import Chunk, Refused, Row, parse
 from tunesmith.types import Conversation, Origin
 
 READING = "reading"  # what formats.py mended or refused: no fix of the table
@@ -299,7 +299,14 @@ def _texts(fix: str, e: Entry, before: list[str], seen: Counter[str]) -> list[st
 
 
 def _look_again(fixes: Sequence[str], entries: Sequence[Entry]) -> None:
-    """Set aside what still has the fault, or has one that a later fix brought to light."""
+    """Set aside what still has the fault, or has one that a later fix brought to light, or cannot be read any more: an answer of
+    control characters alone is empty without them.
+    """
+    for e in entries:
+        try:
+            formats.conversation(Row(_written(e), e.origin))
+        except formats.FormatError as error:
+            e.aside = (e.changes or [{"fix": READING}])[-1]["fix"], f"once mended, {error.reason}"
     for fix in (mend.BY_NAME[name] for name in fixes):
         if fix.how in (mend.TEXT, mend.ROW):
             for i, name in _flagged(fix, _view(fix, entries)).items():
