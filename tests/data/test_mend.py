@@ -618,4 +618,4 @@ def test_what_is_empty_once_mended_is_set_aside(tmp_path, answer):
     made = prepare(tmp_path, str(tmp_path / "a.jsonl"), fix="encoding", split="0")
     (aside,) = read(made.folder, "refused")
     assert made.record["rows"]["train"] == 1 and aside["reason"] == "once mended, the answer in message 2 is empty"
-    assert aside["row"]["messages"][-1]["content"] == answer
+    assert aside["row"] == row(1, answer)
