@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         "data": {"train": str(data / "train.jsonl"), "held_out": str(data / "held_out.jsonl"), "max_length": 512},
         "method": "qlora",
         "output": str(next(p for n in count(1) if not (p := Path(f"runs/demo-{n}")).exists())),
-        "train": {"epochs": 2, "batch_size": 16, "learning_rate": 2e-3},  # a third epoch gains 0.02
+        "train": {"epochs": 2, "batch_size": 16, "learning_rate": 4e-3},  # 2e-3 kept the style in 55 % of the answers
         "eval": {"samples": 1, "sample_tokens": 64, "every_steps": 20},  # writing answers is half of the time on a CPU
     }
     try:
