@@ -253,7 +253,7 @@ def make_plan(
     """
     job = _Job.of(config, spec, lengths, device, measured, half_blocks)
     job.refuse(config)
-    budget = config.memory.budget_gb if config.memory.budget_gb != "auto" else device.free * SPARED[device.kind] / GIB
+    budget = budget_of(config, device)
     best = job.best(budget)
     choices = tuple(job.by(m).best(budget).choice(budget) for m in METHODS)
     return Plan(
@@ -266,6 +266,39 @@ def make_plan(
         components=(*best.components, *job.host(best), *job.disk()), choices=choices,
         advice=tuple(_advice(job, best, budget)), notes=tuple(_notes(job, config)),
     )  # fmt: skip
+
+
+# ---- a model alone, without data: fits.py asks ---------------------------------------------------------------------------------
+
+
+def _alone(config: RunConfig, spec: Spec, device: Device, method: Method, length: int) -> _Job:
+    """A run of rows that all have `length` tokens."""
+    return _Job.of(config, spec, np.full(ASSUMED_ROWS, length), device, None).by(method)
+
+
+def ways(config: RunConfig, spec: Spec, *, length: int, device: Device) -> list[tuple[Choice, float, tuple[Component, ...]]]:
+    """For each method what `make_plan` would choose for rows of `length` tokens, the least it can do with (GiB), and its parts."""
+    budget, found = budget_of(config, device), []
+    for method in METHODS:
+        job = _alone(config, spec, device, method, length)
+        best = job.best(budget)
+        found.append((best.choice(budget), job.least, (*best.components, *job.host(best), *job.disk())))
+    return found
+
+
+def least(config: RunConfig, spec: Spec, method: Method, *, length: int, tokens: int, device: Device) -> float:
+    """GiB without which a run with rows of `length` tokens, `tokens` of them at once, is not possible."""
+    return replace(_alone(config, spec, device, method, length), tokens=tokens).least
+
+
+def answering(config: RunConfig, spec: Spec, *, length: int, count: int, device: Device) -> tuple[Component, ...]:
+    """What it takes to answer `count` prompts at once, prompt and answer `length` tokens long, with 16-bit weights."""
+    return tuple(_alone(config, spec, device, "lora", length).answering(count))
+
+
+def budget_of(config: RunConfig, device: Device) -> float:
+    """GiB that a run may take."""
+    return config.memory.budget_gb if config.memory.budget_gb != "auto" else device.free * SPARED[device.kind] / GIB
 
 
 # ---- what autograd keeps -------------------------------------------------------------------------------------------------------
@@ -487,8 +520,8 @@ class _Job:
 
     # -- memory --
 
-    def fixed(self) -> Iterator[Component]:
-        """What does not depend on how many tokens go through at once."""
+    def weights(self) -> Iterator[Component]:
+        """The model itself."""
         count, w = parameters(self.spec), self.width
         dense = count.total - count.linear
         if self.method == "qlora":
@@ -499,6 +532,11 @@ class _Job:
         else:
             yield Component("linear weights", count.linear * w, "device", f"{count.linear:,} weights in {self.dtype}")
         yield Component("embedding, head, norms", dense * w, "device", f"{dense:,} parameters in {self.dtype}, never quantised")
+
+    def fixed(self) -> Iterator[Component]:
+        """What does not depend on how many tokens go through at once."""
+        count, w = parameters(self.spec), self.width
+        yield from self.weights()
         n = self.adapter_parameters
         if self.method != "full":
             copies = 0 if w == 4 or not self.composed_because else w  # half-blocks round them where they lay them beside a weight
@@ -550,9 +588,13 @@ class _Job:
                 "" if beyond else ", less than training's activations leave again"
             )
             yield Component("sample answers", beyond, "device", why)
-        overhead = CONTEXT[kind] + round(FRAGMENTS[kind] * (activations + transient + beyond))
+        yield self._overhead(activations + transient + beyond)
+
+    def _overhead(self, moving: float) -> Component:
+        kind = self.device.kind
         what = {"cuda": "CUDA's context and workspaces", "cpu": "Python and torch themselves"}.get(kind, "the runtime itself")
-        yield Component("context, allocator", overhead, "device", f"{what}; {FRAGMENTS[kind]:.0%} of what moves for fragments")
+        why = f"{what}; {FRAGMENTS[kind]:.0%} of what moves for fragments"
+        return Component("context, allocator", CONTEXT[kind] + round(FRAGMENTS[kind] * moving), "device", why)
 
     def transient(self, policy: Policy, tokens: int) -> tuple[float, str]:
         """The fullest instant beyond what is kept: the top layer's backward, or the loss of a chunk of logits."""
@@ -588,11 +630,29 @@ class _Job:
 
     def cache_bytes(self) -> int:
         """Keys and values of the sample answers, and the widest activations of reading their prompts."""
-        count, s = min(self.samples, DECODE_BATCH), self.spec
-        length = self.rows.longest + self.sample_tokens
-        return count * length * s.layers * 2 * s.kv_heads * s.head_dim * self.width + count * self.rows.longest * (
-            3 * s.hidden + 4 * s.dim
-        ) * self.width * bool(count)
+        count, longest = min(self.samples, DECODE_BATCH), self.rows.longest
+        return self._cached(count * (longest + self.sample_tokens)) + self._read(count * longest)
+
+    def _cached(self, tokens: int) -> int:
+        """Bytes of the keys and values of so many tokens."""
+        s = self.spec
+        return tokens * s.layers * 2 * s.kv_heads * s.head_dim * self.width
+
+    def _read(self, tokens: int) -> int:
+        """Bytes of the widest activations while so many tokens of prompts are read at once."""
+        return tokens * (3 * self.spec.hidden + 4 * self.spec.dim) * self.width
+
+    def answering(self, count: int) -> Iterator[Component]:
+        """To answer so many prompts at once, each with its answer as long as the longest row: nothing is trained."""
+        tokens, s = count * self.rows.longest, self.spec
+        yield from self.weights()
+        cache, logits = self._cached(tokens), count * s.vocab * (4 + self.width)
+        reading = round(self._read(tokens) + self._scores(tokens)[1]) + logits
+        each = self._cached(1)
+        yield Component("KV cache", cache, "device", f"{tokens:,} tokens of {each:,} bytes: keys and values of every layer")
+        yield Component("reading, logits", reading, "device", f"the widest layer over {tokens:,} tokens at once, the last one's logits")
+        yield self._overhead(cache + reading)
+        yield from self._process()
 
     @cached_property
     def embedding_bytes(self) -> int:
@@ -606,6 +666,9 @@ class _Job:
             yield Component("embedding", way.lifted, "host", "a step reads a few thousand of its rows")
         if size := self._pinned(way.layers, way.tokens):
             yield Component("offloaded", size, "host", "pinned: what waits there for the backward")
+        yield from self._process()
+
+    def _process(self) -> Iterator[Component]:
         if base := HOST[self.device.kind]:
             largest = max(self.largest, self.spec.vocab * self.spec.dim) * 4
             yield Component("process", base, "host", "Python, torch and CUDA's host side")
@@ -652,7 +715,7 @@ class _Job:
         work = self.held_out * self.rows.mean, self.flops("forward")
         seconds = self._compute(*work) + self._weights(1) if self.composed_because else work[0] * work[1] / self._half_rate
         held = self.evaluations * seconds
-        stored = sum(c.bytes for c in self.fixed() if c.name in ("linear weights", "embedding, head, norms"))
+        stored = sum(c.bytes for c in self.weights())
         token = max(
             self._weights(1) + stored / (self.device.bandwidth * 1e9 * BANDWIDTH_SHARE),
             self.spec.layers * LAYER_SECONDS[self.device.kind],
