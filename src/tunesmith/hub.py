@@ -48,8 +48,8 @@ class ResolvedModel:
 def resolve_model(name: str | Path, *, weights: bool = True, words: bool = True) -> ResolvedModel:
     """`embedded`, a checkpoint folder, or `owner/name[@revision]` on the hub (a folder of that name wins).
 
-    Without `weights` only config and tokenizer are downloaded, into the same folder; without `words` only the config. Raises ModelError: no such folder or
-    repository, gated, no network, no safetensors.
+    Without `weights` only config and tokenizer are downloaded, into the same folder, without `words` only the config.
+    Raises ModelError: no such folder or repository, gated, no network, no safetensors.
     """
     name = str(name)
     if name == "embedded":
