@@ -126,7 +126,7 @@ def test_terminal_and_page_say_the_same(mistral, tmp_path):
     said, drawn = printed(found), page.read_text()
     assert all(f"{size} GB" in said and f"{size} GB" in drawn for size in SIZES)
     for use in found.uses:
-        assert re.search(rf"{use.way} +{use.needs:.1f}".removesuffix(".0"), said) and f"{use.way}: " in drawn
+        assert re.search(rf"{use.way} +{use.needs:.1f}".removesuffix(".0"), said) and f"{use.way}, GB: weights" in drawn
     for words in ("KV cache", "optimiser", "longest row", "rows of 2k", "24k", found.verdict[0]):
         assert words in said and words in drawn
     assert f"Written to {page}" in said.replace("\n", "") and drawn.count("<svg") >= 5

@@ -9,6 +9,7 @@ from tunesmith.files import write_atomic
 from tunesmith.fits import Fits, Use
 from tunesmith.plan_page import gb, short, sizes_tables
 
+BAR = 560
 STYLES = {"weights": "a", "trained": "b", "activations": "c", "answers": "d", "overhead": "g"}  # of the style sheet
 
 
@@ -27,20 +28,21 @@ def _body(fits: Fits) -> Markup:
 
 
 def _bars(fits: Fits) -> Markup:
-    """All bars to one scale, the card's memory first."""
+    """All to one scale, the card's memory first."""
     whole = max(fits.budget, *(use.needs for use in fits.uses))
-    card = stacked("the card", [("there are GB", fits.budget, "h")], total=whole)
+    card = stacked("there are, GB", [("there are", fits.budget, "h")], total=whole, width=BAR)
+    rows = [("there are", gb(fits.budget), card, ""), *(_bar(use, fits.budget, whole) for use in fits.uses)]
     legend = [el("li", swatch(style), part) for part, style in STYLES.items()]
     return el(
-        "section", el("h2", "Against the memory there is"), el("p", f"{gb(fits.budget)} GB are there"), card,
-        [_bar(use, fits.budget, whole) for use in fits.uses], el("ul", legend, class_="legend"),
+        "section", el("h2", "Against the memory there is"), table(("way", "GB", "", ""), rows, numbers=(1,)),
+        el("ul", legend, class_="legend"),
     )  # fmt: skip
 
 
-def _bar(use: Use, budget: float, whole: float) -> list[Markup]:
-    fit = "fits" if use.needs <= budget else "does not fit"
+def _bar(use: Use, budget: float, whole: float) -> tuple[str, str, Markup, str]:
     parts = [(part, size, STYLES[part]) for part, size in use.parts.items()]
-    return [el("p", f"{use.way}: {gb(use.needs)} GB, {fit}"), stacked(f"{use.way}, GB", parts, total=whole)]
+    drawn = stacked(f"{use.way}, GB", parts, total=whole, width=BAR)
+    return use.way, gb(use.needs), drawn, "fits" if use.needs <= budget else "does not fit"
 
 
 def _parts(fits: Fits) -> Markup:
