@@ -10,12 +10,14 @@ import pytest
 
 ROOMS = (
     "plan",
+    "fits",
     "data.prepare",
     "data.report",
     "tokenizer",
     "run",
     "evaluate.report",
     "evaluate.check_page",
+    "evaluate.fits_page",
     "config.load",
     "spec",
     "hub",
@@ -47,5 +49,6 @@ def test_verbs_that_do_not_compute_bring_no_torch(tmp_path: Path) -> None:
     data.write_text("".join(json.dumps({"prompt": f"{i} and", "completion": f" then {i + 1}"}) + "\n" for i in range(8)))
     config = {"model": "embedded", "data": str(data), "method": "qlora", "output": str(tmp_path / "run")}
     verbs = f"config = {config!r}\ntunesmith.check(config)\ntunesmith.plan(config, gpu='24GB')\ntunesmith.init({str(data)!r})"
+    verbs += "\ntunesmith.plan('embedded')"
     verbs += f"\ntunesmith.prepare(config, out={str(tmp_path / 'mended')!r}, fix='all')"
     assert brought(f"import tunesmith\n{verbs}\ntunesmith.explain('lora.rank')") == set()

@@ -501,6 +501,7 @@ def test_require_raises_with_what_to_lower():
         plan("full", gpu="24GB").require()
     assert (
         "needs 12" in e.value.what
+        and "the floor with these settings is 12" in e.value.what
         and "method: qlora saves" in e.value.fix
         and "enough by itself" in e.value.fix
         and "H200" in e.value.fix
@@ -521,7 +522,8 @@ def test_what_is_printed_names_every_component_and_method():
     assert all(m in text for m in METHODS) and p.verdict in text and "uncalibrated" in text and "lower method: qlora" in text
     narrow = Console(width=60, record=True, file=io.StringIO())
     p.print(narrow)
-    assert "does not fit" in narrow.export_text()
+    said = narrow.export_text()
+    assert "does not fit" in said and f"the floor with these settings is {p.least:.1f} GB" in said
 
 
 def test_a_models_name_is_not_markup():

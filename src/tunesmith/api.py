@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tunesmith.data.mend.folder import Mended
     from tunesmith.data.report import CheckReport
     from tunesmith.diagnosis import Diagnosis
+    from tunesmith.fits import Fits
     from tunesmith.plan import Plan
     from tunesmith.run import Run
 
@@ -39,14 +40,14 @@ def _load(config: Config, overrides: Sequence[str] = ()) -> RunConfig:
     return load(config, *overrides)
 
 
-def _is_data(config: Config) -> bool:
-    """Whether it is the rows themselves, and no run file."""
+def _no_run_file(config: Config) -> bool:
+    """Whether it is the rows themselves, or a model, and no run file."""
     is_path = isinstance(config, (str, Path))
     return is_path and not (Path(config).suffix in (".yaml", ".yml") or (Path(config) / "run.yaml").is_file())
 
 
 def _load_or_data(config: Config, overrides: Sequence[str]) -> RunConfig:
-    if _is_data(config):
+    if _no_run_file(config):
         config = {"model": "embedded", "data": str(config), "method": "lora", "output": "runs/first"}
     return _load(config, overrides)
 
@@ -172,7 +173,7 @@ def prepare(
         by=By.parse(split_by) if split_by else None,
         seed=settings.seed if seed is None else seed,
         mix=mix,
-        model=None if _is_data(config) and not model else resolve_model(settings.model, weights=False).path,
+        model=None if _no_run_file(config) and not model else resolve_model(settings.model, weights=False).path,
     )
 
     def run_yaml(held_out: bool) -> str:
@@ -184,21 +185,46 @@ def prepare(
     return prepare_folder(settings.data, out, options, run_yaml, overwrite=overwrite, console=_console(console))
 
 
-def plan(config: Config, *overrides: str, gpu: str | None = None) -> Plan:
+def plan(
+    config: Config, *overrides: str, gpu: str | None = None, context: int | None = None, page: str | Path | None = None
+) -> Plan | Fits:
     """Will it fit, how long will it take, what to lower: memory per component from config.json alone, without torch or weights.
 
     `gpu` is a card's name, `24GB` or `cpu`; this machine's device without it. Row lengths come from `check`'s cache if any.
+    `config` may be a model (a checkpoint folder, a folder with a config.json, a hub id): then each way to use it is planned for
+    rows of `context` tokens (2,048, or the checkpoint's end), and `page` names an .html file with the same.
     """
+    if _no_run_file(config):
+        return _what_fits(str(config), overrides, gpu, context, page)
     from tunesmith.data.prepare import cached_lengths
     from tunesmith.devices import local_device, parse_device
     from tunesmith.hub import resolve_model
     from tunesmith.plan import make_plan
     from tunesmith.spec import plan_spec
 
+    for name, value, fix in (("--context", context, "set data.max_length"), ("--page", page, "name the model alone")):
+        if value is not None:
+            raise ConfigError(f"{name} goes with a model, not with a run file", f"drop it, or {fix}")
     settings = _load(config, overrides)
     base = resolve_model(settings.model, weights=False)
     device = parse_device(gpu) if gpu else local_device(settings.memory.device)
     return make_plan(settings, plan_spec(base.path), lengths=cached_lengths(settings.data, base.path, settings.seed), device=device)
+
+
+def _what_fits(model: str, overrides: Sequence[str], gpu: str | None, context: int | None, page: str | Path | None) -> Fits:
+    from tunesmith.devices import local_device, parse_device
+    from tunesmith.fits import what_fits
+    from tunesmith.hub import resolve_model
+    from tunesmith.spec import plan_spec
+
+    settings = _load({"model": model, "data": "rows.jsonl", "method": "qlora", "output": "runs/first"}, overrides)
+    device = parse_device(gpu) if gpu else local_device(settings.memory.device)
+    found = what_fits(settings, plan_spec(resolve_model(model, weights=False, words=False).path), device, context)
+    if page is None:
+        return found
+    from tunesmith.evaluate import check_page, fits_page
+
+    return replace(found, page=fits_page.write(found, check_page.place(page)))
 
 
 def train(config: Config, *overrides: str, resume: bool = False, console: Console | None = None) -> Run:

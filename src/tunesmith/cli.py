@@ -171,13 +171,20 @@ def prepare(
 
 @verb
 def plan(
-    config: RunFile,
+    config: Annotated[str, Parameter(help="A run file; or a model: a checkpoint folder, its config.json's folder, a hub id.")],
     /,
     *overrides: Overrides,
     gpu: Annotated[str | None, Parameter(help="Plan for this card (4090), memory (24GB) or cpu, not for this machine.")] = None,
+    context: Annotated[int | None, Parameter(help="Of a model: tokens of a row. Else 2,048, or where the checkpoint ends.")] = None,
+    page: Annotated[str | None, Parameter(help="Of a model: the .html file to write.")] = None,
 ) -> int:
-    """Say whether it will fit, how long it will take, and what to lower."""
-    planned = tunesmith.plan(config, *overrides, gpu=gpu)
+    """Say whether it will fit, how long it will take, and what to lower; of a model alone, what fits on which card.
+
+    tunesmith plan run.yaml --gpu 4090
+
+    tunesmith plan mistralai/Mistral-7B-v0.3 --gpu 24GB --context 8192 --page fits.html
+    """
+    planned = tunesmith.plan(config, *overrides, gpu=gpu, context=context, page=page)
     planned.print(_console())
     return 0 if planned.fits else 2
 

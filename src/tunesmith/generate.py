@@ -48,13 +48,7 @@ def context(model: nn.Module) -> int | None:
     """Tokens that prompt and answer may have together; None where the model sets no end (ALiBi, state spaces)."""
     if model.spec is None:
         return model.context
-    rope, tokens = model.spec.rope, model.spec.context
-    scaling = dict(rope.scaling)
-    if rope.kind == "dynamic":  # these two stretch what the config calls its context
-        return int(tokens * scaling["factor"])
-    if rope.kind == "yarn" and scaling["factor"]:
-        return max(tokens, int(scaling["original_max_position_embeddings"] * scaling["factor"]))
-    return tokens
+    return model.spec.reach
 
 
 @torch.no_grad()  # not inference_mode: some models of transformers keep tables between calls, and training must be able to use them

@@ -45,11 +45,11 @@ class ResolvedModel:
 
 
 # ------------------------------------------------------------------ models
-def resolve_model(name: str | Path, *, weights: bool = True) -> ResolvedModel:
+def resolve_model(name: str | Path, *, weights: bool = True, words: bool = True) -> ResolvedModel:
     """`embedded`, a checkpoint folder, or `owner/name[@revision]` on the hub (a folder of that name wins).
 
-    Without `weights` only config and tokenizer are downloaded, into the same folder. Raises ModelError: no such folder or
-    repository, gated, no network, no safetensors.
+    Without `weights` only config and tokenizer are downloaded, into the same folder, without `words` only the config.
+    Raises ModelError: no such folder or repository, gated, no network, no safetensors.
     """
     name = str(name)
     if name == "embedded":
@@ -72,7 +72,7 @@ def resolve_model(name: str | Path, *, weights: bool = True) -> ResolvedModel:
     if not match or name.startswith("runs/"):  # where run folders are, so that a slip in one's name is not asked of the hub
         raise ModelError(f"{name}: no such folder", "check the path; a model on the hub is named owner/name or owner/name@revision")
     repo, revision = match["repo"], match["revision"]
-    wanted = [*WORDS_FILES, *(WEIGHT_FILES if weights else ())]
+    wanted = [*(WORDS_FILES if words else ["config.json"]), *(WEIGHT_FILES if weights else ())]
     with _explained("model", name, ModelError):
         path = Path(_snapshot(repo_id=repo, revision=revision, allow_patterns=wanted, ignore_patterns=list(NOT_THESE)))
     if not (path / "config.json").is_file():

@@ -221,7 +221,8 @@ class Plan:
         if self.fits:
             return self
         needs, there = gb(self.needs), gb(self.budget)
-        what = f"{self.model} with method: {self.method} needs {needs} GB, {there} GB are there ({self.device.name})"
+        what = f"{self.model} with method: {self.method} needs {needs} GB, {there} GB are there ({self.device.name}); "
+        what += f"the floor with these settings is {gb(self.least)} GB"
         card = smallest_that_holds(self.needs)
         fix = [str(a) for a in self.advice[:4]] + ([f"or a card such as {card.name}"] if card else [])
         raise DoesNotFit(what, "\n     ".join(fix) or "take a smaller model or a larger device")
@@ -253,7 +254,7 @@ def make_plan(
     """
     job = _Job.of(config, spec, lengths, device, measured, half_blocks)
     job.refuse(config)
-    budget = config.memory.budget_gb if config.memory.budget_gb != "auto" else device.free * SPARED[device.kind] / GIB
+    budget = budget_of(config, device)
     best = job.best(budget)
     choices = tuple(job.by(m).best(budget).choice(budget) for m in METHODS)
     return Plan(
@@ -266,6 +267,45 @@ def make_plan(
         components=(*best.components, *job.host(best), *job.disk()), choices=choices,
         advice=tuple(_advice(job, best, budget)), notes=tuple(_notes(job, config)),
     )  # fmt: skip
+
+
+# ---- a model alone, without data: fits.py asks ---------------------------------------------------------------------------------
+
+
+def _alone(config: RunConfig, spec: Spec, device: Device, method: Method, length: int) -> _Job:
+    """A run of rows that all have `length` tokens."""
+    return _Job.of(config, spec, np.full(ASSUMED_ROWS, length), device, None).by(method)
+
+
+def ways(config: RunConfig, spec: Spec, *, length: int, device: Device) -> list[tuple[Choice, float, tuple[Component, ...]]]:
+    """For each method what `make_plan` would choose for rows of `length` tokens, the least it can do with (GiB), and its parts."""
+    budget, found = budget_of(config, device), []
+    for method in METHODS:
+        job = _alone(config, spec, device, method, length)
+        best = job.best(budget)
+        found.append((best.choice(budget), job.least, (*best.components, *job.host(best), *job.disk())))
+    return found
+
+
+def least(config: RunConfig, spec: Spec, method: Method, *, length: int, tokens: int | None = None, device: Device) -> float:
+    """GiB without which a run with rows of `length` tokens is not possible, `tokens` of them at once where that is given."""
+    job = _alone(config, spec, device, method, length)
+    return (replace(job, tokens=tokens, fullest=tokens) if tokens else job).least
+
+
+def answering(config: RunConfig, spec: Spec, *, length: int, count: int, device: Device) -> tuple[Component, ...]:
+    """What it takes to answer `count` prompts at once, prompt and answer `length` tokens long, with 16-bit weights."""
+    return tuple(_alone(config, spec, device, "lora", length).answering(count))
+
+
+def pinnable(device: Device) -> float:
+    """Bytes of main memory that may be pinned. A machine that is not here is taken to have 16 GiB, or its card's size."""
+    return HOST_SHARE * (device.host or max(16 * GIB, device.total))
+
+
+def budget_of(config: RunConfig, device: Device) -> float:
+    """GiB that a run may take."""
+    return config.memory.budget_gb if config.memory.budget_gb != "auto" else device.free * SPARED[device.kind] / GIB
 
 
 # ---- what autograd keeps -------------------------------------------------------------------------------------------------------
@@ -487,8 +527,8 @@ class _Job:
 
     # -- memory --
 
-    def fixed(self) -> Iterator[Component]:
-        """What does not depend on how many tokens go through at once."""
+    def weights(self) -> Iterator[Component]:
+        """The model itself."""
         count, w = parameters(self.spec), self.width
         dense = count.total - count.linear
         if self.method == "qlora":
@@ -499,6 +539,11 @@ class _Job:
         else:
             yield Component("linear weights", count.linear * w, "device", f"{count.linear:,} weights in {self.dtype}")
         yield Component("embedding, head, norms", dense * w, "device", f"{dense:,} parameters in {self.dtype}, never quantised")
+
+    def fixed(self) -> Iterator[Component]:
+        """What does not depend on how many tokens go through at once."""
+        count, w = parameters(self.spec), self.width
+        yield from self.weights()
         n = self.adapter_parameters
         if self.method != "full":
             copies = 0 if w == 4 or not self.composed_because else w  # half-blocks round them where they lay them beside a weight
@@ -528,7 +573,7 @@ class _Job:
 
     def working(self, policy: Policy, tokens: int) -> Iterator[Component]:
         """What depends on `tokens`, those that go through at once."""
-        s, w, kind = self.spec, self.width, self.device.kind
+        s, w = self.spec, self.width
         layer = self.kept_bytes
         ends = (
             tokens * (2 * s.dim * w + 8) + tokens * 2 * s.head_dim * w
@@ -550,9 +595,13 @@ class _Job:
                 "" if beyond else ", less than training's activations leave again"
             )
             yield Component("sample answers", beyond, "device", why)
-        overhead = CONTEXT[kind] + round(FRAGMENTS[kind] * (activations + transient + beyond))
+        yield self._overhead(activations + transient + beyond)
+
+    def _overhead(self, moving: float) -> Component:
+        kind = self.device.kind
         what = {"cuda": "CUDA's context and workspaces", "cpu": "Python and torch themselves"}.get(kind, "the runtime itself")
-        yield Component("context, allocator", overhead, "device", f"{what}; {FRAGMENTS[kind]:.0%} of what moves for fragments")
+        why = f"{what}; {FRAGMENTS[kind]:.0%} of what moves for fragments"
+        return Component("context, allocator", CONTEXT[kind] + round(FRAGMENTS[kind] * moving), "device", why)
 
     def transient(self, policy: Policy, tokens: int) -> tuple[float, str]:
         """The fullest instant beyond what is kept: the top layer's backward, or the loss of a chunk of logits."""
@@ -588,11 +637,31 @@ class _Job:
 
     def cache_bytes(self) -> int:
         """Keys and values of the sample answers, and the widest activations of reading their prompts."""
-        count, s = min(self.samples, DECODE_BATCH), self.spec
-        length = self.rows.longest + self.sample_tokens
-        return count * length * s.layers * 2 * s.kv_heads * s.head_dim * self.width + count * self.rows.longest * (
-            3 * s.hidden + 4 * s.dim
-        ) * self.width * bool(count)
+        count, longest = min(self.samples, DECODE_BATCH), self.rows.longest
+        return self._cached(count * (longest + self.sample_tokens)) + self._read(count * longest)
+
+    def _cached(self, tokens: int) -> int:
+        """Bytes of the keys and values of so many tokens."""
+        s = self.spec
+        return tokens * s.layers * 2 * s.kv_heads * s.head_dim * self.width
+
+    def _read(self, tokens: int) -> int:
+        """Bytes of the widest activations while so many tokens of prompts are read at once."""
+        return tokens * (3 * self.spec.hidden + 4 * self.spec.dim) * self.width
+
+    def answering(self, count: int) -> Iterator[Component]:
+        """To answer so many prompts at once, each with its answer as long as the longest row: nothing is trained."""
+        tokens, s = count * self.rows.longest, self.spec
+        yield from self.weights()
+        cache, logits = self._cached(tokens), count * s.vocab * (4 + self.width)
+        reading = round(self._read(tokens) + self._scores(tokens)[1]) + logits
+        each = self._cached(1)
+        yield Component("KV cache", cache, "device", f"{tokens:,} tokens of {each:,} bytes: keys and values of every layer")
+        yield Component(
+            "reading, logits", reading, "device", f"the widest layer over {tokens:,} tokens at once, the last one's logits"
+        )
+        yield self._overhead(cache + reading)
+        yield from self._process()
 
     @cached_property
     def embedding_bytes(self) -> int:
@@ -606,6 +675,9 @@ class _Job:
             yield Component("embedding", way.lifted, "host", "a step reads a few thousand of its rows")
         if size := self._pinned(way.layers, way.tokens):
             yield Component("offloaded", size, "host", "pinned: what waits there for the backward")
+        yield from self._process()
+
+    def _process(self) -> Iterator[Component]:
         if base := HOST[self.device.kind]:
             largest = max(self.largest, self.spec.vocab * self.spec.dim) * 4
             yield Component("process", base, "host", "Python, torch and CUDA's host side")
@@ -652,7 +724,7 @@ class _Job:
         work = self.held_out * self.rows.mean, self.flops("forward")
         seconds = self._compute(*work) + self._weights(1) if self.composed_because else work[0] * work[1] / self._half_rate
         held = self.evaluations * seconds
-        stored = sum(c.bytes for c in self.fixed() if c.name in ("linear weights", "embedding, head, norms"))
+        stored = sum(c.bytes for c in self.weights())
         token = max(
             self._weights(1) + stored / (self.device.bandwidth * 1e9 * BANDWIDTH_SHARE),
             self.spec.layers * LAYER_SECONDS[self.device.kind],
@@ -712,18 +784,14 @@ class _Job:
         Of what is offloaded two layers' sets are on the device (the next is fetched while one is used), in the forward three (two
         leave while the next is made).
         """
-        shape, n_low = self.shape, self.spec.layers - n_high
-        sets = [part.offload * shape.kept(part.level) * tokens for part in (low, high)]
-        stay = [(not part.offload) * shape.kept(part.level) * tokens for part in (low, high)]
-        resident = n_low * stay[0] + n_high * stay[1]
-        back = [shape.backward(part.level, tokens, part.tile, cached) for part in (low, high)]
-        ahead = [
-            3 * set_bytes + shape.forward(part.level, tokens, part.tile, cached) if part.offload else 0
-            for part, set_bytes in zip((low, high), sets, strict=True)
-        ]
-        top = resident + np.maximum(back[1] + max(2 * sets[1], sets[0] + sets[1]), ahead[1])
-        bottom = n_low * stay[0] + max(back[0] + 2 * sets[0], ahead[0])
-        peak = resident + self._loss(tokens, low.tile, cached) + 2 * max(sets)
+        n_low = self.spec.layers - n_high
+        (sets_0, stay_0, back_0, ahead_0), (sets_1, stay_1, back_1, ahead_1) = (
+            self._layer(part.level, part.offload, part.tile, tokens, cached) for part in (low, high)
+        )
+        resident = n_low * stay_0 + n_high * stay_1
+        top = resident + np.maximum(back_1 + max(2 * sets_1, sets_0 + sets_1), ahead_1)
+        bottom = n_low * stay_0 + max(back_0 + 2 * sets_0, ahead_0)
+        peak = resident + self._loss(tokens, low.tile, cached) + 2 * max(sets_0, sets_1)
         peak = np.maximum(peak, np.where(n_high > 0, top, 0))
         peak = np.maximum(peak, np.where(n_low > 0, bottom, 0))
         kept_bytes = resident + tokens * (self.spec.head_dim * self.width + 40)  # rope tables, ids, rows, labels
@@ -733,6 +801,19 @@ class _Job:
         share = HALF_FRAGMENTS[0] * kept_bytes + HALF_FRAGMENTS[1] * (transient + beyond)
         workspaces = WORKSPACES + RECORDINGS * (tokens <= RECORDED and self.device.kind == "cuda")
         return kept_bytes, transient, beyond, np.rint(share) + CONTEXT[self.device.kind] + workspaces
+
+    def _layer(self, level: Level, offload: bool, tile: int, tokens: int, cached: bool) -> tuple[int, int, int, int]:
+        """Bytes of one layer: what it keeps that is moved away, that stays; what its backward holds; its forward if it moves."""
+        key = level, offload, tile, tokens, cached
+        if key not in self._known:
+            own, shape = self.shape.kept(level) * tokens, self.shape
+            ahead = 3 * own + shape.forward(level, tokens, tile, cached) if offload else 0
+            self._known[key] = offload * own, (not offload) * own, shape.backward(level, tokens, tile, cached), ahead
+        return self._known[key]
+
+    @cached_property
+    def _known(self) -> dict[tuple[Level, bool, int, int, bool], tuple[int, int, int, int]]:
+        return {}  # many plans are made of the same few layers
 
     def _loss(self, tokens: int, tile: int, cached: bool) -> float:
         if not self._head_trains:
@@ -747,11 +828,6 @@ class _Job:
 
     def _pinned(self, layers: tuple[Layers, ...], tokens: int) -> int:
         return sum(part.count * pinned(self.shape, part.level, tokens) for part in layers if part.offload)
-
-    @property
-    def pinnable(self) -> float:
-        """Bytes of main memory that may be pinned. A machine that is not here is taken to have 16 GiB, or its card's size."""
-        return HOST_SHARE * (self.device.host or max(16 * GIB, self.device.total))
 
     def half_seconds(self, low: Layers, high: Layers, n_high, tokens: int, cached: bool) -> Any:
         """Of the whole run: all arithmetic at one rate, the link where it is slower."""
@@ -804,6 +880,18 @@ class _Job:
     def table(self) -> tuple[list[tuple[Layers, Layers, int, bool]], np.ndarray, np.ndarray]:
         """All that is open to half-blocks: (low, high, tokens, cached) for each row, and GiB and minutes with 0 .. layers `high`
         ones; infinite where main memory cannot hold what is offloaded. No plan has more than two kinds of layers."""
+        counts = self.spec.layers + 1 if not self.mix else 1
+        rows, needs, minutes = [], [], []
+        for low, high, tokens, cached, n_high, size in self._sized():
+            time = self.half_seconds(low, high, n_high, tokens, cached) / 60
+            pad = (0, counts - len(n_high))
+            rows.append((low, high, tokens, cached))
+            needs.append(np.pad(size, pad, constant_values=np.inf))
+            minutes.append(np.pad(np.broadcast_to(time, n_high.shape), pad, constant_values=np.inf))
+        return rows, np.array(needs), np.array(minutes)
+
+    def _sized(self, caching: bool = True) -> Iterator[tuple[Layers, Layers, int, bool, np.ndarray, np.ndarray]]:
+        """The table's rows as (low, high, tokens, cached, n_high, GiB); without `caching` no decoded weights are kept."""
         kinds = [(level, off) for off in self.offloads for level in self.levels]
         pairs = [(low, high) for low in kinds for high in kinds if low == high or _richer(high, low)]
         counts = np.arange(self.spec.layers + 1)
@@ -811,26 +899,21 @@ class _Job:
             below, above = self.mix[0], self.mix[-1]
             pairs = [((below.level, below.offload), (above.level, above.offload))]
             counts = np.array([above.count if len(self.mix) > 1 else 0])
-        caches = (False, True) if self.method == "qlora" and not self.fp8 and self.device.kind == "cuda" else (False,)
+        caches = (False, True) if caching and self.method == "qlora" and not self.fp8 and self.device.kind == "cuda" else (False,)
         fixed = sum(c.bytes for c in self.fixed() if c.where == "device")
-        rows, needs, minutes = [], [], []
         for tokens in self._token_sizes():
+            waits = {kind: kind[1] * pinned(self.shape, kind[0], tokens) for kind in {kind for pair in pairs for kind in pair}}
             for tile in TILES if tokens > min(TILES) else (WHOLE,):
                 for below, above in pairs:
                     low, high = Layers(0, *below, tile), Layers(0, *above, tile)
                     n_high = counts if below != above or self.mix else counts[:1]
-                    pin = [part.offload * pinned(self.shape, part.level, tokens) for part in (low, high)]
-                    over = (self.spec.layers - n_high) * pin[0] + n_high * pin[1] > self.pinnable
+                    pin = waits[below], waits[above]
+                    over = (self.spec.layers - n_high) * pin[0] + n_high * pin[1] > pinnable(self.device)
                     for cached in caches:
                         size = sum(self.sizes(low, high, n_high, tokens, cached)) + fixed + cached * self.cache_of_weights
                         offloads = (low.offload & (n_high < self.spec.layers)) | (high.offload & (n_high > 0))
                         size = size - offloads * self.embedding_bytes
-                        time = self.half_seconds(low, high, n_high, tokens, cached) / 60
-                        pad = (0, len(counts) - len(n_high))
-                        rows.append((low, high, tokens, cached))
-                        needs.append(np.pad(np.where(over, np.inf, size / GIB), pad, constant_values=np.inf))
-                        minutes.append(np.pad(np.broadcast_to(time, n_high.shape), pad, constant_values=np.inf))
-        return rows, np.array(needs), np.array(minutes)
+                        yield low, high, tokens, cached, n_high, np.where(over, np.inf, size / GIB)
 
     def _way(self, at: int) -> _Way:
         rows, needs, _ = self.table
@@ -868,7 +951,9 @@ class _Job:
 
     @property
     def least(self) -> float:
-        return self.leanest.needs if self.composed_because else float(self.table[1].min())
+        if self.composed_because:
+            return self.leanest.needs
+        return min(float(size.min()) for *_, size in self._sized(caching=False))
 
 
 @dataclass(frozen=True)

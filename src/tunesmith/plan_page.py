@@ -1,7 +1,11 @@
-"""What `tunesmith plan` prints: bars for each component, the methods side by side, what to lower, one line of verdict."""
+"""What `tunesmith plan` prints: bars for each component, the methods side by side, what to lower, one line of verdict.
+
+Of a model alone: a stacked bar for each way to use it, what they are made of, what fits on cards of each size.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.devices import GIB
@@ -11,6 +15,9 @@ if TYPE_CHECKING:
 
 COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "bright_blue", "bright_cyan", "white")
 BAR = 30
+STACK = 40
+FILLS = {"weights": ("█", "blue"), "trained": ("▓", "magenta"), "activations": ("▒", "green"), "answers": ("░", "yellow"),
+         "overhead": ("■", "white")}  # fmt: skip
 
 
 def print_plan(plan: Any, console: Console) -> None:
@@ -65,6 +72,8 @@ def print_plan(plan: Any, console: Console) -> None:
     if not plan.fits or plan.needs > 0.9 * plan.budget:
         for a in plan.advice[:6]:
             console.print(f"  lower {escape(str(a))}")
+    if not plan.fits:
+        console.print(f"  the floor with these settings is {gb(plan.least)} GB")
     for note in plan.notes:
         console.print(f"[dim]note: {escape(note)}[/dim]")
     why = (
@@ -74,6 +83,76 @@ def print_plan(plan: Any, console: Console) -> None:
     )
     console.print(f"[dim]note: {why}[/dim]")
     console.print(f"[bold {'green' if plan.fits else 'red'}]{escape(plan.verdict)}[/]", highlight=False)
+
+
+def print_fits(fits: Any, console: Console) -> None:
+    """`fits` is a fits.Fits, whose room lies above this one."""
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    def table(first: str, names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        shown = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+        for i, name in enumerate((first, *names)):
+            shown.add_column(name, justify="right" if i else "left", no_wrap=True)
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
+        console.print()
+
+    end = f"the checkpoint goes to {fits.reach:,}"
+    console.print(f"[bold]{escape(fits.model)}[/bold] on {escape(str(fits.device))}, {fits.context:,} tokens ({end})\n")
+    bars = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
+    whole = stack_end(fits)
+    for use in fits.uses:
+        verdict = "[green]fits[/green]" if use.needs <= fits.budget else "[red]does not fit[/red]"
+        bars.add_row(use.way, f"{gb(use.needs)} GB", Text.assemble(*_stack(use.parts, fits.budget, whole)), verdict)
+    console.print(bars)
+    legend = [(f"{fill} {part}  ", colour) for part, (fill, colour) in FILLS.items()]
+    console.print(Text.assemble(*legend, f"│ {gb(fits.budget)} GB"))
+    console.print()
+    table("GB", [use.way for use in fits.uses], fits.table)
+    at_once = [(use.way, f"{use.tokens:,}", gb(use.least), use.activations or "-") for use in fits.uses]
+    table("way", ["tokens at once", "GB at the least", "activations"], at_once)
+    for title, found in sizes_tables(fits):
+        table(title, [f"{size} GB" for size in fits.sizes], [(way, *map(short, sizes)) for way, sizes in found.items()])
+    for note in fits.notes:
+        console.print(f"[dim]note: {escape(note)}[/dim]")
+    said, more = fits.verdict
+    console.print(f"[bold {'green' if fits.fits else 'red'}]{escape(said)}[/]", highlight=False)
+    if more:
+        console.print(escape(more), highlight=False)
+    if fits.page:
+        console.print(f"Written to {escape(str(fits.page))}", highlight=False, soft_wrap=True)
+
+
+def stack_end(fits: Any) -> float:
+    """GiB at the right end of the bars: what does not fit goes at most half a card beyond it."""
+    return min(max(fits.budget, *(use.needs for use in fits.uses)), 1.5 * fits.budget)
+
+
+def sizes_tables(fits: Any) -> tuple[tuple[str, Mapping[str, tuple[int, ...]]], ...]:
+    """(title, what fits on each size for each way); 0 is nothing."""
+    return ("longest row", fits.longest), (f"rows of {short(fits.rows)}", fits.micro_batch)
+
+
+def short(tokens: int) -> str:
+    """`960`, `2.5k`, `32k`, where k is 1,024; `-` for none."""
+    return f"{tokens / 1024:.4g}k" if tokens >= 1024 else f"{tokens or '-'}"
+
+
+def _stack(parts: Mapping[str, float], budget: float, whole: float) -> list[tuple[str, str]]:
+    """A bar's cells, each with its colour: parts one after another, the card's end, and » where it goes on."""
+    edges, total = [], 0.0
+    for part, size in parts.items():
+        total += size
+        edges.append((total, FILLS[part]))
+    cells = []
+    for i in range(STACK):
+        middle = (i + 0.5) / STACK * whole
+        cells.append(next((fill for edge, fill in edges if middle < edge), ("·", "dim")))
+    cells[min(STACK - 1, round(budget / whole * STACK) - 1)] = ("│", "bold")
+    return [*cells, ("»" if total > whole else " ", "red")]
 
 
 def _bar(start: float, end: float) -> str:

@@ -68,6 +68,16 @@ class Spec:
     tied: bool = False  # the vocabulary projection is the embedding
     foreign: bool = False  # sizes alone, of a model that runs through transformers
 
+    @property
+    def reach(self) -> int:
+        """Tokens that a document may have: two kinds of rotation stretch what the config calls its context."""
+        scaling = dict(self.rope.scaling)
+        if self.rope.kind == "dynamic":
+            return int(self.context * scaling["factor"])
+        if self.rope.kind == "yarn" and scaling["factor"]:
+            return max(self.context, int(scaling["original_max_position_embeddings"] * scaling["factor"]))
+        return self.context
+
     def slides(self, layer: int) -> bool:
         """Whether this layer sees only `window` tokens back."""
         return self.window is not None and (not self.sliding or self.sliding[layer])
@@ -188,6 +198,9 @@ def support(config: Config) -> Support:
     if any(isinstance(config.get(key), Mapping) for key in TOWERS):
         fix = "use a text-only checkpoint of the family, such as one with model_type 'gemma3_text'"
         return Support("refused", f"model_type {kind!r} holds more than text (vision or audio)", fix, notes)
+    if other := _not_causal(config):
+        fix = "use a causal language model: its config.json says ...ForCausalLM under architectures"
+        return Support("refused", f"{other}, not a causal language model", fix, notes)
     if kind not in FAMILIES:
         reason = f"model_type {kind!r} has no native family ({', '.join(FAMILIES)}); it runs through transformers, slower"
         return Support("fallback", reason, install("fallback"), notes, quantization)
@@ -201,6 +214,15 @@ def support(config: Config) -> Support:
     except _Wrong as e:
         return Support("refused", f"config.json: {e}", "download the checkpoint's config.json again", notes)
     return Support("native", f"model_type {kind!r}", "", notes, quantization)
+
+
+def _not_causal(config: Config) -> str:
+    """What a checkpoint is that does not write text from left to right; empty for one that does, or does not say."""
+    kind, named = config["model_type"], config.get("architectures")
+    named = [n for n in named if isinstance(n, str)] if isinstance(named, list) else []
+    if named and not any(n.endswith("ForCausalLM") or "For" not in n for n in named):
+        return f"model_type {kind!r} is a {', '.join(named)}"
+    return f"model_type {kind!r} is an encoder" if kind in ENCODERS and not config.get("is_decoder") else ""
 
 
 def checkpoint_quantization(config: Config) -> Literal["nf4"] | None:
@@ -527,6 +549,7 @@ def gemma3(c: Config) -> Spec:
 
 TOWERS = ("text_config", "vision_config", "audio_config", "thinker_config")
 
+ENCODERS = ("albert", "bert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta")
 REMOTE_CODE = {  # types that transformers does not know: their code lies in the checkpoint
     "phi-msft": "use the phi checkpoint (model_type 'phi', the same weights under transformers' own names)",
     "phi3small": "use Phi-3 mini or medium, or Phi-4-mini",
