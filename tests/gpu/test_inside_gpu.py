@@ -2,11 +2,6 @@
 
 import gc
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from importlib.resources import files
 
 import numpy as np
@@ -206,23 +201,13 @@ def losses(run):
     return [(r["step"], float(r["loss"]).hex(), float(r["grad_norm"]).hex()) for r in rows if r["kind"] == "step"]
 
 
-def test_killed_and_resumed_is_bit_identical(tmp_path):
+def test_killed_and_resumed_is_bit_identical(tmp_path, kill_twice_and_resume):
     free()
     before = torch.cuda.memory_allocated()
     whole = api.train(config(tmp_path / "whole")).path
     plan = json.loads((whole / "plan.json").read_text())
     assert torch.cuda.max_memory_allocated() - before <= plan["needs"] * GIB
-    code = f"from tunesmith import api; api.train({config(tmp_path / 'killed')!r}, resume=True)"
-    for after in (6, 13):
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-        while child.poll() is None:
-            metrics = tmp_path / "killed" / "metrics.jsonl"
-            if metrics.exists() and len(losses(tmp_path / "killed")) >= after:
-                os.kill(child.pid, signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        child.wait()
-    api.train(config(tmp_path / "killed"), resume=True)
-    assert losses(tmp_path / "killed") == losses(whole) and len(losses(whole)) == 24
-    one, two = (sorted((run / "model").glob("*.safetensors")) for run in (whole, tmp_path / "killed"))
+    killed = kill_twice_and_resume(config(tmp_path / "killed"))
+    assert losses(killed) == losses(whole) and len(losses(whole)) == 24
+    one, two = (sorted((run / "model").glob("*.safetensors")) for run in (whole, killed))
     assert one and [f.read_bytes() for f in one] == [f.read_bytes() for f in two]

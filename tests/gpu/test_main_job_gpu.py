@@ -1,12 +1,7 @@
 """The main job on an NVIDIA GPU: the same code as on a CPU, held to the same promises."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from importlib.resources import files
 
 import pytest
@@ -83,21 +78,11 @@ def test_held_out_loss_agrees_with_the_cpu():
     assert ((run["cpu"] - run["cuda"]).norm() / run["cpu"].norm()).item() < 1e-3  # float32 sums in another order
 
 
-def test_killed_and_resumed_is_bit_identical(tmp_path):
+def test_killed_and_resumed_is_bit_identical(tmp_path, kill_twice_and_resume):
     whole = api.train(config(tmp_path / "whole")).path
-    code = f"from tunesmith import api; api.train({config(tmp_path / 'killed')!r}, resume=True)"
-    for after in (6, 13):
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-        while child.poll() is None:
-            metrics = tmp_path / "killed" / "metrics.jsonl"
-            if metrics.exists() and len(losses(tmp_path / "killed")) >= after:
-                os.kill(child.pid, signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        child.wait()
-    api.train(config(tmp_path / "killed"), resume=True)
-    assert losses(tmp_path / "killed") == losses(whole)
-    assert (tmp_path / "killed" / "adapter" / "adapter_model.safetensors").read_bytes() == (
+    killed = kill_twice_and_resume(config(tmp_path / "killed"))
+    assert losses(killed) == losses(whole)
+    assert (killed / "adapter" / "adapter_model.safetensors").read_bytes() == (
         whole / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
 
