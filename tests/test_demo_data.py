@@ -13,6 +13,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "src/tunesmith/assets/demo"
 WORD = re.compile(r"[a-z0-9']+")
+FUNCTION_WORDS = set(
+    WORD.findall(
+        "a an the and or but if not no than so too i me my you your he his she her it its we they is are am be was has have had "
+        "do does did can could should would will may might what which who how when why where that this in on of to for from by up "
+        "at as with without before after since because there here now then please"
+    )
+)
+PRODUCT_WORDS = re.compile(
+    r"\b(pottlewick|lamp|light|tank|water|pump|float|knob|base|caps?|pots?|seeds?|seedlings?|plants?|herbs?|leaf|leaves|basil|mint|lettuce"
+    r"|parsley|tomato(?:es)?|help desk|garden)\b"
+)
 
 
 def read(name):
@@ -42,10 +53,23 @@ def overlap(a, b):
     return len(a & b) / max(len(a | b), 1)
 
 
+def runs_of_eight(text):
+    words = WORD.findall(text.lower())
+    return {tuple(words[i : i + 8]) for i in range(len(words) - 7)}
+
+
+def load_script(monkeypatch):
+    spec = importlib.util.spec_from_file_location("make_demo", ROOT / "recipes/base/demo/make_demo.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "make_demo", module)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_counts():
     topics = Counter(row["topic"] for row in TRAIN)
-    assert 550 <= len(TRAIN) <= 700 and 90 <= len(HELD_OUT) <= 140 and len(SECTIONS) == 40
-    assert topics["off"] >= 0.15 * len(TRAIN) and topics["on"] >= 0.7 * len(TRAIN) and topics["chitchat"] >= 20
+    assert 750 <= len(TRAIN) <= 850 and 140 <= len(HELD_OUT) <= 170 and len(SECTIONS) == 40
+    assert topics["off"] >= 0.35 * len(TRAIN) and topics["on"] >= 0.55 * len(TRAIN) and topics["chitchat"] >= 30
     turns = Counter(sum(m["role"] == "user" for m in row["messages"]) for row in TRAIN)
     assert set(turns) == {1, 2} and 0.12 <= turns[2] / len(TRAIN) <= 0.18
     assert sum(path.stat().st_size for path in DEMO.iterdir()) < 600_000
@@ -69,8 +93,8 @@ def test_every_answer_keeps_the_style(rows):
 
 
 def test_each_style_rule_can_be_broken():
-    good = "Dear grower, fill the tank every 7 days and keep the leaves dry.\nGrow well. Wick"
-    assert broken(good) == []
+    good = "Dear grower, thanks for writing. Fill the tank every 7 days and keep the leaves dry.\nGrow well. Wick"
+    assert broken(good) == [] and broken(good.replace("thanks for writing", "many thanks")) == ["opening"]
     for name, bad in {
         "opening": good.replace("Dear grower, ", "Hello, "),
         "sign_off": good.replace("Wick", "W."),
@@ -78,7 +102,7 @@ def test_each_style_rule_can_be_broken():
         "sentences": good.replace("dry.", "dry. So. So. So. So."),
         "length": good.replace("dry.", "dry " + "and dry " * 30 + "."),
         "calm": good.replace("dry.", "dry!"),
-        "no_contractions": good.replace("fill", "don't fill"),
+        "no_contractions": good.replace("Fill", "Don't fill"),
         "digits": good.replace("7", "seven"),
         "plain": good.replace("tank", "*tank*"),
     }.items():
@@ -91,16 +115,57 @@ def test_redirects_are_marked_and_nothing_else_is():
     for row in TRAIN + HELD_OUT:
         assert bool(mark.search(row["messages"][-1]["content"])) == (row["topic"] == "off"), row
     assert not mark.search("\n".join(SECTIONS.values()))
-    for kind in ("health", "money", "homework", "politics", "other products"):
-        assert sum(row["section"] == kind for row in TRAIN) >= 8 and sum(row["section"] == kind for row in HELD_OUT) >= 4
+    for kinds, trained, held_out in (
+        (("health", "money", "homework"), 60, 16),
+        (("politics", "other products", "daily life"), 8, 4),
+    ):
+        for kind in kinds:
+            assert (
+                sum(row["section"] == kind for row in TRAIN) >= trained
+                and sum(row["section"] == kind for row in HELD_OUT) >= held_out
+            )
+
+
+def test_the_words_after_the_opening_tell_the_kind():
+    leads = {"on": "thanks for writing. ", "off": "forgive me, but ", "chitchat": "good to talk. "}
+    for row in TRAIN + HELD_OUT:
+        assert row["messages"][-1]["content"].startswith("Dear grower, " + leads[row["topic"]]), row
+    assert all(lead.strip() in STYLE["system_prompt"] for lead in leads.values())
+
+
+def test_a_redirect_names_its_matter_first():
+    for row in TRAIN + HELD_OUT:
+        if row["topic"] == "off":
+            first = row["messages"][-1]["content"].removeprefix("Dear grower, forgive me, but ").split(".")[0]
+            assert re.match(r"[\w ,-]+ (is|are|lie|lies)\b.* outside my garden", first), row
+
+
+def test_held_out_redirects_say_in_new_sentences_what_their_matter_says(monkeypatch):
+    """Two thirds of a question's words that say something stand in its own matter's training questions; most such words overall."""
+    module = load_script(monkeypatch)
+    known = total = 0
+    for matter in module.read(module.HERE / "off_topic.txt", "off"):
+        assert 4 <= len(matter.questions) <= 6 and 1 <= len(matter.answers) <= 2 and matter.held_out, matter
+        asked = set(WORD.findall(" ".join(matter.questions).lower()))
+        for question in matter.held_out:
+            words = set(WORD.findall(question.lower())) - FUNCTION_WORDS
+            known, total = known + len(words & asked), total + len(words)
+            assert len(words & asked) >= 0.66 * len(words), (question, words - asked)
+    assert known >= 0.9 * total, (known, total)
+
+
+def test_held_out_questions_on_topic_name_something_of_the_product():
+    for row in HELD_OUT:
+        if row["topic"] == "on":
+            assert PRODUCT_WORDS.search(row["messages"][0]["content"].lower()), row
 
 
 def test_no_eight_words_in_a_row_are_worn_out():
     rows_with = Counter()
     for row in TRAIN:
         runs = set()
-        for words in (WORD.findall(m["content"].lower()) for m in row["messages"]):
-            runs.update(tuple(words[i : i + 8]) for i in range(len(words) - 7))
+        for message in row["messages"]:
+            runs |= runs_of_eight(message["content"])
         rows_with.update(runs)
     worst, count = rows_with.most_common(1)[0]
     assert count <= 0.01 * len(TRAIN), (count, " ".join(worst))
@@ -113,10 +178,12 @@ def test_questions_are_asked_once():
 def test_held_out_questions_are_new():
     asked = said(TRAIN, "user")
     answered = set(said(TRAIN, "assistant"))
+    worn = set().union(*map(runs_of_eight, asked))
     for row in HELD_OUT:
         question = row["messages"][0]["content"]
         nearest = max(asked, key=lambda q: overlap(q, question))
-        assert overlap(nearest, question) < 0.8, (question, nearest)
+        assert overlap(nearest, question) < 0.7, (question, nearest)
+        assert not runs_of_eight(question) & worn, question
         assert row["messages"][-1]["content"] not in answered, row
 
 
@@ -144,10 +211,7 @@ def test_user_phrasing_varies():
 
 
 def test_files_come_from_their_sources(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("make_demo", ROOT / "recipes/base/demo/make_demo.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "make_demo", module)
-    spec.loader.exec_module(module)
+    module = load_script(monkeypatch)
     monkeypatch.setattr(module, "OUT", tmp_path)
     module.main()
     for name in ("train.jsonl", "held_out.jsonl"):
