@@ -52,7 +52,7 @@ def test_an_epoch_holds_every_example_once_spread_evenly_over_as_few_steps_as_ca
 
 
 def test_no_step_of_an_epoch_holds_a_single_row_left_over():
-    """609 = 38 x 16 + 1: the demo's rows."""
+    """609 = 38 x 16 + 1: one would be left over."""
     sizes = [len(step) for step in steps(range(609), 16)]
     assert len(sizes) == 39 and set(sizes) == {15, 16}
 
