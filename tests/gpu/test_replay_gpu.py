@@ -9,6 +9,8 @@ import torch
 
 from tunesmith.levels import RECORDED
 from tunesmith.models.place import make_deterministic
+from tunesmith.ops.linear_ce import linear_cross_entropy
+from tunesmith.train import replay
 from tunesmith.train.optim import Optimizer
 from tunesmith.train.replay import Passes, plain
 
@@ -109,6 +111,38 @@ def test_memory_is_that_of_the_largest_not_of_all(model):  # noqa: F811
     assert torch.cuda.memory_reserved() - others < 1.15 * one
     passes.clear()
     assert torch.cuda.memory_reserved() - others < 0.9 * one
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_out_of_memory_while_recording_leaves_nothing_broken(model, monkeypatch, joined):  # noqa: F811
+    """With copies to main memory under way; and with a capture that cannot end."""
+    passes, b = passes_of(model, "recompute", offload=True), batch(300, 200)
+    wanted, before = gradient(passes, b), len(replay.BROKEN)
+    full = []
+
+    def no_room(*args, **how):
+        if torch.cuda.is_current_stream_capturing() and not full:
+            full.append(1)
+            raise torch.OutOfMemoryError("no room")
+        return linear_cross_entropy(*args, **how)
+
+    monkeypatch.setattr(replay, "linear_cross_entropy", no_room)
+    with monkeypatch.context() as patch:
+        if not joined:
+            patch.setattr(Passes, "_join", lambda self: None)
+        with pytest.raises(torch.OutOfMemoryError, match="no room"):
+            gradient(passes, b)
+    assert len(replay.BROKEN) == before + (not joined)
+    passes.relieve()
+    gc.collect()
+    torch.randn(8, device=CUDA)
+    for _ in range(3):
+        loss, _ = gradient(passes, b)
+        assert loss.item() == pytest.approx(wanted[0].item(), rel=1e-3)
+    assert all(r.graph is not None for r in passes.recordings.values())
+    gc.collect()
+    torch.randn(8, device=CUDA)
+    replay.BROKEN.clear() if joined else None
 
 
 def test_long_passes_run_unrecorded(model):  # noqa: F811

@@ -175,6 +175,10 @@ def test_a_capture_that_fails_is_told_from_one_without_memory(monkeypatch, error
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(recording, "body", lambda *a: (_ for _ in ()).throw(error("made by a test")))
+    renewed, kept = [], []
+    monkeypatch.setattr(Passes, "_join", lambda self: None)
+    monkeypatch.setattr(Passes, "_renew_generator", lambda self: renewed.append(1))
+    monkeypatch.setattr(replay, "BROKEN", kept)
     passes.device, said = torch.device("cuda"), []
     passes.tell = lambda *what, **why: said.append(what)
     if raised:
@@ -184,6 +188,7 @@ def test_a_capture_that_fails_is_told_from_one_without_memory(monkeypatch, error
     else:
         assert not passes._captured(recording)
         assert not passes.record and said and not passes.recordings and passes.pool is None
+    assert renewed and len(kept) == 1, "its end would end the process, and the generator stays in the capture"
 
 
 def test_of_too_many_shapes_the_one_not_used_for_longest_goes(monkeypatch):

@@ -81,6 +81,9 @@ class Room:
         ]).astype(np.int64)  # fmt: skip
 
 
+BROKEN: list[torch.cuda.CUDAGraph] = []  # captures that could not end, kept: destroying one ends the process
+
+
 @dataclass(eq=False)
 class Recording:
     """One room: where its micro-batches are put, and the graph once there is one."""
@@ -232,12 +235,17 @@ class Passes:
                 graph.capture_begin(pool=self.pool, capture_error_mode="relaxed")
                 try:
                     recording.body(self.model, list(self.optimizer.parameters.values()))
+                except BaseException:
+                    self._join()
+                    raise
                 finally:
                     graph.capture_end()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as e:
-            if isinstance(e.__context__, torch.OutOfMemoryError):  # the capture's end found copies to main memory under way
+            BROKEN.append(graph)
+            self._renew_generator()
+            if isinstance(e.__context__, torch.OutOfMemoryError):
                 raise e.__context__ from None
             self.record = False
             self.clear()  # what runs from now on needs the memory
@@ -245,6 +253,22 @@ class Passes:
             return False
         recording.graph = graph
         return True
+
+    def _join(self) -> None:
+        """A pass that ended half-way may have copies to main memory under way on their own stream; a capture whose streams have not
+        come together cannot end.
+        """
+        side = self.model.fast.pool.stream
+        if side is not None:
+            with torch.cuda.stream(side):
+                capturing = torch.cuda.is_current_stream_capturing()
+            if capturing:
+                self.stream.wait_stream(side)
+
+    def _renew_generator(self) -> None:
+        """A capture that could not end leaves the device's generator of random numbers in it: each later draw would fail."""
+        generator = torch.cuda.default_generators[self.device.index or 0]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 def _power(n: int) -> int:
