@@ -23,7 +23,8 @@ from prepare import documents, held_out_keys
 
 BOOKS = {  # subject in plain words: words of the textbooks' titles, as each book's first module gives them
     "government": ("American Government", "Political Science"), "the body": ("Anatomy and Physiology",),
-    "the stars": ("Astronomy",), "business": ("Business", "Entrepreneurship"), "chemistry": ("Chemistry",), "school": ("College",), "customs": ("Anthropology",),
+    "the stars": ("Astronomy",), "business": ("Business", "Entrepreneurship"),
+    "chemistry": ("Chemistry",), "school": ("College",), "customs": ("Anthropology",),
     "philosophy": ("Philosophy",), "society": ("Sociology",), "germs": ("Microbiology",), "the mind": ("Psychology",),
     "trade": ("Economics", "Macroeconomics", "Microeconomics"), "history": ("History",), "writing": ("Writing Guide",),
 }  # fmt: skip
