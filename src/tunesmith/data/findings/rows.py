@@ -15,100 +15,134 @@ from tunesmith.data.findings import text as t
 from tunesmith.data.findings.text import Hits, Joined, Rows
 
 REPEATED = 120  # of a longer one the beginning: worked answers often begin with a clause of the question
-ASKED, BEFORE = 12, 40  # characters of the shortest question, and of what may stand before it: `Question: "`
+ASKED, BEFORE = 10, 40  # characters of the shortest question, and of what may stand before it: `Question: "`
 FIRST_SIGNS = frozenset("*# AaCGBQFPDUHYIПА助ア")  # of LABELLED
 COPY = 40  # characters of a prompt that an answer repeats by more than chance
 SHORTEST = 16  # of an answer that ends in a list or in JSON
 LISTED = frozenset("-*•|<0123456789")  # what the last word of a list, a table or a tag that was begun begins with
 OPEN_ENDED = 80  # an answer shorter than this may end as it likes
 
-_CANT = r"(?:can(?:no|')?t|can not|(?:am|'m|are|'re) (?:currently |really )?(?:not (?:able|allowed|permitted)|unable) to|won't|will not)"
+_CANT = (
+    r"(?:can(?:no|')?t|can not|won't|will not"
+    r"|(?:am|'m|are|'re) (?:currently |really )?(?:not (?:able|allowed|permitted)|unable) to)"
+)
 _HELP = (
-    r"(?:(?:\w+ly |in good \w+ )?(?:assist|help(?! but| it)|provide|fulfill?|comply|answer|generate|create|do (?:that|this|it)|share|discuss|engage|respond"
-    r"|explain|describe|support|promote|process|continue (?:with )?(?:this|the) conversation|browse|access|participate|endorse|condone"
-    r"|write (?:about|that|this)|talk about|offer (?:advice|guidance)|express|perform|give (?:you )?(?:\w+ ){0,2}(?:advice|instructions|steps|details))"
+    r"(?:(?:\w+ly |in good \w+ )?(?:assist|help(?! but| it)|provide|fulfill?|comply|answer|generate|create|do (?:that|this|it)"
+    r"|share|discuss|engage|respond"
+    r"|explain|describe|support|promote|process|continue (?:with )?(?:this|the) conversation|browse|access|participate|endorse"
+    r"|condone"
+    r"|write (?:about|that|this)|talk about|offer (?:advice|guidance)|express|perform|give (?:you )?(?:\w+ ){0,2}(?:advice"
+    r"|instructions|steps|details))"
     r"|be able to (?:help|assist))\b"
 )
 _APOLOGY = (
-    r"(?:(?:i'?m|i am|we are|we're) (?:\w+ ){0,2}(?:sorry|afraid)(?: that)?|(?:so |very )?sorry(?: about that)?|(?:my |our )?apologies"
+    r"(?:(?:i'?m|i am|we are|we're) (?:\w+ ){0,2}(?:sorry|afraid)(?: that)?|(?:so |very )?sorry(?: about that)?|(?:my "
+    r"|our )?apologies"
     r"|(?:i|we) (?:do |must )?apologi[sz]e|unfortunately|regrettably)[,.!]* (?:but )?"
 )
 REFUSAL = re.compile(
-    rf"(?:no[,.!] |as an? [^,.!?]{{3,60}}, )?(?:(?:{_APOLOGY})+(?:as an? (?:[^,.!?]{{3,60}}, |ai ))?(?:(?:but )?i\b[^.!?]{{0,60}}?\b{_CANT}"
-    rf"|(?:but )?i .{{0,30}}?(?:do not|don't) have|(?:but )?(?:(?:that|this|it)(?:'s| is) (?:against|outside|beyond)|we {_CANT} (?:help|assist|answer|process)))"
-    rf"|(?:{_APOLOGY})?(?:i {_CANT} {_HELP}|i'm not going to {_HELP}|i'm (?:not able|unable) to {_HELP}|(?:i )?can(?:no|')t (?:comply|fulfill?|assist)"
+    rf"(?:no[,.!] |as an? [^,.!?]{{3,60}}, )?(?:(?:{_APOLOGY})+(?:as an? (?:[^,.!?]{{3,60}}, "
+    rf"|ai ))?(?:(?:but )?i\b[^.!?]{{0,60}}?\b{_CANT}"
+    rf"|(?:but )?i .{{0,30}}?(?:do not|don't) have|(?:but )?(?:(?:that|this|it)(?:'s| is) (?:against|outside|beyond)"
+    rf"|we {_CANT} (?:help|assist|answer|process)))"
+    rf"|(?:{_APOLOGY})?(?:i {_CANT} {_HELP}|i'm not going to {_HELP}|i'm (?:not able|unable) to {_HELP}|(?:i )?can(?:no"
+    rf"|')t (?:comply|fulfill?|assist)"
     rf"|we {_CANT} (?:assist|help you with|answer|comply|fulfill?|process requests)"
-    r"|i (?:must|have to|need to|'ll have to|will have to|would|'d)(?: \w+ly)? (?:decline|pass on this|(?:rather|prefer) not)|i'(?:ll have to|d)(?: \w+ly)?"
+    r"|i (?:must|have to|need to|'ll have to|will have to|would|'d)(?: \w+ly)? (?:decline|pass on this|(?:rather|prefer) not)"
+    r"|i'(?:ll have to|d)(?: \w+ly)?"
     r" (?:decline|pass on this|rather not|prefer not)|i (?:must )?refuse to|i regret that i"
-    r"|i (?:do not|don't) (?:feel comfortable|have the (?:ability|capability|capacity)|think it(?:'s| is| would be) (?:appropriate|ethical|right to)"
+    r"|i (?:do not|don't) (?:feel comfortable|have the (?:ability|capability|capacity)|think it(?:'s| is"
+    r"| would be) (?:appropriate|ethical|right to)"
     r"|have (?:any |enough )?(?:access|information|data) )|(?:i'm|i am) not comfortable"
     r"|(?:that|this|it)(?:'s| is| would be) (?:not something|outside (?:of )?what|beyond what) (?:i|we) can"
     r"|it(?:'s| is| would be) (?:inappropriate|unethical|not (?:appropriate|ethical|possible)) for me to"
     r"|(?:this|that|it) (?:goes|is) against (?:my|our) (?:\w+ )?(?:guideline|polic|programming|principle|value)"
-    r"|(?:my|our) (?:\w+ )?(?:guidelines|programming|polic(?:y|ies)|principles) (?:do(?:es)? not|don't|doesn't|prevents?|prohibits?|forbids?)"
+    r"|(?:my|our) (?:\w+ )?(?:guidelines|programming|polic(?:y|ies)|principles) (?:do(?:es)? not|don't|doesn't|prevents?"
+    r"|prohibits?|forbids?)"
     r"|(?:this|your|the|that) (?:request|question|prompt|topic) (?:violates|goes against|is against|is not allowed|conflicts with)"
     rf"|(?:i'm|i am|my purpose is)[^.!?]{{0,20}} to be (?:helpful|safe|harmless)[^.!?]{{0,40}}\bi {_CANT} {_HELP}))"
     # German, French, Spanish, Italian, Portuguese, Dutch, Polish, Russian, Chinese, Japanese
-    r"|(?:es )?tut mir (?:\w+ )?leid[^.!?]{0,60}\b(?:kann|darf)\b[^.!?]{0,60}\bnicht\b|(?:entschuldigung|leider)[^.!?]{0,20}\b(?:kann|darf) ich\b[^.!?]{0,60}nicht"
-    r"|entschuldigung[^.!?]{0,20}\bich\b[^.!?]{0,20} nicht|ich (?:kann|darf) [^.!?]{0,50}(?:nicht|keine) (?:\w+ )?(?:beantworten|helfen|erfüllen|nachkommen|geben|tun|weiterhelfen)"
-    r"|(?:je suis (?:\w+ )?)?désolée?[^.!?]{0,25}\bje ne (?:peux|suis)|je ne peux pas (?:\w+ ){0,2}(?:aider|répondre|fournir|faire|accéder|satisfaire)"
+    r"|(?:es )?tut mir (?:\w+ )?leid[^.!?]{0,60}\b(?:kann|darf)\b[^.!?]{0,60}\bnicht\b|(?:entschuldigung"
+    r"|leider)[^.!?]{0,20}\b(?:kann|darf) ich\b[^.!?]{0,60}nicht"
+    r"|entschuldigung[^.!?]{0,20}\bich\b[^.!?]{0,20} nicht|ich (?:kann|darf) [^.!?]{0,50}(?:nicht|keine) (?:\w+ )?(?:beantworten"
+    r"|helfen|erfüllen|nachkommen|geben|tun|weiterhelfen)"
+    r"|(?:je suis (?:\w+ )?)?désolée?[^.!?]{0,25}\bje ne (?:peux|suis)|je ne peux pas (?:\w+ ){0,2}(?:aider|répondre|fournir"
+    r"|faire|accéder|satisfaire)"
     r"|je (?:ne suis pas|suis) (?:en mesure|dans l'impossibilité) d"
     r"|lo siento[^.!?]{0,25}\bno (?:puedo|me es)|no (?:puedo|me es posible) (?:ayudar|responder|proporcionar|cumplir|hacer)"
     r"|(?:mi dispiace|spiacente|scusa)[^.!?]{0,25}\bnon posso|non posso (?:aiutar|rispondere|fornire)"
     r"|(?:desculpe|sinto muito|lamento)[^.!?]{0,25}\bnão (?:posso|consigo)|não posso (?:ajudar|responder|fornecer)"
-    r"|(?:het spijt me|sorry)[^.!?]{0,25}\b(?:ik kan|kan ik)\b[^.!?]{0,40} niet|(?:przykro mi|przepraszam|niestety)[^.!?]{0,25}nie mogę"
+    r"|(?:het spijt me|sorry)[^.!?]{0,25}\b(?:ik kan|kan ik)\b[^.!?]{0,40} niet|(?:przykro mi|przepraszam"
+    r"|niestety)[^.!?]{0,25}nie mogę"
     r"|(?:извините|простите|к сожалению|мне жаль)[^.!?]{0,25}(?:я )?не (?:могу|в состоянии)|я не могу (?:помочь|ответить|выполнить)"
     r"|(?:很|非常)?(?:抱歉|对不起|對不起)[^。！？]{0,12}(?:无法|不能|没有办法|無法|没法)|我(?:无法|不能)(?:回答|提供|帮助)"
     r"|(?:大変)?申し訳(?:ありません|ございません)が[^。！？]{0,25}(?:できません|できかねます)"
 )
 REFUSAL_BEGINS = (
-    "i'", "im ", "i am ", "i can", "i won", "i will ", "i apolog", "i must ", "i do", "i have to", "i need to", "i refuse", "i would", "i regret",
-    "we ", "we'", "my ", "our ", "this ", "that", "it ", "it'", "no,", "no.", "no!", "as a", "sorry", "so sorry", "very sorry", "unfortunately",
+    "i'", "im ", "i am ", "i can", "i won", "i will ", "i apolog", "i must ", "i do", "i have to", "i need to", "i refuse",
+    "i would", "i regret",
+    "we ", "we'", "my ", "our ", "this ", "that", "it ", "it'", "no,", "no.", "no!", "as a", "sorry", "so sorry",
+    "very sorry", "unfortunately",
     "regrettably", "apologies", "your ", "the request", "cannot", "can't",
-    "es tut", "tut mir", "entschuldigung", "leider", "ich ", "je ", "désolé", "lo siento", "no p", "no me", "mi dispiace", "spiacente", "scusa", "non p",
-    "desculpe", "sinto", "lamento", "não", "het spijt", "przykro", "przepraszam", "niestety", "извините", "простите", "к сожалению", "мне жаль", "я не",
+    "es tut", "tut mir", "entschuldigung", "leider", "ich ", "je ", "désolé", "lo siento", "no p", "no me", "mi dispiace",
+    "spiacente", "scusa", "non p",
+    "desculpe", "sinto", "lamento", "não", "het spijt", "przykro", "przepraszam", "niestety", "извините", "простите",
+    "к сожалению", "мне жаль", "я не",
     "很抱歉", "抱歉", "非常", "对不起", "很对不起", "對不起", "我", "申し訳", "大変",
 )  # fmt: skip
 _MAKERS = "openai|anthropic|alibaba(?: cloud)?|google|meta(?: ai)?|mistral(?: ai)?|deepseek|lmsys"
 _MODELS = "chatgpt|gpt-?[345](?:\\.5)?|claude|bard|gemini|qwen|llama|vicuna|deepseek|copilot"
 BOILERPLATE = re.compile(
-    r"\bas an? (?:large |artificial |virtual |digital |text-based |conversational )?(?:ai|a\.i\.|language|artificial intelligence|(?<=virtual )assistant)"
+    r"\bas an? (?:large |artificial |virtual |digital |text-based |conversational )?(?:ai|a\.i\.|language"
+    r"|artificial intelligence|(?<=virtual )assistant)"
     r"(?:-powered|-based)?(?: language)? ?(?:model|assistant|chatbot|system)?\b(?=,| i\b| developed| trained| created)"
     r"|\bi(?:'|’)?(?: a)?m (?:just |only |merely |simply )?an? (?:ai|large language|language|artificial intelligence)"
     r"(?: language)? (?:model|assistant|chatbot)\b"
     r"|\bi(?:'|’)?(?: a)?m (?:just |only |merely )an? (?:ai|artificial intelligence|machine|computer program|chatbot)\b"
-    r"|\bi(?:'|’)?(?: a)?m an? (?:ai|artificial intelligence|computer program)(?=[,.;]| and (?:have|do|can)\b| (?:developed|created|trained|made|built) by)"
+    r"|\bi(?:'|’)?(?: a)?m an? (?:ai|artificial intelligence|computer program)(?=[,.;]| and (?:have|do|can)\b| (?:developed"
+    r"|created|trained|made|built) by)"
     r"|\b(?:being|since i(?:'|’)?(?: a)?m|because i(?:'|’)?(?: a)?m) an? (?:ai|artificial intelligence|language model)\b,?"
-    r"|\bmy (?:knowledge cutoff|last (?:knowledge )?(?:update|training)|training data (?:only )?(?:goes|extends|ends|includes|is limited))"
+    r"|\bmy (?:knowledge cutoff|last (?:knowledge )?(?:update|training)|training data (?:only )?(?:goes|extends|ends|includes"
+    r"|is limited))"
     r"|\bas of my (?:last |latest |knowledge |training )*(?:update|cutoff|cut-off|training|knowledge)|\bbased on my training data\b"
-    rf"|\bi(?:'|’)?(?: a)?m (?:{_MODELS})(?=,|\.| an? (?:ai|large|language)|$)|\bi(?:'|’)?(?: a)?m [\w-]{{2,20}}, (?:an? [\w ]{{2,40}} )?(?:created|developed|made|trained) by (?:{_MAKERS})\b"
+    rf"|\bi(?:'|’)?(?: a)?m (?:{_MODELS})(?=,|\.| an? (?:ai|large|language)|$)|\bi(?:'"
+    rf"|’)?(?: a)?m [\w-]{{2,20}}, (?:an? [\w ]{{2,40}} )?(?:created|developed|made|trained) by (?:{_MAKERS})\b"
     rf"|\bi (?:am|was) (?:an? [\w ]{{2,40}} )?(?:trained|developed|created|made) by (?:{_MAKERS})\b"
-    r"|\bi (?:do not|don(?:'|’)t|cannot|can(?:'|’)t) (?:have access to |access |see |have |browse the internet or \w+ )real[- ]time (?:data|information)\b"
+    r"|\bi (?:do not|don(?:'|’)t|cannot|can(?:'|’)t) (?:have access to |access |see |have "
+    r"|browse the internet or \w+ )real[- ]time (?:data|information)\b"
     r"|\bi hope this (?:email|message) finds you well\b|\bregenerate response\b"
     r"|\bi (?:do not|don(?:'|’)t) have personal (?:opinions|beliefs|experiences|feelings|preferences|thoughts|emotions)\b"
-    r"|\bals (?:eine? )?(?:ki(?:-(?:sprach)?modell)?|künstliche intelligenz|sprachmodell)\b(?=,| habe| kann| bin| verfüge)|\bals ki-(?:sprach)?modell\b"
+    r"|\bals (?:eine? )?(?:ki(?:-(?:sprach)?modell)?|künstliche intelligenz|sprachmodell)\b(?=,| habe| kann| bin| verfüge)"
+    r"|\bals ki-(?:sprach)?modell\b"
     r"|\ben tant qu(?:e |'|’)(?:modèle de langage|assistant virtuel|ia|intelligence artificielle)\b"
     r"|\bcomo (?:modelo de lenguaje|ia|inteligencia artificial)\b(?=,| de|$)|\bcomo modelo de lenguaje\b"
 )
 BOILERPLATE_GATES = (
-    "an ai", "language model", "artificial intelligence", "virtual assistant", "based ai", "cutoff", "cut-off", "my last", "as of my", "training data",
-    "computer program", "real-time ", "finds you well", "regenerate response", "personal ", "chatgpt", "claude", "gemini", "qwen", "llama", "vicuna",
-    "deepseek", "openai", "anthropic", "alibaba", "by google", "als ki", "ki-modell", "sprachmodell", "künstliche intelligenz", "en tant qu",
+    "an ai", "language model", "artificial intelligence", "virtual assistant", "based ai", "cutoff", "cut-off", "my last",
+    "as of my", "training data",
+    "computer program", "real-time ", "finds you well", "regenerate response", "personal ", "chatgpt", "claude", "gemini",
+    "qwen", "llama", "vicuna",
+    "deepseek", "openai", "anthropic", "alibaba", "by google", "als ki", "ki-modell", "sprachmodell",
+    "künstliche intelligenz", "en tant qu",
     "como modelo", "como ia", "inteligencia artificial",
 )  # fmt: skip
 SPECIAL = re.compile(
-    r"<\|[A-Za-z0-9_ \u2581]{2,40}\|>|<｜[^｜\n]{2,40}｜>|\[/?INST\]|<</?SYS>>|</?s>|<(?:bos|eos|pad|unk|mask)>|<(?:start|end)_of_(?:turn|image)>"
+    r"<\|[A-Za-z0-9_ \u2581]{2,40}\|>|<｜[^｜\n]{2,40}｜>|\[/?INST\]|<</?SYS>>|</?s>|<(?:bos|eos|pad|unk|mask)>|<(?:start"
+    r"|end)_of_(?:turn|image)>"
     r"|<extra_id_\d{1,3}>|\[/?(?:TOOL_CALLS|AVAILABLE_TOOLS|TOOL_RESULTS|SYSTEM_PROMPT)\]|\[(?:PAD|UNK|CLS|MASK|BOS|EOS|SEP)\]"
 )
 SPECIAL_GATES = (
-    "|>", "｜>", "SYS>>", "<s>", "</s>", "os>", "<pad>", "<unk>", "<mask>", "_of_turn>", "_of_image>", "INST]", "PAD]", "UNK]", "CLS]", "MASK]",
+    "|>", "｜>", "SYS>>", "<s>", "</s>", "os>", "<pad>", "<unk>", "<mask>", "_of_turn>", "_of_image>", "INST]", "PAD]", "UNK]",
+    "CLS]", "MASK]",
     "OS]", "SEP]", "<extra_id_", "TOOL_CALLS]", "_TOOLS]", "TOOL_RESULTS]", "SYSTEM_PROMPT]",
 )  # fmt: skip
 STRUCK = re.compile(r"<s>[^<>\n]{0,120}</s>")
 WHOLE_LINE = re.compile(r"[ \t]*(?:\n|<s>|\Z)")
-CONFLICT = re.compile(r"^(?:<{7}(?: |$)|>{7}(?: |$)|\|{7}(?: |$))", re.MULTILINE)
-MARKERS = re.compile(r"^([<>=])\1{6}(?![<>=])", re.MULTILINE)
-BRANCH = re.compile(r"(?:HEAD|[0-9a-f]{7,40}|master|main|theirs|ours|\.(?:mine|r\d+)|[\w.-]+/\S+|Updated upstream|Stashed changes)\b")
+CONFLICT = re.compile(r"^[ \t>]{0,24}?(?:<{7}(?: |$)|>{7}(?: |$)|\|{7}(?: |$))", re.MULTILINE)
+MARKERS = re.compile(r"^(?:[ \t]+|> )?([<>=])\1{6}(?![<>=])", re.MULTILINE)
+BRANCH = re.compile(
+    r"(?:HEAD|[0-9a-f]{7,40}|master|main|theirs|ours|\.(?:mine|r\d+)|[\w.-]+/\S+|Updated upstream|Stashed changes)\b"
+)
 _ASKS = "Human|User|USER|HUMAN|Benutzer|Nutzer|Utilisateur|Usuario|Utente|Usuário|Gebruiker|Пользователь|用户|ユーザー"
 _SAYS = "Assistant|ASSISTANT|Assistent|Asistente|Assistente|Ассистент|助手|アシスタント"
 ROLE_LINE = re.compile(
@@ -123,13 +157,15 @@ LABELLED = re.compile(
     r"\**(?:A|Answer|Antwort|Respuesta|Risposta|Réponse|Resposta|Response|Completion|Assistant|AI|ChatGPT|Agent)[ *]{0,3}[:：]"
 )
 INVITES = re.compile(
-    r"\b(?:dialog(?:ue)?s?|conversations?|chat|transcripts?|interviews?|script|scene|play|log|faq|flash ?cards?|quiz|format|template|glossary|role ?play\w*"
+    r"\b(?:dialog(?:ue)?s?|conversations?|chat|transcripts?|interviews?|script|scene|play|log|faq|flash ?cards?|quiz|format"
+    r"|template|glossary|role ?play\w*"
     r"|q ?& ?a|questions|jokes?|gespräch\w*|dialog\w*|translate|logs?|sketch|story|prompts?)\b|(?:user|human|assistant|system) ?:",
     re.IGNORECASE,
 )
 ROLE_GATES = (
     *(f"#{gap}{name}" for gap in ("", " ") for name in ("Ins", "Inp", "Res", "Pro", "Out")),
-    "Human", "User", "Assistant", "System", "USER", "ASSISTANT", "HUMAN", "Benutzer", "Nutzer", "Assistent", "Utilisateur", "Usuario", "Asistente",
+    "Human", "User", "Assistant", "System", "USER", "ASSISTANT", "HUMAN", "Benutzer", "Nutzer", "Assistent", "Utilisateur",
+    "Usuario", "Asistente",
     "Utente", "Usuário", "Gebruiker",
 )  # fmt: skip
 ROLES_BEYOND = frozenset("П用ユАア助")  # where names of roles begin that no gate can tell
@@ -138,8 +174,8 @@ MOJIBAKE = re.compile(
     r"\ufffd|[ÃÂ][\x80-\xbf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u2022\u2026\u2030\u20ac\u2122]"
     r"|â(?:€|[\x80-\x9f\u201a][\x80-\xbf])|ð(?:Ÿ|\x9f)|ï»¿|[ÐÑ][\x80-\xbf][ÐÑ]"
 )
-# What other codecs leave: the first sign, what may follow it, and the pattern at that place. Signs that good text has too count twice in
-# a row, or among letters.
+# What other codecs leave: the first sign, what may follow it, and the pattern at that place. Signs that good text has too count
+# twice in a row, or among letters.
 _C1252 = "\x80-\xbf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u2022\u2026\u2030\u2039\u203a\u20ac\u2122"
 _C1251 = "\u0402-\u040f\u0452-\u045f\xa0-\xbf\u2013-\u203a\u20ac\u2122\u0490\u0491\u2116"
 _C1250 = (
@@ -152,16 +188,20 @@ DAMAGE = tuple(
     (frozenset(t.members(leads)), leads, follow, re.compile(pattern))
     for leads, follow, pattern in (
         ("ãäåæçèéêëì", _C1252, f"(?:[ãäåæçèéêëì][{_C1252}]{{2}}){{2}}"),  # Chinese, Japanese, Korean as Windows-1252
+        ("ÎÏ×ØÙ", _C1252, f"(?:[ÎÏ×ØÙ][{_C1252}]){{3}}"),  # Greek, Hebrew, Arabic as Windows-1252
         ("ÄÅ", "\x80-\xbf\u0152\u0178\u201a\u201e\u2020\u2021\u203a\u2122", "Ä[\x80-\x9f\u0178\u2020\u2021\u203a\u2122\xb0\xb1]"
          "|Å[\x80-\x9f\u0152\u0178\u201a\u201e\u2122\u203a\xa1\xba\xbc-\xbe](?!\u201c)"),
         ("ĂĹÄ", _C1250, f"[ĂĹ][{_C1250}]|Ä[\x80-\x9f\u0164\u0179\u015b\u2122\u203a]"),  # Windows-1250
-        ("├Γ", "\xa1-\xff\u0192\u0393-\u03c6\u2310\u2500-\u25a0Ç", "(?<=[A-Za-z])├[^\\s─━│├└]|├[^\\s─━│├└┌|-](?=[A-Za-z])|ΓÇ[\xa3-\xff\u0192-\u2593]"),
-        ("√‚", f"{_MAC}Ä", f"(?<=[A-Za-z])√[{_MAC}]|√[{_MAC}](?=[a-z])|‚Ä[ôúùîìò¶¢]"),  # Mac OS Roman; above it code pages 437 and 850
+        ("├Γ", "\xa1-\xff\u0192\u0393-\u03c6\u2310\u2500-\u25a0Ç",
+        "(?<=[A-Za-z])├[^\\s─━│├└]|├[^\\s─━│├└┌|-](?=[A-Za-z])|ΓÇ[\xa3-\xff\u0192-\u2593]"),
+        ("√‚", f"{_MAC}Ä", f"(?<=[A-Za-z])√[{_MAC}]|√[{_MAC}](?=[a-z])|‚Ä[ôúùîìò¶¢]"),  # Mac OS Roman; above it 437 and 850
         ("РС", _C1251, f"(?:[РС][{_C1251}]){{2}}"),  # Russian as Windows-1251
-        ("ΞΟ", "\x80-\xbf\u0384-\u0390\u03ac-\u03ce\u2013-\u203a\u20ac\u2122", "(?:[ΞΟ][^\\sΑ-ΩΆ-ΏA-Za-z]){3}"),  # Greek as Windows-1253
+        ("ΞΟ", "\x80-\xbf\u0384-\u0390\u03ac-\u03ce\u2013-\u203a\u20ac\u2122",
+        "(?:[ΞΟ][^\\sΑ-ΩΆ-ΏA-Za-z]){3}"),  # Greek as Windows-1253
         (_GBK, f"{_GBK}a-z", f"(?<=[a-z])[{_GBK}]{{1,2}}[a-z]"),
         ("а-я", "А-Я", "(?<![А-яЁё])[а-я][А-Я]{3,}(?![а-яё])"),  # KOI8-R and Windows-1251 mixed up
-        ("À-Öà-öø-ý", "à-öø-ý", "(?<![A-Za-zÀ-ÿ])(?:[À-Ö][à-öø-ý]{3,}[ ,.!?]{1,2}[à-öø-ý]{3,}|[à-öø-ý]{4,}[ ,.!?]{1,2}[à-öø-ý]{4,})"),
+        ("À-Öà-öø-ý", "à-öø-ý",
+        "(?<![A-Za-zÀ-ÿ])(?:[À-Ö][à-öø-ý]{3,}[ ,.!?]{1,2}[à-öø-ý]{3,}|[à-öø-ý]{4,}[ ,.!?]{1,2}[à-öø-ý]{4,})"),
         ("ийыкзцьфбчщл", "a-z", "(?<=[a-z])[ийыкзцьфбчщл][a-z]"),  # French as Windows-1251; letters of another script within a word
     )
 )  # fmt: skip
@@ -172,30 +212,48 @@ CONTROL_BYTES = bytes(b for b in (*range(32), *range(127, 160)) if b not in (9, 
 # words in Thai, Lao, Burmese and Khmer. Tag characters write text that nobody sees, but behind a black flag they are a flag.
 INVISIBLE = re.compile(
     "(?<![\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff])\u200b"
-    "|[\u200e\u200f\u2060-\u2064\u00ad\u202a-\u202e\u2066-\u206f\u3164\uffa0]|(?<![\u1800-\u18af])\u180e|(?<=[A-Za-z])[\u200c\u200d](?=[A-Za-z])|(?<!^)\ufeff"
+    "|[\u200e\u200f\u2060-\u2064\u00ad\u202a-\u202e\u2066-\u206f\u3164\uffa0]|(?<![\u1800-\u18af])\u180e"
+    "|(?<=[A-Za-z])[\u200c\u200d](?=[A-Za-z])|(?<!^)\ufeff"
     "|(?<![\U0001f3f4\U000e0001-\U000e007f])[\U000e0001-\U000e007f]"
 )
-_CODES = (*range(0x200B, 0x2010), *range(0x2060, 0x2065), 0xAD, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x2070), 0x180E, 0x3164, 0xFFA0)
+_CODES = (
+    *range(0x200B, 0x2010),
+    *range(0x2060, 0x2065),
+    0xAD,
+    0xFEFF,
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x2070),
+    0x180E,
+    0x3164,
+    0xFFA0,
+)
 _TAGS = range(0xE0001, 0xE0080)
 UNSEEN = frozenset(map(chr, (*_CODES, *_TAGS)))
 BIDI = frozenset("\u200e\u200f\u202a\u202b\u202c\u2066\u2067\u2068\u2069")
 RIGHT_TO_LEFT = re.compile("[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]")
 OPEN_SIGNS = frozenset(",([{–—:-")
 OPEN_WORDS = frozenset(re.findall(r"\S+",
-    "the a an of to and or with for in that which is are was were by from at on because your their its my our this than if but when whose into be"
+    "the a an of to and or with for in that which is are was were by from at on because your their its my our this than if but when"
+    " whose into be"
     " der die das dem den des und ein eine einen einer eines zu mit für von dass wenn weil"
     " le la les de et des du un une el los las y en que il lo gli di della che os as da do dos das um uma"
 ))  # fmt: skip
 STOPS = frozenset("0123456789.!?\"'”’)。！？")  # after these an answer does not stop in the middle, but for a list's `3.`
-STUB = re.compile(r"\n[ \t]*(?:\d{1,3}[.)]|[-*•]|\|[^|\n]*)[ \t]*\Z|<[a-z/][^<>\n]{0,40}\Z")  # a list, a table or a tag that was begun
+STUB = re.compile(
+    r"\n[ \t]*(?:\d{1,3}[.)]|[-*•]|\|[^|\n]*)[ \t]*\Z|<[a-z/][^<>\n]{0,40}\Z"
+)  # a list, a table or a tag that was begun
 
 
 PLACEHOLDER = re.compile(
-    r"[\"'*(\[<{]{0,3}(?:n\.? ?/? ?a|null|none|nan|nil|todo|fixme|tbd|tba|undefined|unknown|k\. ?a|s\. ?o|lorem ipsum.*|x{3,}|asdf\w*|placeholder"
-    r"|#(?:n/a|ref!|value!|div/0!|name\?|null!|num!)|todo: .{0,40}|(?:to be|noch zu) (?:added|done|determined|defined|written|announced)|coming soon"
-    r"|no (?:answer|response|data|output|text|content|value)(?: (?:available|provided|given|found))?|not (?:available|applicable|provided|specified)"
+    r"[\"'*(\[<{]{0,3}(?:n\.? ?/? ?a|null|none|nan|nil|todo|fixme|tbd|tba|undefined|unknown|k\. ?a|s\. ?o|lorem ipsum.*|x{3,}"
+    r"|asdf\w*|placeholder"
+    r"|#(?:n/a|ref!|value!|div/0!|name\?|null!|num!)|todo: .{0,40}|(?:to be|noch zu) (?:added|done|determined|defined|written"
+    r"|announced)|coming soon"
+    r"|no (?:answer|response|data|output|text|content|value)(?: (?:available|provided|given|found))?|not (?:available|applicable"
+    r"|provided|specified)"
     r"|keine (?:angabe|antwort|daten)|sin (?:respuesta|datos)|sans (?:réponse|objet)|object object|(?<=[(\[<])(?:empty|blank)"
-    r"|(?:insert |your |write |enter |the )*(?:answer|response|output|text|reply|completion)(?: here| goes here)?|<[^<>\n]{0,20}>)[\"'*)\]>}]{0,3}[.!]?",
+    r"|(?:insert |your |write |enter |the )*(?:answer|response|output|text|reply|completion)(?: here| goes here)?"
+    r"|<[^<>\n]{0,20}>)[\"'*)\]>}]{0,3}[.!]?",
     re.IGNORECASE | re.DOTALL,
 )
 NOTHING = frozenset("-–—_.…?*/\\|~#()[]{}<>\"'`=:;,")
@@ -223,10 +281,8 @@ def truncated(rows: Rows) -> Hits:
         tail = answer[-48:]
         words = tail.rsplit(None, 1)
         word = words[-1] if words else ""
-        if (
-            len(answer) >= OPEN_ENDED
-            and (word in OPEN_WORDS or (word[-1:] in OPEN_SIGNS and word and word[-2:] != "--"))
-            or ((word[:1] in LISTED or "<" in tail) and len(answer) >= SHORTEST and STUB.search(answer, max(0, len(answer) - 60)))
+        if (len(answer) >= OPEN_ENDED and (word in OPEN_WORDS or (word[-1:] in OPEN_SIGNS and word and word[-2:] != "--"))) or (
+            (word[:1] in LISTED or "<" in tail) and len(answer) >= SHORTEST and STUB.search(answer, max(0, len(answer) - 60))
         ):
             end = len(answer.rstrip())
             found.setdefault(answers.rows[part], (part, end - len(word), end))
@@ -241,7 +297,7 @@ def truncated(rows: Rows) -> Hits:
     if found:
         asked = {row: prompt.rstrip()[-1:] for row, prompt, _ in rows.pairs if row in found}
         for row, last in asked.items():
-            part, start, end = found[row]
+            part, _, end = found[row]
             if last in OPEN_SIGNS and answers.parts[part][end - 1 : end] in OPEN_SIGNS:
                 del found[row]
     return found
@@ -298,15 +354,26 @@ def prompt_in_answer(rows: Rows) -> Hits:
     invited: dict[int, bool] = {}
     for row, prompt, answer in rows.pairs:
         asked = prompt.strip()
-        if len(asked) >= ASKED and len(answer) > len(asked) + 2 and (at := answer.find(asked[:REPEATED], 0, BEFORE + REPEATED)) >= 0:
+        if (
+            len(asked) >= ASKED
+            and len(answer) > len(asked) + 2
+            and (at := answer.find(asked[:REPEATED], 0, BEFORE + REPEATED)) >= 0
+        ):
             end = at + len(asked[:REPEATED])
             whole = answer.startswith(asked[REPEATED:], end) if len(asked) > REPEATED else True
             behind = answer[at + len(asked) :][:2].lstrip("\"' ”»*") if whole else ""
-            if (len(asked) >= COPY and len(answer) > len(prompt) * 0.5 and not whole) or (whole and (asked[-1] in "?.!:" or behind[:1] == "\n")):
+            if (len(asked) >= COPY and len(answer) > len(prompt) * 0.5 and not whole) or (
+                whole and (asked[-1] in "?.!:" or behind[:1] == "\n")
+            ):
                 found[row] = (part_of[row], at, end)
-        if answer[:1] in FIRST_SIGNS and (":" in answer[:24] or "：" in answer[:24] or answer[:5] == "Below") and (m := LABELLED.match(answer[:600])):
-            if not INVITES.search(prompt[:2000]) and not _explains(answer, m):
-                found.setdefault(row, (part_of[row], 0, m.end()))
+        if (
+            answer[:1] in FIRST_SIGNS
+            and (":" in answer[:24] or "：" in answer[:24] or answer[:5] == "Below")
+            and (m := LABELLED.match(answer[:600]))
+            and not INVITES.search(prompt[:2000])
+            and not _explains(answer, m)
+        ):
+            found.setdefault(row, (part_of[row], 0, m.end()))
     lines = list(answers.near(ROLE_LINE, ROLE_GATES, 24))
     if not answers.foreign.isdisjoint(ROLES_BEYOND):
         places = answers.places("".join(ROLES_BEYOND))
@@ -320,7 +387,11 @@ def prompt_in_answer(rows: Rows) -> Hits:
             if row not in invited:
                 invited[row] = bool(INVITES.search(asked_of.get(row, "")[-2000:]))
             text = answers.parts[part]
-            if not invited[row] and not (start == 0 and text[0] != "#" and not LABELLED.match(text)) and text.count("```", 0, start) % 2 == 0:
+            if (
+                not invited[row]
+                and not (start == 0 and text[0] != "#" and not LABELLED.match(text))
+                and text.count("```", 0, start) % 2 == 0
+            ):
                 found[row] = (part, start, end)
     return found
 
@@ -467,7 +538,7 @@ def _is_phone(m: re.Match[str]) -> bool:
         return not (said[1:].isdigit() and (len(said) > 14 or re.search(r"\d\s*\Z", before)))
     groups = [int(g) for g in re.findall(r"\d+", said)]
     steps = {b - a for a, b in itertools.pairwise(groups)}
-    return not (len(groups) > 3 and len(steps) == 1) and not ORDER.search(before)
+    return not (len(groups) > 2 and len(steps) == 1) and not ORDER.search(before)
 
 
 NUMBERS = (  # and where a match ends, 0 if it is none
@@ -478,7 +549,22 @@ NUMBERS = (  # and where a match ends, 0 if it is none
 )
 
 
-CALLS = (b"tel", b"phon", b"fon", b"mobil", b"m\xf3vil", b"cell", b"handy", b"fax", b"whats", b"call", b"ring", b"sms", b"mero", b"??")  # of CALLED
+CALLS = (
+    b"tel",
+    b"phon",
+    b"fon",
+    b"mobil",
+    b"m\xf3vil",
+    b"cell",
+    b"handy",
+    b"fax",
+    b"whats",
+    b"call",
+    b"ring",
+    b"sms",
+    b"mero",
+    b"??",
+)  # of CALLED
 
 
 def number_spans(joined: Joined) -> Iterator[tuple[str, int, int]]:
@@ -517,8 +603,12 @@ def ip_spans(joined: Joined) -> Iterator[tuple[int, int]]:
 
 
 VERSION = re.compile(
-    r"(?:(?:version|\brelease|\bbuild|\bver\.?|section|firmware|driver|clause|chapter|\btable|\boid)[\s\"'(:=]{0,3}|§ ?|==|[A-Za-z]-)\Z", re.IGNORECASE
+    r"(?:(?:version|\brelease|\bbuild|\bver\.?|section|firmware|driver|clause|chapter|\btable|\boid)[\s\"'(:=]{0,3}|§ ?|=="
+    r"|[A-Za-z]-)\Z",
+    re.IGNORECASE,
 )
+
+
 def _ipv6(joined: Joined) -> Iterator[tuple[int, int]]:
     """Where four colons stand close together, or two side by side behind a digit or a letter."""
     at = np.flatnonzero(np.frombuffer(joined.squeezed, np.uint8) == 58)
@@ -549,7 +639,9 @@ def api_key(rows: Rows) -> Hits:
 
 NAME_GATES = ("password", "passwd", "secret", "api_key", "apikey", "api-key", "access_key", "_token")
 GIVEN = re.compile(rb"[a-z0_.-]{0,30}[\"']?\s{0,4}[=:]")  # behind such a name: a value is given
-NO_SECRET = re.compile(r"[(){}<>$]|your|example|xxx|•|^[\"']?passw|redacted|^\[KEY(?:_\d+)?\]$", re.IGNORECASE)  # [KEY_12] is what `prepare` writes
+NO_SECRET = re.compile(
+    r"[(){}<>$]|your|example|xxx|•|^[\"']?passw|redacted|^\[KEY(?:_\d+)?\]$", re.IGNORECASE
+)  # [KEY_12] is what `prepare` writes
 
 
 def key_spans(joined: Joined) -> Iterator[tuple[int, int]]:
@@ -563,9 +655,10 @@ def key_spans(joined: Joined) -> Iterator[tuple[int, int]]:
     for gate in joined.occurring(("://",)) if b"@" in data else ():
         at = data.find(gate)
         while at >= 0:
-            if data.find(b"@", at, at + 160) > 0 and (m := redact.URL_LOGIN.search(text, max(0, at - 24), at + 200)):
-                if m.start() < at < m.end() and _is_secret(m["secret"], m):
-                    yield m.span("secret")
+            near = data.find(b"@", at, at + 160) > 0
+            m = redact.URL_LOGIN.search(text, max(0, at - 24), at + 200) if near else None
+            if m and m.start() < at < m.end() and _is_secret(m["secret"], m):
+                yield m.span("secret")
             at = data.find(gate, at + 1)
     for gate in joined.occurring(("Bearer ", "uthorization")):
         at = data.find(gate)
@@ -582,9 +675,8 @@ def key_spans(joined: Joined) -> Iterator[tuple[int, int]]:
                     both = re.search(r"\d", value) and re.search(r"[A-Za-z]", value)
                     if both and len(value) >= 8 and value.isascii() and not NO_SECRET.search(value):
                         yield m.span("secret")
-            elif m := SAID_SO.match(text, at):
-                if not NO_SECRET.search(m["secret"]):
-                    yield m.span("secret")
+            elif (m := SAID_SO.match(text, at)) and not NO_SECRET.search(m["secret"]):
+                yield m.span("secret")
             at = lower.find(gate, at + 1)
     for gate in joined.occurring(("passwort", "kennwort", "mot de passe", "contrase", "senha"), lower=True):
         at = lower.find(gate)
@@ -605,7 +697,11 @@ SAID_SO = re.compile(
 def _is_secret(value: str, m: re.Match[str]) -> bool:
     """Of a URL or a header: no name of a secret, none for the machine itself, and none without a digit."""
     if m.re is redact.URL_LOGIN:
-        good = m["keep"].count(":") == 2 and len(value) >= 6 and not re.match(r"@(?:localhost|127\.|[\w.-]*example\.)", m.string[m.end() : m.end() + 40])
+        good = (
+            m["keep"].count(":") == 2
+            and len(value) >= 6
+            and not re.match(r"@(?:localhost|127\.|[\w.-]*example\.)", m.string[m.end() : m.end() + 40])
+        )
     else:
         good = len(value) >= 16
     return good and bool(re.search(r"\d", value)) and bool(re.search(r"[A-Za-z]", value)) and not NO_SECRET.search(value)

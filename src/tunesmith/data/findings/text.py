@@ -280,12 +280,13 @@ PHONE = re.compile(
     r"(?<![\w+.])(?:\+\d{1,3}[ ./-]?(?:\(0?\d{1,5}\)|\d{1,5})(?:[ ./-]?\d{2,5}){1,4}"  # +49 30 1234567
     r"|\(\d{3}\) ?\d{3}[ .-]\d{4}|(?:1[ .-])?[2-9]\d{2}([.-])[2-9]\d{2}\1\d{4}"  # (212) 555-0123, 212-555-0123
     r"|0\d{2,4}[ /-]\d{3,4}[ -]?\d{3,5}"  # 030/1234567, 0171 1234567
-    r"|0\d(?:([ .])\d\d)(?:\2\d\d){3}|0\d{1,3}-\d{2,4}-\d{4}|00\d{1,3}(?:[ ./-]?\d{2,5}){3,5}"  # 06 12 34 56 78, 03-1234-5678, 0041 44 668 18 00
+    r"|0\d(?:([ .])\d\d)(?:\2\d\d){3}|0\d{1,3}-\d{2,4}-\d{4}"
+    r"|00\d{1,3}(?:[ ./-]?\d{2,5}){3,5}"  # 06 12 34 56 78, 03-1234-5678, 0041 44 668 18 00
     r"|(?:\+\d{1,3}[ -]?)?\(0\d{0,4}\)[ /-]?\d{1,4}(?:[ ./-]?\d{2,8}){1,4}|\+1\d{10}"  # (089) 1234 5678, +33 (0)1 23 45 67 89
     r"|\+\d{1,3} ?\(0\) ?\d{1,4}(?:[ ./-]?\d{2,5}){1,4}|1[ .-](?:8\d{2})[ .-]\d{3}[ .-]\d{4})(?![\w-])"
 )
 CALLED = re.compile(  # a number of any form behind such a word
-    r"(?:tel|telefon\w*|téléphone|phone|mobile?|cell|handy|móvil|fax|whats ?app|call|ring|sms|numéro|teléfono|fon|電話|电话)"
+    r"(?:tel(?:[eé]\w*)?|tél(?:[eé]\w*)?|phone|mobile?|cell|handy|móvil|fax|whats ?app|call|ring|sms|numéro|teléfono|fon|電話|电话)"
     r"(?: ?(?:no|nr|number|me|us|at|is|to|on)\b\.?){0,3}[^\w\n+(]{0,4}\Z",
     re.IGNORECASE,
 )
@@ -295,14 +296,18 @@ IBAN = re.compile(
     r"|[a-z]{2}\d{2}([ .-]?)[a-z0-9]{4}(?:\2[a-z0-9]{4}){1,6}(?:\2[a-z0-9]{1,3})?)(?![A-Za-z0-9])"
 )
 IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
-IPV6_SHORT = re.compile(r"(?<![\w:])[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{1,4}){1,6}::(?:[0-9A-Fa-f]{1,4}(?::[0-9A-Fa-f]{1,4}){0,5})?(?![\w:])")
+IPV6_SHORT = re.compile(
+    r"(?<![\w:])[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{1,4}){1,6}::(?:[0-9A-Fa-f]{1,4}(?::[0-9A-Fa-f]{1,4}){0,5})?(?![\w:])"
+)
 IPV6 = re.compile(r"(?<![\w:])(?:[0-9A-Fa-f]{1,4}:){7}[0-9A-Fa-f]{1,4}(?![\w:])")
 DOTTED = re.compile(rb"\.0{1,3}\.0{1,3}\.")  # as digits are in `squeezed`
 RESERVED = re.compile(r"(?:^|[@.])(?:example\.(?:com|org|net|edu)|[a-z0-9-]+\.(?:example|test|invalid|localhost))$", re.IGNORECASE)
 KEY_GATES = (
     "hf_", "api_org_", "sk-", "ghp_", "gho_", "ghs_", "ghr_", "ghu_", "github_pat_", "glpat-", "AKIA", "ASIA", "AIza", "ya00.",
-    "xox", "npm_", "pypi-", "eyJ", "sk_live_", "rk_live_", "sk_test_", "rk_test_", "whsec_", "sq0", "SG.", "key-", "dop_v", "doo_v", "dor_v",
-    "shpat_", "shpss_", "shpca_", "shppa_", "dapi", "glptt-", "gldt-", "glrt-", "gsk_", "r0_", "xai-", "pplx-", "lin_api_", "sntrys_", "GOCSPX-",
+    "xox", "npm_", "pypi-", "eyJ", "sk_live_", "rk_live_", "sk_test_", "rk_test_", "whsec_", "sq0", "SG.", "key-", "dop_v",
+    "doo_v", "dor_v",
+    "shpat_", "shpss_", "shpca_", "shppa_", "dapi", "glptt-", "gldt-", "glrt-", "gsk_", "r0_", "xai-", "pplx-", "lin_api_",
+    "sntrys_", "GOCSPX-",
     "ATATT0", "EAACEdEose", "AccountKey=", "hooks.slack.com", "discord.com/api", "discordapp.com",
 )  # fmt: skip
 LONG_RUN = re.compile(r"(?=[A-Za-z+/_=-]{0,400}\d)[A-Za-z0-9+/_=-]{24,}")
