@@ -238,3 +238,114 @@ def test_the_table_names_each_detector_once():
     assert all(f.severity in findings.SEVERITIES and f.what and f.why and f.fix for f in findings.TABLE)
     assert {f.name for f in findings.TABLE if f.detector is None} == {"exact_duplicates", "near_duplicates", "leakage"}
     assert whole.Whole().rows == 0
+
+
+KEY_BODY = "MIIEowIBAAKCAQEA7v"
+UNDONE = {  # by what the row is found: what other programs leave, say and write
+    "mojibake": [
+        "Ð“Ð´Ðµ Ð²Ð¾ÐºÐ·Ð°Ð»".encode().decode(),
+        *("Grüße aus Zürich".encode().decode(codec) for codec in ("cp437", "mac_roman")),
+        "Привет, как дела".encode().decode("cp1251", "replace").replace("\ufffd", "\x98"),
+        "日本語の本です".encode().decode("latin-1"),
+        "größer und schöner".encode().decode("gbk", "replace").replace("\ufffd", "?"),
+        "Спасибо большое".encode("cp1251").decode("latin-1"),
+        "Привет".encode("cp1251").decode("koi8_r").swapcase().swapcase(),
+    ],
+    "invisible": ["in the\u200e middle", "a\u2062b", "pad\u3164ded", "half\uffa0", "x\u180ey"],
+    "special_tokens": ["<extra_id_0> is", "[TOOL_CALLS] [{}]", "<s>[INST] hi [/INST]", "so it is.</s>"],
+    "conflict_markers": ["  <<<<<<< HEAD\n  - one\n  =======\n  - two\n  >>>>>>> dev", "the end\n>>>>>>> 0123abc"],
+    "placeholder": ["n.a.", "(none)", "[insert answer here]", "No answer provided.", "#REF!", "**N/A**", "TODO: write it"],
+    "private_key": [
+        f"-----BEGIN PGP PRIVATE KEY BLOCK-----\n\n{KEY_BODY}\n-----END PGP PRIVATE KEY BLOCK-----",
+        f"PuTTY-User-Key-File-2: ssh-rsa\nEncryption: none\nPrivate-Lines: 1\n{KEY_BODY}",
+    ],
+    "api_key": [
+        "sk_" + "live_" + "aB3dE5gH7" * 3,
+        "SG." + "aB3dE5gH7jK2" * 2 + "." + "aB3dE5gH7jK2" * 3,
+        "Authorization: Bearer " + "aB3dE5gH7" * 4,
+        "postgres://admin:xK7wQ2zz@db.shop.com:5432/prod",
+        "das Passwort lautet Rosen47garten",
+    ],
+    "phone": ["06 12 34 56 78", "+33 (0)1 23 45 67 89", "0041 44 668 18 00", "03-1234-5678", "Telefoon: 06-12345678"],
+    "card": ["4111.1111.1111.1111"],
+    "iban": ["DE89-3704-0044-0532-0130-00", "de89 3704 0044 0532 0130 00", "IBANDE89370400440532013000"],
+    "ip_address": ["nameserver 81.2.69.142", "listen [2a01:4f8:c2c:1::5]:443"],
+    "refusal": [
+        "I\u2019m sorry, I can\u2019t assist with that.",
+        "I do not have the ability to browse the internet.",
+        "This request violates our content policy.",
+        "Es tut mir leid, aber dabei kann ich nicht helfen.",
+        "Je ne peux pas répondre à cette demande.",
+        "很抱歉，我无法回答这个问题。",
+    ],
+    "boilerplate": [
+        "I am ChatGPT. It rains.",
+        "As of my last update in 2021, it was so.",
+        "I don't have access to real-time data.",
+    ],
+    "prompt_in_answer": ["What is it?\nIt is tea, and a good one.", "ChatGPT: It is tea.", "It is so.\n用户：谢谢"],
+    "truncated": ["1. Wash it.\n2. Dry it.\n3.", '{"name": "Ann", "tags": ["a", "b', "<ul><li>one</li><li>two</li></u"],
+}
+
+
+@pytest.mark.parametrize(("name", "answer"), [(n, a) for n, answers in UNDONE.items() for a in answers])
+def test_it_is_known_in_the_forms_that_other_programs_give_it(name, answer):
+    assert found([chat("It is tea."), chat(answer, line=2)]).get(name), answer
+
+
+SOUND = {
+    "special_tokens": ["Now <s>20 €</s> 15 €", "<s>old</s> new", "List<s> and Map<k, v>"],
+    "conflict_markers": [">>>>>>> On Monday Anna wrote:\n>>>>>>> hello", "| a | b |\n|||||||\n| 1 | 2 |"],
+    "private_key": [
+        "It begins with -----BEGIN PRIVATE KEY-----.",
+        "-----BEGIN PRIVATE KEY-----\n<yours>\n-----END PRIVATE KEY-----",
+    ],
+    "api_key": ["ghp_" + "x" * 36, "xoxb-your-token-here", "Bearer $TOKEN", "postgres://user:pass1word@localhost/db"],
+    "card": ["4012888888881", "the sum is 4212883012996"],  # thirteen digits: no card has them since 2000
+    "phone": ["472547338\n+960397912423686", "01 02 03 04 05", "pages 0120 0130 0140"],
+    "ip_address": ['AssemblyVersion("1.2.3.4")', "pkg-1.4.2.7.tar.gz", "224.0.0.251", "crate::a::b"],
+    "mojibake": ["x1 = -b + i√|D|", "├── src\n│   └── a.py", "ÂGÉ DE 5 ANS À CÔTÉ", "Příliš žluťoučký kůň", "Șase, țară, Ăsta"],
+    "invisible": ["שלום\u200f (hello)", "ᠮᠣᠩᠭᠣᠯ\u180e"],
+    "refusal": [
+        "I can't find a return under this number. Could you send me the date?",
+        "I'm sorry to hear that. I have sent a new one.",
+        "I can't help but smile at it.",
+        "Unfortunately, we are unable to offer you the position.",
+    ],
+    "boilerplate": ["As an Air Force pilot, she knew it.", "OpenAI made it in 2022.", "I am a large man."],
+    "prompt_in_answer": ["It looks like this:\n```\nHuman: hello\nAI: hi\n```", "AI: short for artificial intelligence."],
+}
+
+
+@pytest.mark.parametrize(("name", "answer"), [(n, a) for n, answers in SOUND.items() for a in answers])
+def test_it_is_not_taken_for_what_stands_near_it(name, answer):
+    assert name not in found([chat("It is tea."), chat(answer, line=2)]), answer
+
+
+def test_a_fault_does_not_hide_the_next_rows():
+    """Rows lie end to end for the patterns: two tokens close together, and a key that was cut, once hid what came behind them."""
+    assert found([chat("a<pad>", "b<pad>", i) for i in range(9)])["special_tokens"].count == 9
+    cut = f"-----BEGIN RSA PRIVATE KEY-----\n{KEY_BODY}"
+    assert found([chat(cut, line=i) for i in range(5)])["private_key"].count == 5
+    shown = [chat("It has the line -----BEGIN PRIVATE KEY-----"), chat("A" + KEY_BODY, line=2)]
+    assert "private_key" not in found(shown), "the next row is not its body"
+
+
+def test_an_answer_may_end_as_its_question_does():
+    verse = "And he went down to the water, and said to the men that stood there by the side of the water,"
+    assert "truncated" in found([chat(verse)]) and "truncated" not in found([chat(verse, "And he did go down to the water,")])
+
+
+def test_translations_are_not_another_language():
+    english, german = (
+        [chat(SENTENCE, f"Tell me of {i}", i) for i in range(40)],
+        "Die Antwort ist nicht so einfach, und das wird auch so sein.",
+    )
+    assert found([*english, chat(german, "Tell me")])["mixed_languages"].count == 1
+    assert "mixed_languages" not in found([*english, chat(german, "Translate it into German: ...")])
+
+
+@pytest.mark.parametrize("asks", ["Write a dialogue between a user and an assistant.", "Interview a user of it"])
+def test_a_dialogue_that_was_asked_for_is_an_answer(asks):
+    said = "User: Which tea is best?\nAssistant: Try the green one."
+    assert "prompt_in_answer" in found([chat(said)]) and "prompt_in_answer" not in found([chat(said, asks)])

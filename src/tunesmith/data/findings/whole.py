@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tunesmith.data.clusters import PUNCTUATION, Shingles
-from tunesmith.data.findings.text import ANSWERS, EXCERPT, Rows, excerpt, snippet
+from tunesmith.data.findings.text import ANSWERS, EXCERPT, PROMPTS, Rows, excerpt, snippet
+from tunesmith.types import Conversation
 
 LABELS_KEPT = 20_000  # distinct answers that are counted; beyond it the rarest are dropped
 TOP = 3  # longest answers that are remembered
@@ -50,6 +51,13 @@ SCRIPTS = (
     ("Devanagari", "\u0900", "\u097f"), ("Thai", "\u0e00", "\u0e7f"), ("Greek", "\u0370", "\u03ff"),
 )  # fmt: skip
 
+TRANSLATES = re.compile(
+    r"translat|übersetz|tradu[iczs]|vertaal|przetłumacz|перевед|перевод|翻译|翻譯|翻訳|번역"
+    r"|\b(?:in|into|to|auf|en|em|ins?) (?:german|french|spanish|italian|portuguese|dutch|polish|turkish|russian|chinese|japanese"
+    r"|korean|arabic|hebrew"
+    r"|hindi|greek|english|deutsche?|français|español|englisch|französisch)\b",
+    re.IGNORECASE,
+)
 NOT_LATIN = re.compile("[\u0370-\u1cff\u3040-\ud7af]")
 
 
@@ -105,6 +113,7 @@ def sketch(rows: Rows, texts: Sequence[str], shingles: Shingles, kinds: Sequence
     answers, labels, short, copies, long, open_ = [], {}, [], [], 0, []
     sizes = np.zeros(len(pairs), np.int64)
     languages: dict[str, tuple[int, list[tuple[int, str]]]] = {}
+    spoken: dict[str, list[tuple[int, str]]] = {}
     for k, (i, prompt, answer) in enumerate(pairs):
         plain = answer.strip()
         sizes[k] = len(plain)
@@ -123,8 +132,14 @@ def sketch(rows: Rows, texts: Sequence[str], shingles: Shingles, kinds: Sequence
     for i, c in enumerate(rows.conversations):
         said = next((m.content for m in reversed(c.messages) if m.role in ANSWERS), c.messages[-1].content)
         if name := language(said[:240]):
-            count, places = languages.get(name, (0, []))
-            languages[name] = count + 1, places if len(places) >= TOP else [*places, (told[i], said[:EXCERPT])]
+            spoken.setdefault(name, []).append((i, said))
+    main = max(spoken, key=lambda name: len(spoken[name]), default="")
+    others = sum(map(len, spoken.values())) - len(spoken.get(main, ()))
+    for name, ones in spoken.items():
+        if name != main or others * 10 > len(ones):  # a translation is in another language because the prompt asks for it
+            ones = [(i, said) for i, said in ones if not TRANSLATES.search(_asked(rows.conversations[i])[:400])]
+        if ones:
+            languages[name] = len(ones), [(told[i], said[:EXCERPT]) for i, said in ones[:TOP]]
     formats: dict[str, tuple[int, int]] = {}
     for line, kind in zip(told, kinds, strict=True):
         count, first = formats.get(kind, (0, line))
@@ -160,6 +175,10 @@ def sketch(rows: Rows, texts: Sequence[str], shingles: Shingles, kinds: Sequence
         words=(span >> np.uint64(44)).astype(np.uint32),
         shared=shared,
     )
+
+
+def _asked(c: Conversation) -> str:
+    return next((m.content for m in reversed(c.messages) if m.role in PROMPTS), "")
 
 
 def _first_and_last(prompt: str) -> tuple[int, int]:
