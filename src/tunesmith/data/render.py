@@ -19,7 +19,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -135,6 +135,14 @@ class _Shape:
     ops: list[Op] | None = None  # the whole conversation is one example, put together like this
     checks: list[tuple[int, bool, int, int]] = field(default_factory=list)
     """What the row's other renderings must fulfil: (index among those asked, whether it must end there, piece, how far in)."""
+    trimmed: frozenset[int] | None = None
+    """Known when the template does nothing with the fields but print them, these trimmed: then no row has to be rendered."""
+
+
+    @property
+    def blind(self) -> bool:
+        """Whether the texts alone tell how a conversation is put together."""
+        return self.trimmed is not None and (self.ops is not None or bool(self.refused))
 
 
 class _World:
@@ -322,12 +330,14 @@ class Renderer:
                 results[k] = refused
         if chats:
             self._vet()
-            answers = self._sandbox.render([self._job(chat) for _, chat in chats])
-            for (k, chat), answer in zip(chats, answers, strict=True):
+            shapes = self._shapes_of([chat for _, chat in chats])
+            seen = [chat for (_, chat), shape in zip(chats, shapes, strict=True) if not shape.blind]
+            answers = iter(self._sandbox.render([self._job(chat) for chat in seen]))
+            for (k, chat), shape in zip(chats, shapes, strict=True):
+                answer = None if shape.blind else next(answers)
                 try:
-                    drafts.append(
-                        (k, [work.draft(ops, values, chat.guarded) for ops, values in self._plan(chat, answer)], chat.notes)
-                    )
+                    plan = self._plan(chat, shape, answer)
+                    drafts.append((k, [work.draft(ops, values, chat.guarded) for ops, values in plan], chat.notes))
                 except RowRefused as refused:
                     results[k] = refused
         work.run()
@@ -347,7 +357,7 @@ class Renderer:
         """Ids for inference: the conversation so far and the generation prompt, by the same code as training. Raises RowRefused."""
         self._vet()
         chat = self._chat([_message(m) for m in messages], tuple(dict(t) for t in tools), prompt=True)
-        shape = self._shape(chat)
+        shape = self._shapes_of([chat])[0]
         if shape.refused:
             raise RowRefused(shape.refused)
         n, world = len(chat.messages), _Real(self, chat, shape, chat.asked(), self._render_one(chat, chat.asked()))
@@ -513,52 +523,66 @@ class Renderer:
             raise RowRefused(str(answer), _fix_of(answer))
         return answer
 
-    def _plan(self, chat: _Chat, answer: Texts | Fault) -> list[tuple[list[Op], dict[int, str]]]:
-        """The documents of a conversation, each as what to put together and the fields' texts."""
+    def _plan(self, chat: _Chat, shape: _Shape, answer: Texts | Fault | None) -> list[tuple[list[Op], dict[int, str]]]:
+        """The documents of a conversation, each as what to put together and the fields' texts. `answer`: its own rendering; None
+        where the template does not look at texts."""
         if isinstance(answer, Fault):
             raise RowRefused(str(answer), _fix_of(answer))
-        shape = self._shape(chat)
         if shape.refused:
             raise RowRefused(shape.refused)
+        if answer is None:
+            values = chat.contents
+            return [(shape.ops, values | {f: values[f].strip() for f in shape.trimmed} if shape.trimmed else values)]
         if shape.ops is not None and (values := _quick(shape, chat, answer)) is not None:
             return [(shape.ops, values)]
         documents = self._documents(_Real(self, chat, shape, chat.asked(), answer), chat)
         return [(self._ops(document, chat), _values(document)) for document in documents]
 
-    def _shape(self, chat: _Chat) -> _Shape:
-        """The skeletons of this conversation's shape, rendered once and remembered."""
-        if chat.key in self._shapes:
-            return self._shapes[chat.key]
-        shape = _Shape()
-        asked = chat.asked()
-        rows = [_replaced(m, i, chat.contents, SENTINEL, None) for i, m in enumerate(chat.messages)]
-        jobs, reasons = [self._job(chat, rows, asked)], []
-        for job, reason in self._without(chat, rows, asked[0]):
-            jobs.append(job)
-            reasons.append(reason)
-        answers = self._sandbox.render(jobs)
-        if isinstance(answers[0], Texts):
-            world = _Skeleton(asked, answers[0])
-            for other, reason in zip(answers[1:], reasons, strict=True):
-                if isinstance(other, Texts) and other[0] == answers[0][0]:
-                    shape.refused = reason
-            for pair in asked:
-                shape.texts[pair] = text = world.text(*pair)
-                try:
-                    found = world.spots(*pair)
-                except RowRefused:
-                    continue
-                ends = [0, *(end for _, end, _ in found)]
-                begins = [*(begin for begin, _, _ in found), len(text)]
-                shape.skeletons[pair] = ([text[a:b] for a, b in zip(ends, begins, strict=True)], [f for _, _, f in found])
-            if not chat.prompt and not shape.refused:
-                try:
-                    self._settle(shape, chat, world, asked)
-                except RowRefused as refused:
-                    del refused  # the sentinels may have misled the template: each row is looked at for itself
-        if len(self._shapes) >= SHAPES:
+    def _shapes_of(self, chats: Sequence[_Chat]) -> list[_Shape]:
+        """The shape of each conversation; those not seen before are rendered, all at once, and remembered."""
+        new = list({chat.key: chat for chat in chats if chat.key not in self._shapes}.values())
+        if len(self._shapes) > SHAPES:
             self._shapes.clear()
-        self._shapes[chat.key] = shape
+            new = list({chat.key: chat for chat in chats}.values())
+        jobs: list[Job] = []
+        reasons: list[list[str]] = []
+        for chat in new:
+            rows = [_replaced(m, i, chat.contents, SENTINEL, None) for i, m in enumerate(chat.messages)]
+            jobs.append(replace(self._job(chat, rows), blind=not chat.prompt))
+            without = list(self._without(chat, rows, chat.asked()[0]))
+            jobs += [job for job, _ in without]
+            reasons.append([reason for _, reason in without])
+        answers = iter(self._sandbox.render(jobs))
+        for chat, why in zip(new, reasons, strict=True):
+            self._shapes[chat.key] = self._shape(chat, next(answers), [(next(answers), reason) for reason in why])
+        return [self._shapes[chat.key] for chat in chats]
+
+    def _shape(self, chat: _Chat, answer: Texts | Fault, without: list[tuple[Texts | Fault, str]]) -> _Shape:
+        """What a conversation's shape tells, from its rendering with sentinels and those without one of its parts."""
+        shape = _Shape()
+        if isinstance(answer, Fault):
+            return shape
+        asked = chat.asked()
+        world = _Skeleton(asked, answer)
+        for other, reason in without:
+            if isinstance(other, Texts) and other[0] == answer[0]:
+                shape.refused = reason
+        for pair in asked:
+            shape.texts[pair] = text = world.text(*pair)
+            try:
+                found = world.spots(*pair)
+            except RowRefused:
+                continue
+            ends = [0, *(end for _, end, _ in found)]
+            begins = [*(begin for begin, _, _ in found), len(text)]
+            shape.skeletons[pair] = ([text[a:b] for a, b in zip(ends, begins, strict=True)], [f for _, _, f in found])
+        if not chat.prompt and not shape.refused:
+            try:
+                self._settle(shape, chat, world, asked)
+            except RowRefused as refused:
+                del refused  # the sentinels may have misled the template: each row is looked at for itself
+        if answer.trimmed is not None:
+            shape.trimmed = frozenset(ord(sentinel) - SENTINEL for sentinel in answer.trimmed)
         return shape
 
     def _settle(self, shape: _Shape, chat: _Chat, world: _Skeleton, asked: list[tuple[int, bool]]) -> None:
