@@ -138,7 +138,6 @@ class _Shape:
     trimmed: frozenset[int] | None = None
     """Known when the template does nothing with the fields but print them, these trimmed: then no row has to be rendered."""
 
-
     @property
     def blind(self) -> bool:
         """Whether the texts alone tell how a conversation is put together."""

@@ -9,8 +9,10 @@ Needs the standard library and jinja2 only. Speaks in frames (4 bytes of length,
 
 A job renders `messages[:n]` once per pair. The first text comes whole, each further one as the length it shares with the first and
 the rest, which is nearly always empty. `trimmed` is null unless a `blind` job, whose contents are all sentinels, has shown that the
-template does not look at them (see StandIn): then it names the sentinels of those that are printed trimmed. The CPU limit is a timer whose signal kills the process even inside C code; no new file can
-be opened, written or process started once the templates are compiled.
+template does not look at them (see StandIn): then it names the sentinels of those that are printed trimmed.
+
+The CPU limit is a timer whose signal kills the process even inside C code; no new file can be opened, written or process started
+once the templates are compiled.
 """
 
 import json
