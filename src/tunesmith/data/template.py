@@ -52,6 +52,10 @@ class Fault:
     kind: str
     message: str
 
+    @property
+    def fix(self) -> str:
+        return "set the token in tokenizer_config.json, or name another template" if "_token' is undefined" in self.message else ""
+
     def __str__(self) -> str:
         return f"the template says: {self.message}" if self.kind == "raised" else f"the template fails: {self.message}"
 
