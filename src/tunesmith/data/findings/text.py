@@ -117,13 +117,12 @@ class Joined:
             at = data.find(gate)
             while at >= 0:
                 begin, end = max(0, at - around), min(len(data), at + around)
-                if lower:
-                    m, shift = pattern.search(lowered(self.text[begin:end])), begin
-                else:
-                    m, shift = pattern.search(self.text, begin, end), 0
-                if m:
+                shift, behind = begin if lower else 0, at + 1
+                some = pattern.finditer(lowered(self.text[begin:end])) if lower else pattern.finditer(self.text, begin, end)
+                for m in some:  # all of them: the first may be the row before's
                     yield m, shift
-                at = data.find(gate, max(at + 1, (m.end() + shift) if m else 0))
+                    behind = max(behind, m.end() + shift)
+                at = data.find(gate, behind)
 
     def numbers(self) -> Iterator[tuple[int, int]]:
         """Stretches with DIGITS digits in WINDOW characters, with room before and behind for the rest of what they belong to, if
