@@ -54,6 +54,7 @@ from tunesmith.train.loop import Hooks, State, Stopped
 from tunesmith.train.optim import LossScale, learning_rate
 from tunesmith.train.signals import graceful
 from tunesmith.train.warm import Warming
+from tunesmith.wording import counted
 
 EVALUATIONS, APART = 10, 3  # when eval.every_steps is auto: at most so many in a run, at least so many steps apart
 FORWARD = 1 / 3  # of a step's time per token: what reading a held-out token costs
@@ -525,13 +526,19 @@ def _describe(prepared: Prepared, renderer: Renderer, console: Console, *, show:
     """What is learned from, in one line; on a first run also one short row as coloured tokens."""
     account, lengths, trained = prepared.account, prepared.train.lengths, prepared.train.trained
     rows = sum(n for name, n in account.counts().items() if name != "refused")
-    _line(console, "data", f"{rows:,} rows used, {account.refused:,} refused; {len(lengths):,} examples to train on, "
-          f"{len(prepared.held_out):,} held out; {trained.sum():,} of {lengths.sum():,} tokens are learned")  # fmt: skip
+    rest = f"{len(prepared.held_out):,} held out; {trained.sum():,} of {lengths.sum():,} tokens are learned"
+    used = f"{counted(rows, 'row')} used, {account.refused:,} refused"
+    _line(console, "data", f"{used}; {counted(len(lengths), 'example')} to train on, {rest}")
     for source in account.sources:
         for how, n in (*source.fixes.items(), *source.cuts.items()):
-            _line(console, "", f"{n:,} rows: {how}", style="dim")
+            _line(console, "", f"{counted(n, 'row')}: {how}", style="dim")
     if account.overlap_exact:
-        _line(console, "", f"{account.overlap_exact:,} held-out rows are also training rows", style="yellow")
+        _line(
+            console,
+            "",
+            f"{counted(account.overlap_exact, 'held-out row is also a training row', 'held-out rows are also training rows')}",
+            style="yellow",
+        )
     if show:
         print_one_row(prepared, renderer, console)
 

@@ -16,6 +16,7 @@ from tunesmith.data.prepare import prepare
 from tunesmith.data.render import Rendered, RowRefused
 from tunesmith.data.report import check_report
 from tunesmith.errors import DataError
+from tunesmith.evaluate import check_page
 from tunesmith.types import Example
 
 END, BEGIN = 300, 301  # special tokens of the tiny tokenizer below: bytes otherwise
@@ -85,16 +86,26 @@ def test_the_account_and_the_verdict(tmp_path):
     assert "formats: 32 question_answer" in text
     assert re.search(r"1 row refused: no known format has these keys: foo \(\S*a.jsonl:32\)", text)
     assert re.search(r"1 row refused: 904 tokens, and data.max_length is \d+ \(\S*a.jsonl:33\)", text)
-    assert "duplicates: 1 rows repeat an earlier one word for word" in text
+    assert "duplicates: 1 row repeats an earlier one to the letter, 0 more nearly do" in text
     trained = 31 * len("an answer|")
     assert f"31 examples to train on; {trained} of" in text.replace(",", "")
+
+
+@pytest.mark.parametrize("rows", [[row("a b c")], [{"foo": 1}], [row("a b c")] * 2 + [row("a b d")]])
+def test_one_is_no_plural(tmp_path, rows):
+    """Of one row, one refused row, and one that repeats another: in the terminal and on the page."""
+    report = checked(tmp_path, rows, held_out=0)
+    check_page.write(report, tmp_path / "check.html")
+    page = re.sub(r"<[^>]+>", " ", (tmp_path / "check.html").read_text())
+    for text in (printed(report), page):
+        assert not re.findall(r"(?<![\d.,])1 (?:rows|examples|epochs|steps|more reasons|held-out rows)\b", text)
 
 
 def test_refused_rows_set_the_exit_code_and_show_all_the_same(tmp_path):
     report = checked(tmp_path, [row("a b c"), {"foo": 1}])
     text = printed(report)
     assert report.exit_code == 2
-    assert "error: 1 of 2 rows (50.0%) were refused" in text and "fix: " in text and "row 1, " in text
+    assert "error: 1 of 2 rows (50.0%) was refused" in text and "fix: " in text and "row 1, " in text
     nothing = checked(tmp_path, [{"foo": 1}])
     assert nothing.exit_code == 2 and "foo" in printed(nothing)
 

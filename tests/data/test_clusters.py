@@ -42,6 +42,31 @@ def found(many):
     return clustered(text_hashes(many), signatures(many))
 
 
+def said(*texts, **more):
+    roles = ("user", "assistant") * len(texts)
+    return Conversation(tuple(Message(r, t) for r, t in zip(roles, texts, strict=False)), Origin("a", 1), **more)
+
+
+def test_exact_is_to_the_letter_and_near_is_by_words():
+    rows = [said("5 - 3?", "2"), said("5 + 3?", "8"), said("5 - 3?", "2"), said(" 5 - 3? ", "2\n"), said("5 - 3?", "2!")]
+    c = clustered(text_hashes([clusters.letters(r) for r in rows]), signatures([normalised(r) for r in rows]))
+    assert c.exact.tolist() == [0, 1, 0, 0, 4] and c.near.tolist() == [0, 1, 0, 0, 0]
+    assert (c.exact_duplicates, c.near_duplicates) == (2, 1)
+
+
+def test_who_says_it_and_what_is_learned_tell_rows_apart():
+    one = said("a", "b")
+    others = [
+        Conversation((Message("user", "a"), Message("assistant", "b", False)), one.origin),
+        Conversation((Message("user", "a"), Message("assistant", "b", None, (("name", "x"),))), one.origin),
+        Conversation((Message("system", "a"), Message("assistant", "b")), one.origin),
+        said("a", "b", tools=({"name": "f"},)),
+        said("a\nb"),
+        said("a", "b", kind="completion"),
+    ]
+    assert len({clusters.letters(c) for c in [one, *others]}) == 7
+
+
 # ---- the definition: all in memory, every candidate of every band compared
 
 

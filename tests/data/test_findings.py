@@ -66,6 +66,12 @@ def test_a_fault_of_a_row_is_found_there_and_nowhere_else(name):
     assert set(told) - {name} <= {"trigger", "tiny_answers"}, "one fault is told once"
 
 
+@pytest.mark.parametrize("name", BROKEN)
+def test_rows_side_by_side_are_all_found(name):
+    """Also where another one's fault stands less than a window away."""
+    assert found([chat(BROKEN[name], line=i) for i in range(1, 8)])[name].count == 7
+
+
 CLEAN = (
     "He sold 48/2 = <<48/2=24>>24 clips in May, 48+24 = 72 in all.\n#### 72",
     "Call the function at 127.0.0.1, in version 2.4.1.12, on 2024-05-17 at 12:30:45.",

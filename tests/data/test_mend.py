@@ -238,7 +238,7 @@ def test_without_fixes_nothing_but_reading_is_mended(tmp_path):
     assert "nothing but what reading mends" in "\n".join(made.lines())
 
 
-def test_copies_near_copies_and_rows_of_the_held_out_file(tmp_path):
+def test_copies_near_copies_and_rows_of_the_held_out_file(tmp_path, monkeypatch):
     long = [row(i, f"It is {words(i + 10_000, 60)}.") for i in range(40)]
     near = {**long[3], "id": 100, "answer": long[3]["answer"].replace("It is", "This was")}
     signs = {**long[4], "id": 101, "answer": long[4]["answer"].replace("It is", "It is:")}
@@ -255,7 +255,11 @@ def test_copies_near_copies_and_rows_of_the_held_out_file(tmp_path):
     }
     assert sorted(answers(made.folder, "held_out")) == [7, 500] and made.record["held_out"]["nearly_in_train"] == 0
     alone = prepare(tmp_path, train, fix="dedup", split="0", out="alone")
-    assert alone.record["rows"]["refused"] == 2 and alone.record["same_words"] == 1 and "--fix near" in "\n".join(alone.lines())
+    assert alone.record["rows"]["refused"] == 2 and alone.record["near_duplicates"] == 2
+    assert "2 rows nearly repeat an earlier one: --fix near" in "\n".join(alone.lines())
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    account = tunesmith.check(train, "data.held_out=0", console=QUIET).account
+    assert (account.exact_duplicates, account.near_duplicates) == (2, 2), "what check counts is what the fixes set aside"
 
 
 # ---- the round trip ------------------------------------------------------------------------------------------------------------
@@ -571,7 +575,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
         ({"fix": "leakage"}, "no held-out file"),
         ({"split": "half"}, "--split half"),
         ({"split_by": "date:"}, "no key is named"),
-        ({"fix": "refusals", "split": "0"}, "1 of 1 rows: refusals: refusals"),
+        ({"fix": "refusals", "split": "0"}, "1 of 1 row: refusals: refusals"),
     ],
 )
 def test_what_cannot_be_done_is_said(tmp_path, settings, what):

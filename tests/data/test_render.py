@@ -425,6 +425,28 @@ def test_many_are_as_one_by_one(tokenizer, tmp_path):
     assert renderer.examples_many([]) == []
 
 
+def test_rows_are_rendered_only_where_the_template_looks_at_them(tokenizer, tmp_path, monkeypatch):
+    """And come out the same either way."""
+    rows = [ask(*(f" {'an' * (k % 7)}\n<|im_end|>{k}" for _ in range(2 * (k % 3) + 2))) for k in range(60)]
+    trimming = CHATML.replace("m.content", "m.content | trim")
+    looking = CHATML.replace("m.content", "(m.content ~ '')")
+    found = {}
+    for name, text in (
+        ("plain", CHATML),
+        ("trimming", trimming),
+        ("looking", looking),
+        ("trimmed", CHATML.replace("m.content", "((m.content ~ '') | trim)")),
+    ):
+        renderer = Renderer(tokenizer, template(tmp_path, text))
+        renderer.describe()
+        jobs = []
+        real = renderer._sandbox.render
+        monkeypatch.setattr(renderer._sandbox, "render", lambda some, real=real, jobs=jobs: jobs.extend(some) or real(some))
+        found[name] = [(e.ids.tolist(), e.learn.tolist()) for r in renderer.examples_many(rows) for e in r.examples]
+        assert len(jobs) == 3 + 60 * name.startswith("look") + 60 * (name == "trimmed"), "three shapes, and the rows"
+    assert found["plain"] == found["looking"] and found["trimming"] == found["trimmed"] != found["plain"]
+
+
 def test_questions_for_evaluation(chatml):
     asked = chatml.question(ask("a", "b", "c", "d"))
     assert asked.ids == tuple(chatml.prompt(ask("a", "b", "c").messages)) and (asked.shown, asked.gold) == ("c", "d")

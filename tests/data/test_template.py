@@ -8,8 +8,11 @@ import os
 import sys
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from tunesmith.data.template import Fault, Job, Sandbox
+from tunesmith.data.fields import SENTINEL
+from tunesmith.data.template import Fault, Job, Sandbox, Texts
 from tunesmith.errors import TemplateError
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -201,3 +204,127 @@ def test_a_forked_copy_does_not_end_its_parents_child():
             os._exit(0)
         os.waitpid(pid, 0)
         assert child.poll() is None and sandbox.render([job])[0][0] == "Hi" and sandbox._child is child
+
+
+# ---- does a template look at what people wrote?
+
+WHO = [{"role": role, "content": chr(SENTINEL + i)} for i, role in enumerate(("user", "assistant"))]
+LOOP = "{% for m in messages %}BODY{% endfor %}"
+BLIND = [
+    "{{ m.content }}",
+    "{{ m['content'] + eos_token + m.role }}",
+    "{{ '<' + m.content + '>' }}",
+    "{{ m.content if m.content else 'none' }}{{ m.content or 'none' }}{{ m.content | default('none', true) }}",
+    "{% if m.content is string and m.content is defined and m.content is not none %}{{ m.content }}{% endif %}",
+    "{% if m.content is iterable and m.content is sequence %}{{ m.content }}{% endif %}",
+    "{% if m.content is not mapping %}{{ m.content }}{% endif %}",
+    "{% set x = m.content %}{% set n = namespace(y=x) %}{{ n.y + '|' }}",
+    "{% generation %}{{ m.content + eos_token }}{% endgeneration %}",
+    "{{ m.content | trim }}",
+    "{{ m.content.strip() + '|' }}",
+    "{% if loop.first and m.role == 'user' %}{{ messages | length }}{% endif %}{{ m.content }}",
+]
+LOOKS = [
+    "{{ m.content | upper }}",
+    "{{ m.content | length }}",
+    "{{ m.content ~ '' }}",
+    "{{ m.content | string }}",
+    "{{ m.content | tojson }}{{ m | tojson }}",
+    "{{ messages }}",
+    "{{ m }}",
+    "{{ messages | map(attribute='content') | join }}",
+    "{{ messages | selectattr('content', 'equalto', 'x') | list | length }}{{ m.content }}",
+    "{{ messages | groupby('content') | length }}{{ m.content }}",
+    "{{ messages | map(attribute='content') | unique | list | length }}{{ m.content }}",
+    "{{ messages | sort(attribute='content') | length }}{{ m.content }}",
+    "{{ '%s' % m.content }}",
+    "{{ '{}'.format(m.content) }}",
+    "{{ m.content[0] }}",
+    "{{ m.content[:1] }}{{ m.content }}",
+    "{{ m.content.split('x')[-1] }}",
+    "{{ m.content.strip('x') }}",
+    "{{ m.content.startswith }}{{ m.content }}",
+    "{{ (m.content + 'x').strip() }}",
+    "{{ 'yes' if m.content == 'a' else 'no' }}{{ m.content }}",
+    "{{ 'yes' if 'a' != m.content else 'no' }}{{ m.content }}",
+    "{{ 'yes' if m.content < 'b' else 'no' }}{{ m.content }}",
+    "{{ 'yes' if 'a' in m.content else 'no' }}{{ m.content }}",
+    "{{ 'yes' if m.content in 'abc' else 'no' }}{{ m.content }}",
+    "{{ 'yes' if m.content in ['a', 'b'] else 'no' }}{{ m.content }}",
+    "{{ 'yes' if m.content in {'a': 1} else 'no' }}{{ m.content }}",
+    "{{ {'a': 1}[m.content] }}{{ m.content }}",
+    "{{ messages[m.content] }}{{ m.content }}",
+    "{{ m.content is lower }}{{ m.content }}",
+    "{{ m.content is sameas 'a' }}{{ m.content }}",
+    "{{ m.content is eq 'a' }}{{ m.content }}",
+    "{{ m.content is in 'abc' }}{{ m.content }}",
+    "{{ m.content | int }}{{ m.content }}",
+    "{{ [m.content] | map('int') | list }}{{ m.content }}",
+    "{{ [m.content, 'a'] | max }}",
+    "{{ m.content * 2 }}",
+    "{{ ('<b>' | safe) + m.content }}",
+    "{{ m.content + ('<b>' | safe) }}",
+    "{{ m.content | e }}",
+    "{{ m.content | indent }}",
+    "{{ m.content | replace('a', 'b') }}",
+    "{{ 'abc' | replace(m.content, 'x') }}{{ m.content }}",
+    "{% for letter in m.content %}{{ letter }}{% endfor %}",
+    "{% set x %}{{ m.content }}{% endset %}{{ x | upper }}",
+    "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(m.content) | upper }}",
+    "{% filter upper %}{{ m.content }}{% endfilter %}",
+    "{% for x in messages recursive %}{{ x.content }}{{ loop([]) }}{% endfor %}",
+    "{% if m.content | trim %}x{% endif %}{{ m.content }}",
+    "{% if m.content.strip() %}x{% endif %}{{ m.content }}",
+    "{{ m.content | trim }}{{ m.content }}",
+    "{{ loop.changed(m.content) }}{{ m.content }}",
+    "{{ 'a' if lipsum() else 'b' }}{{ m.content }}",
+    "{{ [1, 2, 3] | random }}{{ m.content }}",
+    "{{ raise_exception(m.content) }}",
+]
+
+
+def blind(body: str) -> Texts | Fault:
+    with contextlib.closing(Sandbox({"default": LOOP.replace("BODY", body)}, {"eos_token": "</s>"})) as box:
+        return box.render([Job(WHO, [(2, False), (1, True)], (), "default", True)])[0]
+
+
+def filled(text: str, contents: list[str], trimmed: str) -> str:
+    for i, content in enumerate(contents):
+        sentinel = chr(SENTINEL + i)
+        text = text.replace(sentinel, content.strip() if sentinel in trimmed else content)
+    return text
+
+
+@pytest.mark.parametrize("body", BLIND)
+def test_a_template_that_only_prints_texts_is_known_to(body):
+    answer = blind(body)
+    assert answer.trimmed == ("".join(m["content"] for m in WHO) if "trim" in body or "strip" in body else "")
+
+
+@pytest.mark.parametrize("body", LOOKS)
+def test_a_template_that_looks_at_texts_is_caught(body):
+    """Whatever way it takes: then each row is rendered for itself."""
+    answer = blind(body)
+    assert isinstance(answer, Fault) or answer.trimmed is None
+
+
+def test_only_those_who_ask_are_told():
+    assert rendered("{{ messages[0].content }}", WHO).trimmed is None
+
+
+PIECES = [*BLIND, *LOOKS, "{{ m.role }}", "{% if loop.last %}", "{% if m.role == 'user' %}", "{% else %}", "{% endif %}", " x\n"]
+
+
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=4), st.lists(st.text(min_size=1), min_size=2, max_size=2))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_blind_means_that_filling_is_rendering(pieces, contents):
+    """Of any template put together from these: where it does not look, a row's own rendering is the skeleton with its texts."""
+    text = LOOP.replace("BODY", "".join(pieces))
+    told = [m | {"content": c} for m, c in zip(WHO, contents, strict=True)]
+    with contextlib.closing(Sandbox({"default": text}, {"eos_token": "</s>"}, cpu=1.0)) as box:
+        try:
+            skeleton, real = box.render([Job(WHO, [(2, False)], (), "default", True), Job(told, [(2, False)])])
+        except TemplateError:
+            return  # no template
+        if isinstance(skeleton, Texts) and skeleton.trimmed is not None:
+            assert isinstance(real, Texts) and real[0] == filled(skeleton[0], contents, skeleton.trimmed)

@@ -40,7 +40,7 @@ def test_what_is_there_what_is_wrong_and_what_will_be_trained(tmp_path):
         "replace them by a placeholder such as [email]",
         "Mend what was found: tunesmith prepare run.yaml --out mended --fix ",
         "no known format has these keys: foo",
-        f"{report.trained:,} of their {report.tokens:,} tokens are learned",
+        f"{report.trained:,} of {report.tokens:,} tokens are learned",
         "steps: 12, which is 3 epochs of 32 examples, 8 a step",
         "no padding",
         "What cutting all rows at a length would lose",
@@ -73,7 +73,7 @@ def test_each_source_with_its_columns(tmp_path):
 
 def test_data_that_cannot_be_trained_says_so_at_the_top(tmp_path):
     text = Reader(source(checked(tmp_path, [row("a b c"), {"foo": 1}]), tmp_path)).text
-    assert text.index("1 of 2 rows (50.0%) were refused") < text.index("Cannot train yet") < text.index("What is there")
+    assert text.index("1 of 2 rows (50.0%) was refused") < text.index("Cannot train yet") < text.index("What is there")
     nothing = Reader(source(checked(tmp_path, [{"foo": 1}]), tmp_path)).text
     assert "Cannot train yet" in nothing and "What will be trained" not in nothing
 

@@ -1,4 +1,4 @@
-"""Duplicate rows: exact ones by a hash of the normalised text, near ones by MinHash over shingles and locality-sensitive hashing.
+"""Duplicate rows: exact ones by a hash of what is said, near ones by MinHash over shingles and locality-sensitive hashing.
 
 A held-out split that cuts through a group of near-equal rows measures memory, not learning; so it is made by cluster. Everything is
 numpy over many rows at once and follows from the text and constants alone. Legend: B bytes of the texts end to end, S shingles,
@@ -10,6 +10,7 @@ Source: Broder 1997 (MinHash); Leskovec, Rajaraman and Ullman, Mining of Massive
 from __future__ import annotations
 
 import hashlib
+import json
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,19 @@ def normalised(c: Conversation) -> str:
     if said.isascii():  # the same in one pass over bytes
         return b" ".join(said.encode().translate(_ASCII).split()).decode() or said
     return " ".join(said.translate(PUNCTUATION).lower().split()) or said
+
+
+def letters(c: Conversation) -> str:
+    """What makes two rows exact copies: all that is said, by whom, and what is learned of it, with blanks at the ends left aside.
+
+    Rows with the same words and other signs (5 - 3 and 5 + 3) or other system messages are only near: their signatures are equal.
+    """
+    parts = [c.kind]
+    for m in c.messages:
+        parts += (m.role, m.content.strip())
+    if c.tools or any(m.extra or m.learn is not None for m in c.messages):
+        parts.append(json.dumps([[[m.learn, dict(m.extra)] for m in c.messages], c.tools], default=str))
+    return "\0".join(parts)
 
 
 def text_hashes(texts: Sequence[str]) -> np.ndarray:
@@ -185,7 +199,7 @@ class Finder:
         self._files = [path.open("wb") for path in (self._exact, self._signatures, *self._bands)]
 
     def add(self, hashes_N: np.ndarray, signatures_NP: np.ndarray) -> None:
-        """The next rows: their `text_hashes` and `signatures`."""
+        """The next rows: the `text_hashes` of their `letters`, and the `signatures` of their `normalised` texts."""
         assert self.rows + len(hashes_N) < 1 << 32, "rows are counted in 32 bits"
         for file, column in zip(self._files, (hashes_N, signatures_NP, *_band_keys(signatures_NP)), strict=True):
             file.write(column.tobytes())

@@ -49,11 +49,12 @@ from tunesmith.data.store import INDEX, ExampleStore, Packed, StoreWriter
 from tunesmith.errors import DataError
 from tunesmith.files import folder_atomic, remove_folder, sha256, sha256_file, verify, write_atomic
 from tunesmith.types import Conversation, Example
+from tunesmith.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-VERSION = 5  # raise it when the same rows would be prepared differently
+VERSION = 6  # raise it when the same rows would be prepared differently
 INLINE_ROWS = 500  # rows prepared here before workers are started: a forked one begins with what these taught the tokenizer
 BYTES_A_WORKER = {"fork": 1 << 20, "spawn": 4 << 20}  # `workers: auto`: files for each, that it is worth its start (0.2 or 1-3 s)
 HELD_OUT_MOST = 500  # rows a held-out share takes at most
@@ -205,18 +206,18 @@ class Prepared:
         account = self.account
         if account.refused > max_refused * account.rows:
             share = account.refused / account.rows
-            top = [
-                f"  {r.count:,} {'row' if r.count == 1 else 'rows'}: {r.reason} ({', '.join(r.places)})"
-                for r in account.reasons()[:5]
-            ]
+            top = [f"  {counted(r.count, 'row')}: {r.reason} ({', '.join(r.places)})" for r in account.reasons()[:5]]
+            were = "was" if account.refused == 1 else "were"
             raise DataError(
-                f"{account.refused:,} of {account.rows:,} rows ({share:.1%}) were refused; data.max_refused is {max_refused}\n"
-                + "\n".join(top),
+                f"{account.refused:,} of {counted(account.rows, 'row')} ({share:.1%}) {were} refused;"
+                f" data.max_refused is {max_refused}\n" + "\n".join(top),
                 f"mend these rows (all are listed in {self.folder / 'refused.jsonl'})"
                 + (f", or set data.max_refused: {np.ceil(share * 1000) / 1000:.3g} to go on without them" if share < 0.999 else ""),
             )
         if sum(s.trained for s in account.sources) == self.held_out.trained.sum():
-            raise DataError(f"no token to train on in {account.rows:,} rows", "look at what each row became: tunesmith check")
+            raise DataError(
+                f"no token to train on in {counted(account.rows, 'row')}", "look at what each row became: tunesmith check"
+            )
         return self
 
 
@@ -395,7 +396,7 @@ def _prune(root: Path, console: Console | None) -> None:
                     excess -= size
                     removed.append(size)
     if removed and console is not None:
-        sets = f"{len(removed)} prepared data set{'s' if len(removed) > 1 else ''}"
+        sets = counted(len(removed), "prepared data set")
         limit = f"more than {CACHE_BYTES / 1e9:.3g} GB were kept"
         console.print(f"cache: removed the {sets} used longest ago ({sum(removed) / 1e9:.3g} GB) from {root}: {limit}")
 
@@ -484,7 +485,7 @@ def _process(chunk: Chunk, renderer: Renders) -> _Result:
         formats=Counter(kind_of),
         packed=Packed.of(examples, rows_of),
         used=np.array(used, np.int64),
-        hashes=clusters.text_hashes([texts[k] for k in kept]),
+        hashes=clusters.text_hashes([clusters.letters(told[k]) for k in kept]),
         signatures=clusters.signatures(shingles)[kept],
         overlong=overlong,
         scan=findings.scan(told, texts, shingles, kind_of_kept) if chunk.look else None,
@@ -819,6 +820,6 @@ def bar(found: list[Files], console: Console | None) -> Iterator[Callable[[Chunk
 
         def report(chunk: Chunk, rows: int) -> None:
             read[chunk.file] = chunk.position
-            progress.update(task, completed=sum(read.values()), description=f"preparing {rows:,} rows", refresh=True)
+            progress.update(task, completed=sum(read.values()), description=f"preparing {counted(rows, 'row')}", refresh=True)
 
         yield report

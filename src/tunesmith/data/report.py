@@ -24,6 +24,7 @@ from tunesmith.data.prepare import Account, Prepared
 from tunesmith.data.store import ExampleStore
 from tunesmith.errors import DataError
 from tunesmith.types import Example
+from tunesmith.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -139,9 +140,9 @@ def check_report(
     except DataError as e:
         fault = e
     if isinstance(data.held_out, str):
-        held = f"{account.held_out_rows:,} rows from {data.held_out}"
+        held = f"{counted(account.held_out_rows, 'row')} from {data.held_out}"
     elif account.held_out_rows:
-        held = f"{account.held_out_rows:,} rows, by whole groups of near-equal rows"
+        held = f"{counted(account.held_out_rows, 'row')}, by whole groups of near-equal rows"
     else:
         held = "no rows" if not data.held_out else "no rows: there are too few different ones to split"
     asked = _asked(prepared, renderer, show)
@@ -296,11 +297,10 @@ def _classes(report: CheckReport, console: Console) -> None:
     for r in reasons[:12]:
         _line(
             console,
-            _text(f"{r.count:,} {'row' if r.count == 1 else 'rows'} refused: {r.reason}")
-            + _text(f" ({', '.join(r.places)})", "dim"),
+            _text(f"{counted(r.count, 'row')} refused: {r.reason}") + _text(f" ({', '.join(r.places)})", "dim"),
         )
     if reasons:
-        more = f"{len(reasons) - 12} more reasons; " if len(reasons) > 12 else ""
+        more = f"{counted(len(reasons) - 12, 'more reason')}; " if len(reasons) > 12 else ""
         _line(console, _text(f"{more}every refused row: {report.folder / 'refused.jsonl'}"))
 
 
@@ -316,7 +316,8 @@ def _lengths(report: CheckReport, console: Console) -> None:
         bar = "█" * round(BAR * n / most) or ("▏" if n else "")
         console.print(_text(f"{'up to ' + format(high, ','):>14} {n:>9,} {bar}"))
     if report.account.overlong:
-        told = f"({len(report.account.overlong):,} of them are refused: longer than data.max_length {report.max_length:,})"
+        n = len(report.account.overlong)
+        told = f"({n:,} of them {'is' if n == 1 else 'are'} refused: longer than data.max_length {report.max_length:,})"
         _line(console, _text(told))
     if report.learned.windows:
         _line(console, _text(WINDOWS))
@@ -346,7 +347,8 @@ def _learned(report: CheckReport, console: Console) -> None:
 
 def steps(found: Learned) -> str:
     return (
-        f"steps: {found.steps:,}, which is {found.epochs:.3g} epochs of {found.epoch_size:,} examples, {found.batch_size:,} a step"
+        f"steps: {found.steps:,}, which is {epochs(found.epochs)} of {counted(found.epoch_size, 'example')},"
+        f" {found.batch_size:,} a step"
     )
 
 
@@ -360,17 +362,30 @@ def packing(found: Learned) -> str:
     )
 
 
+def epochs(n: float) -> str:
+    return f"{n:.3g} {'epoch' if n == 1 else 'epochs'}"
+
+
+def repeated(exact: int, near: int) -> str:
+    """How many rows repeat an earlier one, to the letter or nearly."""
+    told = f"{counted(exact, 'row repeats', 'rows repeat')} an earlier one to the letter"
+    return f"{told}, {near:,} more nearly {'does' if near == 1 else 'do'}"
+
+
+def overlapping(exact: int, near: int) -> str:
+    """How many rows of the held-out file stand among the training rows."""
+    told = counted(exact, "held-out row is also a training row", "held-out rows are also training rows")
+    return f"{told} to the letter, {near:,} more nearly {'is' if near == 1 else 'are'}"
+
+
 def _duplicates(report: CheckReport, console: Console) -> None:
     a = report.account
-    told = f"{a.exact_duplicates:,} rows repeat an earlier one word for word, {a.near_duplicates:,} more nearly do"
+    told = repeated(a.exact_duplicates, a.near_duplicates)
     _line(console, _text(f"\nduplicates: {told if a.exact_duplicates or a.near_duplicates else 'none'}"))
     _line(console, _text(f"held out: {report.held_out}"))
     if any(s.held_out for s in a.sources):
         style = "yellow" if a.overlap_exact + a.overlap_near else ""
-        told = (
-            f"overlap: {a.overlap_exact:,} held-out rows are also training rows word for word, {a.overlap_near:,} more nearly are"
-        )
-        _line(console, _text(told, style))
+        _line(console, _text(f"overlap: {overlapping(a.overlap_exact, a.overlap_near)}", style))
 
 
 def _findings(report: CheckReport, console: Console) -> None:
@@ -380,7 +395,7 @@ def _findings(report: CheckReport, console: Console) -> None:
         _line(console, _text("\nfindings: none"))
         return
     counts = {severity: sum(f["severity"] == severity for f in found) for severity in STYLES}
-    told = ", ".join(f"{n} {name}{'s' if n > 1 else ''}" for name, n in counts.items() if n)
+    told = ", ".join(counted(n, name) for name, n in counts.items() if n)
     _line(console, _text(f"\nfindings, the worst first: {told}", "bold"))
     for k, f in enumerate(found):
         line = _text(f"{f['severity']:<8}", STYLES[f["severity"]]) + _text(f"{f['count']:>7,}  {f['what']}")
@@ -427,8 +442,8 @@ def _verdict(report: CheckReport, console: Console) -> None:
         _line(console, _text(f"fix: {report.fault.fix}"))
     else:
         share = f"{report.trained / max(1, report.tokens):.0%}"
-        told = f"{report.train:,} examples to train on; {report.trained:,} of their {report.tokens:,} tokens ({share}) are trained"
-        _line(console, _text(told, "bold"))
+        told = f"{report.trained:,} of {report.tokens:,} tokens ({share}) are trained"
+        _line(console, _text(f"{counted(report.train, 'example')} to train on; {told}", "bold"))
     if report.mending:  # whole, to be copied: the terminal wraps it
         console.print(_text(f"mend what was found: {report.mending}"), soft_wrap=True)
     if report.page:

@@ -33,12 +33,16 @@ BOMBS = 3  # renders in a row that die before the template, not the row, is call
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Render `messages[:n]`, with or without the generation prompt, for each (n, generation_prompt) of `asked`."""
+    """Render `messages[:n]`, with or without the generation prompt, for each (n, generation_prompt) of `asked`.
+
+    `blind`: the contents are sentinels; find out whether the template looks at what they stand for (`Texts.trimmed`).
+    """
 
     messages: Sequence[Mapping[str, Any]]
     asked: Sequence[tuple[int, bool]]
     tools: Sequence[Mapping[str, Any]] = ()
     template: str = "default"
+    blind: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +52,25 @@ class Fault:
     kind: str
     message: str
 
+    @property
+    def fix(self) -> str:
+        return "set the token in tokenizer_config.json, or name another template" if "_token' is undefined" in self.message else ""
+
     def __str__(self) -> str:
         return f"the template says: {self.message}" if self.kind == "raised" else f"the template fails: {self.message}"
 
 
 class Texts:
-    """The texts of one job, in the order asked: the first whole, others as (length shared with the first, rest)."""
+    """The texts of one job, in the order asked: the first whole, others as (length shared with the first, rest).
 
-    __slots__ = ("_rows",)
+    `trimmed` is a str when the job was `blind` and the template does nothing with the contents but print them: whatever stands in
+    their place is printed there too, without the white space around it for the sentinels named in `trimmed`. None: nobody knows.
+    """
 
-    def __init__(self, rows: list[Any]):
-        self._rows = rows
+    __slots__ = ("_rows", "trimmed")
+
+    def __init__(self, rows: list[Any], trimmed: str | None = None):
+        self._rows, self.trimmed = rows, trimmed
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -124,7 +136,7 @@ class Sandbox:
 
     def _trip(self, jobs: Sequence[Job]) -> list[Texts | Fault]:
         """One round trip; when the child dies, job by job to find whose fault it is."""
-        wire = [[job.template, job.messages, list(job.tools) or None, job.asked] for job in jobs]
+        wire = [[job.template, job.messages, list(job.tools) or None, job.asked, job.blind] for job in jobs]
         rows = self._ask(wire)
         if rows is not None:
             return [self._answer(row) for row in rows]
@@ -139,7 +151,7 @@ class Sandbox:
         if (
             died == len(jobs)
             and len(jobs) == 1
-            and self._ask([[wire[0][0], [{"role": "user", "content": "Hi"}], None, [[1, False]]]]) is None
+            and self._ask([[wire[0][0], [{"role": "user", "content": "Hi"}], None, [[1, False]], False]]) is None
         ):
             raise self._bomb(wire[0][0])  # it dies of one word too: the template, not the row
         return answers
@@ -154,7 +166,7 @@ class Sandbox:
 
     @staticmethod
     def _answer(row: Any) -> Texts | Fault:
-        return Fault(row["error"], row["message"]) if isinstance(row, dict) else Texts(row)
+        return Fault(row["error"], row["message"]) if isinstance(row, dict) else Texts(row[:-1], row[-1])
 
     def _ask(self, wire: list[Any]) -> list[Any] | None:
         """Send jobs, receive rows; None when the child died of them."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.learned import bins
-from tunesmith.data.report import WINDOWS, CheckReport, Piece, Shown, packing, steps
+from tunesmith.data.report import WINDOWS, CheckReport, Piece, Shown, epochs, overlapping, packing, steps
 from tunesmith.errors import TunesmithError
 from tunesmith.evaluate.page import (
     Markup,
@@ -28,6 +28,7 @@ from tunesmith.evaluate.page import (
 )
 from tunesmith.evaluate.report import classes, findings_table, refusals_table
 from tunesmith.files import write_atomic
+from tunesmith.wording import counted
 
 SOURCES, NOTES = 60, 40  # rows of a table of sources, lines of a list
 OPEN_ROWS = 2  # rows that are unfolded
@@ -61,7 +62,8 @@ def _name(report: CheckReport) -> str:
 
 
 def _head(report: CheckReport) -> Markup:
-    sub = f"{report.account.rows:,} rows, as this run would read, mend and train them"
+    rows = report.account.rows
+    sub = f"{counted(rows, 'row')}, as this run would read, mend and train {'it' if rows == 1 else 'them'}"
     return el("header", el("p", "Tunesmith check", class_="brand"), el("h1", _name(report)), el("p", sub, class_="sub"))
 
 
@@ -81,7 +83,7 @@ def _hero(report: CheckReport) -> Markup:
         tone, word = "open", "Look first"
     else:
         tone, word = "good", "Ready to train"
-    say = f"{report.train:,} examples to train on; {report.trained:,} of their {report.tokens:,} tokens are learned."
+    say = f"{counted(report.train, 'example')} to train on; {report.trained:,} of {report.tokens:,} tokens are learned."
     small = "Some of what is wrong below would do harm as it stands." if errors else ""
     words = el("div", el("p", word, class_="word"), el("p", say, class_="say"), el("p", small, class_="note") if small else None)
     parts = (("learned", report.trained, "b"), ("read only", report.tokens - report.trained, "g"))
@@ -94,13 +96,22 @@ def _hero(report: CheckReport) -> Markup:
 
 def _facts(report: CheckReport) -> Markup:
     a, found, findings = report.account, report.learned, report.account.findings or ()
+    overlap = a.overlap_exact + a.overlap_near
     errors = sum(f["severity"] == "error" for f in findings)
     facts = [
         ("rows", f"{a.rows:,}", f"{a.refused:,} refused" if a.refused else "none refused"),
-        ("held out", f"{a.held_out_rows:,}", "rows, never trained on" if not a.overlap_exact + a.overlap_near else "rows"),
+        (
+            "held out",
+            f"{a.held_out_rows:,}",
+            ("row" if a.held_out_rows == 1 else "rows") + ("" if overlap else ", never trained on"),
+        ),
         ("repeated rows", f"{a.exact_duplicates:,}", f"{a.near_duplicates:,} more nearly"),
         ("findings", f"{len(findings):,}", f"{errors} of them errors" if errors else "no errors"),
-        ("steps", f"{found.steps:,}", f"{found.epochs:.3g} epochs, {found.batch_size:,} examples a step"),
+        (
+            "steps",
+            f"{found.steps:,}",
+            f"{epochs(found.epochs)}, {counted(found.batch_size, 'example')} a step",
+        ),
     ]
     if len(report.lengths):
         facts.append(("longest", f"{int(report.lengths.max()):,}", f"tokens, of at most {report.max_length:,}"))
@@ -124,7 +135,7 @@ def _there(report: CheckReport) -> Markup:
         notes += [f"{of}not read: {name}" for name in s["skipped"]]
     notes += [f"held out: {report.held_out}"]
     if any(s["held_out"] for s in sources):
-        notes.append(f"{a.overlap_exact:,} held-out rows are also training rows word for word, {a.overlap_near:,} more nearly are")
+        notes.append(overlapping(a.overlap_exact, a.overlap_near))
     return el("section", el("h2", "What is there"), classes(sources), table(head, body, numbers=range(2, 7)),
               _more(len(sources), SOURCES, "sources"), _list(notes))  # fmt: skip
 

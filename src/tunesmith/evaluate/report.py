@@ -38,6 +38,7 @@ from tunesmith.evaluate.page import (
 from tunesmith.evaluate.statistics import FEW_ROWS
 from tunesmith.files import write_atomic
 from tunesmith.run import Run, how_to_load
+from tunesmith.wording import counted
 
 CASES, OPEN_CASES = 24, 8  # side-by-side answers on the page, and how many of them are unfolded
 SHOWN, MOST = 420, 12_000  # characters of a text before it folds, and at all
@@ -597,7 +598,11 @@ def classes(sources: Sequence[Mapping[str, Any]]) -> Markup:
     legend = [el("li", swatch(style), f"{words}: {total[c]:,}") for c, style, words in CLASSES if total[c] or c == "refused"]
     return join(
         [
-            el("p", f"Every one of {rows:,} rows ended in one of these classes; nothing is dropped in silence.", class_="note"),
+            el(
+                "p",
+                f"Every one of {counted(rows, 'row')} ended in one of these classes; nothing is dropped in silence.",
+                class_="note",
+            ),
             stacked("Rows by class", [(words, total[c], style) for c, style, words in CLASSES], total=rows),
             el("ul", legend, class_="legend"),
         ]
@@ -621,18 +626,22 @@ def _notes(found: _Found, sources: Sequence[Mapping[str, Any]]) -> Markup | None
             for name, count in _dict(source.get(key)).items():
                 counts[str(name)] = counts.get(str(name), 0) + _count(count)
         items += [
-            f"{word}: {clip(name, 200)} ({count:,} rows)" for name, count in sorted(counts.items(), key=lambda kv: -kv[1])[:12]
+            f"{word}: {clip(name, 200)} ({counted(count, 'row')})"
+            for name, count in sorted(counts.items(), key=lambda kv: -kv[1])[:12]
         ]
     a = found.account
     exact, near = _count(a.get("exact_duplicates")), _count(a.get("near_duplicates"))
     if exact or near:
         own = any(source.get("held_out") for source in sources)
         split = "" if own else "; the held-out rows were chosen by group, so none is in both"
-        items.append(f"{exact:,} rows repeat an earlier one, {near:,} nearly do{split}")
+        items.append(
+            f"{counted(exact, 'row repeats', 'rows repeat')} an earlier one, {near:,} nearly {'does' if near == 1 else 'do'}{split}"
+        )
     over, close = _count(a.get("overlap_exact")), _count(a.get("overlap_near"))
     if over or close:
         items.append(
-            f"{over:,} held-out rows also stand among the training rows, {close:,} nearly: the result above is too good by them"
+            f"{counted(over, 'held-out row also stands', 'held-out rows also stand')} among the training rows, {close:,} nearly:"
+            " the result above is too good by them"
         )
     return el("ul", [el("li", item) for item in items], class_="plain note") if items else None
 

@@ -100,7 +100,7 @@ TABLE = (
     Finding("ip_address", NOTE, "public IP addresses",
             "personal data in some countries",
             "replace them by an address such as 192.0.2.1", rows.ip_address),
-    Finding("exact_duplicates", WARNING, "rows that repeat an earlier one word for word",
+    Finding("exact_duplicates", WARNING, "rows that repeat an earlier one to the letter",
             "they weigh double and are learned by heart",
             "keep one of each", None),
     Finding("near_duplicates", NOTE, "rows that nearly repeat an earlier one",

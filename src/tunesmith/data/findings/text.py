@@ -135,13 +135,12 @@ class Joined:
             at = data.find(gate)
             while at >= 0:
                 begin, end = max(0, at - around), min(len(data), at + around)
-                text, shift = (lowered(self.text[begin:end]), begin) if lower else (self.text, 0)
-                m = pattern.search(text, begin - shift, end - shift)
-                while m and m.end() + shift <= at:  # another's, before this gate: one of the row before it would hide this row's
-                    m = pattern.search(text, m.end(), end - shift)
-                if m:
+                shift, behind = begin if lower else 0, at + 1
+                some = pattern.finditer(lowered(self.text[begin:end])) if lower else pattern.finditer(self.text, begin, end)
+                for m in some:  # all of them: the first may be the row before's
                     yield m, shift
-                at = data.find(gate, max(at + 1, (m.end() + shift) if m else 0))
+                    behind = max(behind, m.end() + shift)
+                at = data.find(gate, behind)
 
     def numbers(self) -> Iterator[tuple[int, int]]:
         """Stretches with DIGITS digits in WINDOW characters, with room before and behind for the rest of what they belong to, if

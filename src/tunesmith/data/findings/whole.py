@@ -17,6 +17,7 @@ import numpy as np
 from tunesmith.data.clusters import PUNCTUATION, Shingles
 from tunesmith.data.findings.text import ANSWERS, EXCERPT, PROMPTS, Rows, excerpt, snippet
 from tunesmith.types import Conversation
+from tunesmith.wording import counted
 
 LABELS_KEPT = 20_000  # distinct answers that are counted; beyond it the rarest are dropped
 TOP = 3  # longest answers that are remembered
@@ -352,10 +353,11 @@ def class_imbalance(w: Whole) -> Seen | None:
     if not rare and share <= max(0.8, 2 / len(ordered)):
         return None
     places = [
-        (file, line, f"{n:,} rows of {top:,}: {excerpt(w.label(k), 0, 0)}") for k, (n, file, line) in reversed(ordered[-TOP:])
+        (file, line, f"{counted(n, 'row')} of {top:,}: {excerpt(w.label(k), 0, 0)}")
+        for k, (n, file, line) in reversed(ordered[-TOP:])
     ]
     least = ordered[-1][1][0]
-    told = f"of {len(ordered)} answers the most frequent is {share:.0%} of the rows, the rarest {least:,} row{'s' * (least > 1)}"
+    told = f"of {len(ordered)} answers the most frequent is {share:.0%} of the rows, the rarest {counted(least, 'row')}"
     return Seen(sum(n for _, (n, _, _) in rare) or top, places, told)
 
 

@@ -70,7 +70,6 @@ class Result:
     places: np.ndarray  # line in the file, int64
     sizes: np.ndarray  # tokens or characters, int64
     groups: np.ndarray  # of split.By, int64
-    letters: np.ndarray  # hash of what is said to the letter, uint64
     hashes: np.ndarray
     signatures: np.ndarray
     tiny: np.ndarray  # whether the answer is tiny, bool
@@ -157,8 +156,7 @@ def process(chunk: Chunk, mender: Mender) -> Result:
         places=np.array([e.origin.line for e in kept], np.int64),
         sizes=_sizes(conversations, mender),
         groups=np.array([mender.by.group(e.value, e.origin, no_group) if mender.by else 0 for e in kept], np.int64),
-        letters=clusters.text_hashes([_letters(c) for c in conversations]),
-        hashes=clusters.text_hashes(texts),
+        hashes=clusters.text_hashes([clusters.letters(c) for c in conversations]),
         signatures=clusters.signatures(shingles),
         tiny=tiny,
         refused=[as_line(_aside(*r, mender.hidden)) for r in refused],
@@ -344,12 +342,6 @@ def _aside(origin: Origin, fix: str, reason: str, row: dict[str, Any], hidden: t
         row = text.with_leaves(plain, iter(text.anonymous(list(text.leaves(plain)), hidden, seen)))
         row |= {"masked": text.counted(+seen)} if +seen else {}
     return {"file": origin.file, "line": origin.line, "fix": fix, "reason": reason, **row}
-
-
-def _letters(c: Conversation) -> str:
-    """What is said, with blanks at the ends left aside."""
-    messages = [[m.role, m.content.strip(), m.learn, dict(m.extra)] for m in c.messages]
-    return json.dumps([c.kind, messages, c.tools], default=str)
 
 
 def _sizes(conversations: Sequence[Conversation], mender: Mender) -> np.ndarray:

@@ -34,6 +34,7 @@ from tunesmith.data.prepare import bar, find_all, no_collector, results, tagged,
 from tunesmith.data.sources import Files, raise_all
 from tunesmith.errors import DataError
 from tunesmith.files import folder_atomic, sha256_file
+from tunesmith.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +49,7 @@ WHY = {
     NEAR: ("near", "nearly equal to {}"),
     UNDRAWN: ("mix", "not drawn: its source has a weight below 1"),
 }
-COLUMNS = {"places": "<i8", "sizes": "<i8", "groups": "<i8", "letters": "<u8", "tiny": "?", "files": "<u4", "sources": "<u2"}
+COLUMNS = {"places": "<i8", "sizes": "<i8", "groups": "<i8", "tiny": "?", "files": "<u4", "sources": "<u2"}
 BLOCK = 1 << 14
 
 
@@ -81,7 +82,8 @@ class Mended:
     def lines(self) -> Iterator[str]:
         r = self.record
         rows, unit = r["rows"], r["unit"]
-        yield f"{rows['read']:,} rows: {rows['train']:,} to train on, {rows['held_out']:,} held out, {rows['refused']:,} set aside"
+        read = counted(rows["read"], "row")
+        yield f"{read}: {rows['train']:,} to train on, {rows['held_out']:,} held out, {rows['refused']:,} set aside"
         if not r["options"]["fix"]:
             yield "mended: nothing but what reading mends; --fix names more, `tunesmith check` says what is there"
         for name, done in r["fixes"].items():
@@ -90,14 +92,14 @@ class Mended:
         yield f"held out: {r['held_out']['how']}"
         if near := r["held_out"]["nearly_in_train"]:
             fix = "leakage" if r["held_out"]["file"] else "near"
-            yield f"{near:,} held-out rows are nearly equal to training rows: --fix {fix} parts them"
-        if many := r["same_words"]:
-            yield f"{many:,} more rows have the words of another, with other signs or system texts: --fix near sets them aside"
+            yield f"{counted(near, 'held-out row is', 'held-out rows are')} nearly equal to training rows: --fix {fix} parts them"
+        if many := r["near_duplicates"]:
+            yield f"{counted(many, 'row nearly repeats', 'rows nearly repeat')} an earlier one: --fix near sets them aside"
         if len(r["sources"]) > 1 or r["options"]["mix"]:
             for s in r["sources"]:
-                yield f"{s['path']}: {s['train_lines']:,} lines, {s[unit]:,} {unit} to train on"
+                yield f"{s['path']}: {counted(s['train_lines'], 'line')}, {s[unit]:,} {unit} to train on"
         for key, n in r["keys_left_out"].items():
-            yield f"key {key!r} left out of {n:,} rows: with it they would be read as another kind of row"
+            yield f"key {key!r} left out of {counted(n, 'row')}: with it they would be read as another kind of row"
         yield f"\nWritten to {self.folder}\nNext: tunesmith check {self.folder / 'run.yaml'}"
 
 
@@ -200,7 +202,7 @@ class _Job:
                 changes.writelines(r.changes)
                 refused.writelines(r.refused)
                 columns = {
-                    "places": r.places, "sizes": r.sizes, "groups": r.groups, "letters": r.letters, "tiny": r.tiny,
+                    "places": r.places, "sizes": r.sizes, "groups": r.groups, "tiny": r.tiny,
                     "files": np.full(len(r.lines), len(self.names) - 1), "sources": np.full(len(r.lines), source),
                 }  # fmt: skip
                 for name, column in columns.items():
@@ -247,7 +249,7 @@ class _Job:
             at = np.flatnonzero((fate == TRAIN) & np.isin(near, labels))
             fate[at], of[at] = LEAK, held[first][np.searchsorted(labels, near[at])]
         if "dedup" in o.fixes:
-            _later(fate, of, self._column("letters"), COPY)
+            _later(fate, of, found.exact, COPY)
         if "near" in o.fixes:
             _later(fate, of, near, NEAR)
         at = np.flatnonzero(fate == TRAIN)
@@ -258,14 +260,14 @@ class _Job:
         if not len(train):
             raise DataError(f"no row is left to train on\n{self._reasons()}", "name fewer fixes with --fix, or mend these rows")
         self.overlap = int(np.isin(near[held], near[train]).sum())
-        self.same_words = len(train) - len(np.unique(found.exact[train])) if "dedup" in o.fixes and "near" not in o.fixes else 0
+        self.near_left = len(train) - len(np.unique(near[train])) if "dedup" in o.fixes and "near" not in o.fixes else 0
         return fate, of
 
     def _reasons(self) -> str:
         """The commonest, of rows that were set aside one by one."""
         with (self.temp / "refused.jsonl").open("rb") as f:
             reasons = Counter("{fix}: {reason}".format(**json.loads(line)) for line in f)
-        return "\n".join(f"  {n:,} of {self.read.total():,} rows: {reason}" for reason, n in reasons.most_common(5))
+        return "\n".join(f"  {n:,} of {counted(self.read.total(), 'row')}: {reason}" for reason, n in reasons.most_common(5))
 
     def _copies(self, fate: np.ndarray) -> np.ndarray:
         """How often each row is written, as its source's weight says; for a part of a weight, rows are drawn."""
@@ -381,7 +383,7 @@ class _Job:
             "unit": unit,
             "fixes": {n: {"changed": self.changed[n], "set_aside": self.aside[n]} for n in names},
             "held_out": {"how": self._how(total["held_out"]), "file": self.held_source >= 0, "nearly_in_train": self.overlap},
-            "same_words": self.same_words,
+            "near_duplicates": self.near_left,
             "keys_left_out": dict(self.left_out),
             "sources": told,
         }
@@ -389,12 +391,13 @@ class _Job:
     def _how(self, held: int) -> str:
         o = self.options
         if self.held_source >= 0:
-            return f"{held:,} rows of {self.data.held_out}"
+            return f"{counted(held, 'row')} of {self.data.held_out}"
         if not held:
             return "no rows" + ("" if not o.size else ": there are too few different ones to split")
         if o.by is None:
-            return f"{held:,} rows, by whole groups of near-equal rows"
-        return f"{held:,} rows, the latest by {o.by.key!r}" if o.by.date else f"{held:,} rows, all or none of each {o.by.key!r}"
+            return f"{counted(held, 'row')}, by whole groups of near-equal rows"
+        how = "the latest by" if o.by.date else "all or none of each"
+        return f"{counted(held, 'row')}, {how} {o.by.key!r}"
 
 
 def _later(fate: np.ndarray, of: np.ndarray, labels: np.ndarray, end: int) -> None:

@@ -16,6 +16,7 @@ from tunesmith.data import clusters
 from tunesmith.data.prepare import HELD_OUT_MOST
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.types import Origin
+from tunesmith.wording import counted
 
 DAY_FIRST = re.compile(r"(\d{1,2})\.(\d{1,2})\.(\d{4})(?:[ ,T]+(\d{1,2}):(\d{2})(?::(\d{2}))?)?")
 YEAR_FIRST = re.compile(r"(\d{4})/(\d{1,2})/(\d{1,2})(?:[ ,T]+(\d{1,2}):(\d{2})(?::(\d{2}))?)?")
@@ -161,9 +162,7 @@ def choose(labels: np.ndarray, by: By | None, number: int, seed: int) -> np.ndar
     groups, sizes = np.unique(first, return_counts=True)  # each has more rows than are wanted: the smallest, if it leaves enough
     smallest = int(sizes.argmin())
     if len(groups) < 2 or 2 * sizes[smallest] > len(labels):
-        told = (
-            f"{len(groups):,} group{'' if len(groups) == 1 else 's'}, the smallest of {sizes[smallest]:,} of {len(labels):,} rows"
-        )
+        told = f"{counted(len(groups), 'group')}, the smallest of {sizes[smallest]:,} of {counted(len(labels), 'row')}"
         raise DataError(
             f"--split-by {by}: {told}: none can be held out", "split by a key with more values, or leave --split-by out"
         )
