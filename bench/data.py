@@ -16,6 +16,9 @@ except in worker processes, where they are part of the price. All numbers are me
 other programs took less than CALM cores, or the calmest one if there is none (`others`: what was taken in these runs). `unpacked`
 is what two workers gain without the packing, which the training loop does step by step in one process.
 
+--cores 1 2 4 8 prepares `--rows` of the first set with so many workers each, one after the other, `--rounds` times; no peer is
+needed. The table holds prepare() from the file to the store, with findings and without, and is added to what --json holds.
+
 --memory prepares so many short rows, none like another, with findings and two workers, and tells the most that all processes held
 together: `rss` counts pages that they share once for each of them, `pss` once.
 """
@@ -164,9 +167,9 @@ def one_arm(arm: str, rows: Path, tokenizer: str, scratch: Path) -> dict[str, fl
     """What a process of its own measures."""
     if arm.startswith("compare"):
         return compare(rows, tokenizer, scratch, arm.split()[1])
-    workers = 2 if "2 workers" in arm else 1
+    workers = int(arm.split(", ")[-1].split()[0]) if arm.endswith("workers") else 1
     if arm.startswith("ours"):
-        return ours(rows, tokenizer, workers, scratch, look="check" in arm, pack="memory" not in arm)[0]
+        return ours(rows, tokenizer, workers, scratch, look="check" in arm, pack="memory" not in arm and "cores" not in arm)[0]
     return (trl if arm.startswith("trl") else axolotl)(rows, tokenizer, workers, scratch)[0]
 
 
@@ -283,6 +286,23 @@ def one_set(path: Path, o: argparse.Namespace, scratch: Path) -> dict:
     return {"set": path.name, "rows": o.rows, "more": o.more, "equal": equal, "rows per CPU-second": rates, "runs": found}
 
 
+def cores(counts: list[int], o: argparse.Namespace, scratch: Path) -> dict:
+    """Rows a second by the number of workers, and its table. The best of the rounds: other programs can only make a run slower."""
+    rows = scratch / "rows.jsonl"
+    write(rows, chats(o.data[0]), o.rows)
+    found: dict[str, dict[int, float]] = {"ours": {}, "ours, check": {}}
+    print("| workers | " + " | ".join(f"{arm}, rows a second | x one" for arm in found) + " |")
+    print("|" + "---|" * (1 + 2 * len(found)))
+    for count in counts:
+        for arm, rates in found.items():
+            rates[count] = o.rows / min(
+                measure(f"{arm}, cores, {count} workers", rows, o.tokenizer)["wall"] for _ in range(o.rounds)
+            )
+        shown = (f"{rates[count]:,.0f} | {rates[count] / rates[counts[0]]:.2f}" for rates in found.values())
+        print(f"| {count} | {' | '.join(shown)} |", flush=True)
+    return {"set": o.data[0].name, "rows": o.rows, "rounds": o.rounds, "cores": os.cpu_count(), "rows a second": found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="+", required=True)
@@ -290,6 +310,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=15_000)
     parser.add_argument("--more", type=int, default=0, help="rows for ours with two workers, and alone beside it")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cores", type=int, nargs="*", default=[])
     parser.add_argument("--memory", type=int, nargs="*", default=[])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--arm")
@@ -298,6 +319,12 @@ def main() -> None:
         scratch = Path(folder)
         if o.arm:
             print(json.dumps(one_arm(o.arm, o.data[0], o.tokenizer, scratch)))
+            return
+        if o.cores:
+            held = json.loads(o.json.read_text()) if o.json and o.json.is_file() else {}
+            held["cores"] = {"date": datetime.date.today().isoformat()} | cores(o.cores, o, scratch)
+            if o.json:
+                o.json.write_text(json.dumps(held, indent=1) + "\n")
             return
         if missing := [m for m in ("trl", "axolotl", "datasets", "transformers", "accelerate") if find_spec(m) is None]:
             sys.exit(f"skipped: {', '.join(missing)} not installed (pip install trl datasets addict colorama; --no-deps axolotl)")
