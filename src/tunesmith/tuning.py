@@ -48,10 +48,10 @@ from tunesmith.spec import plan_spec
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.train import checkpoint, loop
 from tunesmith.train.checkpoint import Found
-from tunesmith.train.inside import optimizer_for
+from tunesmith.train.inside import Inside, optimizer_for
 from tunesmith.train.log import TRACKERS, Log, Progress
 from tunesmith.train.loop import Hooks, State, Stopped
-from tunesmith.train.optim import LossScale, learning_rate
+from tunesmith.train.optim import LossScale, Optimizer, learning_rate
 from tunesmith.train.signals import graceful
 from tunesmith.train.warm import Warming
 
@@ -175,13 +175,27 @@ def build_model(config: RunConfig, base: ResolvedModel, where: Place, plan: Plan
     finally:
         if warming:
             warming.end()
+    lay_out(model, plan)
+    return model
+
+
+def lay_out(model: nn.Module, plan: Plan) -> None:
+    """The layers, decoded weights and embedding as the plan has them; the layers composed where the model refuses half-blocks."""
     if plan.path == "half-blocks" and not refusal(model):
         model.fast = FastLayers(model, _policies(plan.layers), fp8=plan.compute == "fp8")
         model.fast.cache(plan.weight_cache)
         if plan.embedding == "host":
             model.embedding_to_host()
     set_layers(model, plan.layers)
-    return model
+
+
+def optimizer_of(model: nn.Module, config: RunConfig) -> Optimizer | Inside:
+    """Over all that is trained. AdapterError when that is nothing."""
+    parameters = adapters.trainable(model) if config.method != "full" else dict(model.named_parameters())
+    if not parameters:
+        raise AdapterError("nothing is trained: no adapter, no token, no module", "set lora.targets")
+    fast = adapters.fast(model) if config.method != "full" else ()
+    return optimizer_for(parameters, config.train, fast=fast, seed=config.seed)
 
 
 def set_layers(model: nn.Module, layers: Sequence[Layers]) -> None:
@@ -224,11 +238,7 @@ class _Session:
         self.eval_every = auto if ev.every_steps == "auto" else ev.every_steps
         self.save_every = self.eval_every if config.checkpoint.every_steps == "auto" else config.checkpoint.every_steps
         self.keeps_best = ev.keep_best and len(self.held_out) > 0
-        parameters = adapters.trainable(model) if config.method != "full" else dict(model.named_parameters())
-        if not parameters:
-            raise AdapterError("nothing is trained: no adapter, no token, no module", "set lora.targets")
-        fast = adapters.fast(model) if config.method != "full" else ()
-        self.optimizer = optimizer_for(parameters, config.train, fast=fast, seed=config.seed)
+        self.optimizer = optimizer_of(model, config)
         limit = context(model) or math.inf
         if (most := max(int(rows.lengths.max()) for rows in (prepared.train, self.held_out) if len(rows))) > limit:
             what = f"the longest row has {most:,} tokens, and this model was made for {limit:,}"
