@@ -17,8 +17,10 @@ from tunesmith.config.schema import RunConfig
 from tunesmith.devices import GIB, Device, parse_device
 from tunesmith.errors import DoesNotFit, ModelError
 from tunesmith.levels import SAVED, WHOLE
-from tunesmith.plan import METHODS, MICRO_CAP, Measured, _Job, kept, make_plan, nf4_bytes, usual_full_bytes
-from tunesmith.plan_layers import LEVELS, Layers, Shape, describe
+from tunesmith.plan import METHODS, MICRO_CAP, Measured, choice, make_plan
+from tunesmith.plan.choice import Open
+from tunesmith.plan.layers import LEVELS, Layers, Shape, describe
+from tunesmith.plan.sizes import kept, nf4_bytes, usual_full_bytes
 from tunesmith.spec import Rope, Spec, linear_shapes
 
 MISTRAL = Spec(
@@ -165,7 +167,7 @@ def test_scores_written_out_for_a_softcap_are_counted(width):
 
     spec, dtype = replace(TINY, attention_softcap=50.0, sandwich=True), {2: "bf16", 4: "fp32"}[width]
     table = kept(spec, "lora", set(linear_shapes(spec)), width=width, device="cpu", rank=16)
-    job = _Job.of(config("lora", memory={"dtype": dtype}), spec, np.full(4, 256), parse_device("cpu-8GB"), None)
+    job = Open.of(config("lora", memory={"dtype": dtype}), spec, np.full(4, 256), parse_device("cpu-8GB"), None)
     found = _kept_by_autograd(spec, "lora", {2: torch.bfloat16, 4: torch.float32}[width], config("lora").lora)
     counted = sum(size for _, size, _ in table) + job._scores(1)[0] / spec.layers
     assert counted == pytest.approx(found, rel=0.005)  # two documents of 256: small copies of k and v are not counted
@@ -267,7 +269,7 @@ MEASURED = [
 @pytest.mark.parametrize(("documents", "length", "level", "offload", "tile", "compute", "reserved", "rate"), MEASURED)
 def test_half_blocks_take_what_was_measured(monkeypatch, documents, length, level, offload, tile, compute, reserved, rate):
     """Never 2 % less, never 5 % more; time within 10 %."""
-    monkeypatch.setattr(sys.modules["tunesmith.plan"], "TILES", (tile,))
+    monkeypatch.setattr(choice, "TILES", (tile,))
     memory = {"activations": level, "offload": offload, "compute": compute, "micro_batch_tokens": documents * length,
               "budget_gb": 1.05 * (reserved + 0.75)}  # fmt: skip
     p = plan(gpu="h100", spec=replace(MISTRAL, window=None), lengths=np.full(1000, length), memory=memory,
@@ -439,7 +441,7 @@ def test_time_grows_with_rows_and_shrinks_with_the_card_and_says_whether_it_was_
     measured = plan(lengths=rows, gpu="h200", measured=Measured(0.7, "an H200"))
     assert measured.minutes < plan(lengths=rows, gpu="h200").minutes and measured.measured == "an H200"
     # 2N forward, 2N for dx: 4 x 7.0e9 a token, no more than a fifth beside it for 400-token rows
-    flops = _Job.of(config(), MISTRAL, rows, parse_device("h200"), None).flops("keep")
+    flops = Open.of(config(), MISTRAL, rows, parse_device("h200"), None).flops("keep")
     assert 4 * 6.98e9 < flops < 1.2 * 4 * 6.98e9
 
 

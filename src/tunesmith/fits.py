@@ -16,7 +16,7 @@ from tunesmith.config.schema import RunConfig
 from tunesmith.devices import GIB, Device, parse_device, smallest_that_holds
 from tunesmith.errors import ConfigError
 from tunesmith.plan import METHODS, MICRO_CAP, Component, answering, budget_of, least, pinnable, ways
-from tunesmith.plan_page import gb, print_fits
+from tunesmith.plan.page import gb, print_fits
 from tunesmith.spec import Spec
 
 if TYPE_CHECKING:

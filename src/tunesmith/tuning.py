@@ -42,7 +42,7 @@ from tunesmith.models.place import Place, make_deterministic, place
 from tunesmith.ops import backend, fp8
 from tunesmith.ops.half_blocks import Policy
 from tunesmith.plan import Plan, make_plan
-from tunesmith.plan_layers import WHOLE, Layers
+from tunesmith.plan.layers import WHOLE, Layers
 from tunesmith.run import Run, base_fingerprint
 from tunesmith.spec import plan_spec
 from tunesmith.tokenizer import Tokenizer

@@ -16,7 +16,8 @@ from tunesmith.config.schema import INSIDE
 from tunesmith.data.pack import collate
 from tunesmith.devices import GIB, parse_device
 from tunesmith.errors import ConfigError, DoesNotFit, ModelError, TrainingFailed, TunesmithError
-from tunesmith.plan import _Job, make_plan
+from tunesmith.plan import make_plan
+from tunesmith.plan.choice import Open
 from tunesmith.run import Run
 from tunesmith.spec import Spec, parameters
 from tunesmith.train import loop
@@ -310,7 +311,7 @@ def test_the_plan_refuses_by_name():
 @pytest.fixture
 def on_a_cpu(monkeypatch):
     """The plan refuses a CPU, where the update is plain PyTorch; for tests it may run there."""
-    monkeypatch.setattr(_Job, "refuse", lambda *_: None)
+    monkeypatch.setattr(Open, "refuse", lambda *_: None)
 
 
 def test_a_run_is_interrupted_and_resumed_to_the_bit(tiny, tmp_path, on_a_cpu, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 from tunesmith.evaluate.page import Markup, clip, el, page, stacked, swatch, table
 from tunesmith.files import write_atomic
 from tunesmith.fits import Fits, Use
-from tunesmith.plan_page import gb, short, sizes_tables
+from tunesmith.plan.page import gb, short, sizes_tables
 
 BAR = 560
 STYLES = {"weights": "a", "trained": "b", "activations": "c", "answers": "d", "overhead": "g"}  # of the style sheet
