@@ -198,6 +198,26 @@ def test_fixed_sizes_are_the_real_tensors():
     assert (p["adapter"], p["gradients"], p["optimiser"]) == (4 * trained, 4 * trained, 8 * trained)
 
 
+@pytest.mark.parametrize("saved", [["mlp"], ["self_attn"], ["model.layers.1"], ["up_proj"], ["post_attention_layernorm"], ["model.norm"],
+                                   ["lm_head"], ["embed_tokens", "lm_head"], ["model.layers.0.mlp", "o_proj"]])  # fmt: skip
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
+def test_modules_trained_whole_are_counted_and_send_the_layers_the_composed_way(family, saved):
+    """As adapters.attach and models.fast.refusal have it, for a module that holds linears too."""
+    from tunesmith import adapters
+    from tunesmith.models import fast
+    from tunesmith.models.decoder import Decoder
+
+    spec = FAMILIES[family]
+    if spec.fused and saved == ["up_proj"]:
+        saved = ["gate_up_proj"]
+    lora, model = config("lora", lora={"rank": 8, "modules_to_save": saved}).lora, Decoder(spec)
+    adapters.attach(model, lora, seed=0)
+    p = plan("lora", spec, "h200", lora={"rank": 8, "modules_to_save": saved})
+    trained = sum(x.numel() for x in adapters.trainable(model).values())
+    assert next(c for c in p.components if c.name == "adapter").why.startswith(f"{trained:,} float32")
+    assert (p.path == "composed") == bool(fast.refusal(model))
+
+
 # ---- the same for half-blocks --------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from tunesmith.devices import Device
 from tunesmith.errors import ModelError
 from tunesmith.plan.layers import LEVELS, Layers, Level, Shape
 from tunesmith.plan.parts import POLICIES, WIDTH, Measured, Method, Policy, Rows
-from tunesmith.spec import Spec, half_blocks_refusal, linear_shapes, norm_shapes
+from tunesmith.spec import Spec, half_blocks_refusal, has_bias, linear_shapes, norm_shapes
 
 EVALUATIONS = 11  # with `eval.every_steps: auto`: before, and about ten during the run
 HELD_OUT_ROWS = 500  # at most, unless a file is named
@@ -115,14 +115,11 @@ class Job:
         """Why the layers run composed, and not as half-blocks; empty when they do."""
         if self.method == "full":
             return "every weight is trained"
-        lora, last = self.lora, [*linear_shapes(self.spec), *norm_shapes(self.spec)]
-        inside = [f"model.layers.{i}.{name}" for i in range(self.spec.layers) for name in last] if lora.modules_to_save else []
+        lora = self.lora
         reasons = {
             f"lora.variant is {lora.variant}": lora.variant == "dora",
             "lora.dropout is on": lora.dropout > 0,
-            "lora.modules_to_save names a module inside the layers": any(
-                matches(e, f) for e in lora.modules_to_save for f in inside
-            ),
+            "lora.modules_to_save names a module inside the layers": any(name.startswith("model.layers.") for name in self.saved),
         }
         return self.refused or next((why for why, there in reasons.items() if there), "")
 
@@ -141,16 +138,44 @@ class Job:
         linears = linear_shapes(self.spec)
         if self.method == "full":
             return dict.fromkeys(linears, 0)
-        return {name: max(ranks) for name, ranks in self._ranks().items() if ranks}
+        return {name: max(ranks, default=0) for name, ranks in self._ranks().items() if ranks or self._saved_in(name)}
 
     def _ranks(self) -> dict[str, list[int]]:
+        """Of each linear in the layers, one for each layer that has an adapter there: none where the module is trained whole."""
         targets = self.lora.targets
         found: dict[str, list[int]] = {}
         for name in linear_shapes(self.spec):
-            full = [f"model.layers.{i}.{name}" for i in range(self.spec.layers)]
+            full = [f for f in self._in_layers(name) if not self._whole(f)]
             hit = full if targets == "all-linear" else [f for f in full if any(matches(t, f) for t in targets)]
             found[name] = [of_pattern(self.lora.rank_pattern, f, self.lora.rank) for f in hit]
         return found
+
+    @cached_property
+    def saved(self) -> dict[str, int]:
+        """Modules trained whole (lora.modules_to_save) by full name, with their numbers: ends, linears, norms, or what holds them."""
+        if not self.lora.modules_to_save:
+            return {}
+        s = self.spec
+        sizes = {"model.embed_tokens": s.vocab * s.dim, "lm_head": s.vocab * s.dim, "model.norm": s.dim}
+        for name, (o, i) in linear_shapes(s).items():
+            sizes |= dict.fromkeys(self._in_layers(name), o * i + o * has_bias(s, name))
+        for name, n in norm_shapes(s).items():
+            sizes |= dict.fromkeys(self._in_layers(name), n)
+        for name, n in list(sizes.items()):  # model.layers.3.mlp.up_proj lies in model.layers.3.mlp and in model.layers.3
+            parts = name.split(".")
+            for holder in {".".join(parts[:k]) for k in range(3, len(parts))}:
+                sizes[holder] = sizes.get(holder, 0) + n
+        return {name: n for name, n in sizes.items() if any(matches(entry, name) for entry in self.lora.modules_to_save)}
+
+    def _in_layers(self, name: str) -> list[str]:
+        return [f"model.layers.{i}.{name}" for i in range(self.spec.layers)]
+
+    def _whole(self, name: str) -> bool:
+        """Whether a linear is, or lies in, a module trained whole."""
+        return any(name == f or name.startswith(f"{f}.") for f in self.saved)
+
+    def _saved_in(self, name: str) -> bool:
+        return bool(self.saved) and any(map(self._whole, self._in_layers(name)))
 
     @cached_property
     def adapter_parameters(self) -> int:
@@ -161,11 +186,10 @@ class Job:
         count = sum(
             r * sum(shapes[n]) + (shapes[n][0] if self.lora.variant == "dora" else 0) for n, rs in self._ranks().items() for r in rs
         )
-        ends = {"model.embed_tokens": spec.vocab * spec.dim, "lm_head": spec.vocab * spec.dim}
         if self.lora.targets != "all-linear" and any(matches(t, "lm_head") for t in self.lora.targets):
             count += self.lora.rank * (spec.vocab + spec.dim)
         count += len(self.lora.new_tokens) * spec.dim * (1 if spec.tied else 2)
-        return count + sum(size for name, size in ends.items() if any(matches(entry, name) for entry in self.lora.modules_to_save))
+        return count + sum(self.saved.values())
 
     @cached_property
     def largest(self) -> int:

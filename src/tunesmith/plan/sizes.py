@@ -17,7 +17,7 @@ import numpy as np
 from tunesmith.config.schema import INSIDE
 from tunesmith.devices import GIB, Device
 from tunesmith.levels import RECORDED
-from tunesmith.plan.job import Job, matches
+from tunesmith.plan.job import Job
 from tunesmith.plan.layers import Layers, Level, pinned
 from tunesmith.plan.page import gb
 from tunesmith.plan.parts import Component, Method, Policy
@@ -207,7 +207,7 @@ class Sized(Job):
 
     @property
     def _head_trains(self) -> bool:
-        return self.method == "full" or any(matches(entry, "lm_head") for entry in self.lora.modules_to_save)
+        return self.method == "full" or "lm_head" in self.saved
 
     def _scores(self, tokens: int) -> tuple[float, float]:
         """(kept, transient) bytes of attention scores that a softcap writes out (Gemma 2); none elsewhere."""
@@ -250,7 +250,7 @@ class Sized(Job):
     def embedding_bytes(self) -> int:
         """Of an embedding that can wait in main memory, where layers do: neither the head's matrix too nor trained. 0 of others."""
         trained = self.method == "full" or self.lora.new_tokens
-        trained = trained or any(matches(e, "model.embed_tokens") for e in self.lora.modules_to_save)
+        trained = trained or "model.embed_tokens" in self.saved
         return 0 if self.composed_because or self.spec.tied or trained else self.spec.vocab * self.spec.dim * self.width
 
     def host(self, way: Way) -> Iterator[Component]:
