@@ -8,6 +8,9 @@ A row is a family, a method, the rows' lengths, a card's size and settings of a 
 allocator is capped at the budget less CUDA's context; a few steps run through what a run uses (tuning.lay_out, optimizer_of,
 loop.fit). Held is what torch had reserved at most, and the context. One set of weights serves all rows of a family and method.
 Rows go round the families, so that a cut-off covers them; what is in FILE or FOLDER is not run again. Errors are rows too.
+
+A set runs in a process of its own. Out of memory inside a recorded pass leaves a process that cannot be trusted: the set goes on in
+a new one, which first takes the same row without a cap, so that it is known what it would have held.
 """
 
 from __future__ import annotations
@@ -17,10 +20,10 @@ import gc
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -126,11 +129,12 @@ def config_of(row: Row, budget: float) -> Any:
 
 def plan_of(row: Row, device: Any, shapes: str, budget: float | None = None) -> tuple[Any, Any]:
     """(config, plan). No budget is larger than what is free on the device."""
-    from tunesmith.plan import make_plan
+    from tunesmith.plan import make_plan, rates
     from tunesmith.spec import spec_of
 
     config = config_of(row, budget or min(row.card, device.free / GIB))
-    plan = make_plan(config, spec_of(CONFIGS[shapes]), lengths=lengths_of(row.lengths), device=device)
+    spec, lengths, measured = spec_of(CONFIGS[shapes]), lengths_of(row.lengths), rates.kept(device)
+    plan = make_plan(config, spec, lengths=lengths, device=device, measured=measured)
     return config, plan
 
 
@@ -144,6 +148,10 @@ def predicted(plan: Any) -> dict[str, Any]:
         "parts": {c.name: round(c.bytes / GIB, 3) for c in plan.components if c.where == "device"},
         "host": round(plan.host, 2),
     }  # fmt: skip
+
+
+class RanOut(Exception):
+    """The trainer ran out of device memory and would now have lowered something."""
 
 
 class Bench:
@@ -217,26 +225,35 @@ class Bench:
 
     # -- a row --
 
-    def run(self, row: Row) -> dict[str, Any]:
+    def run(self, row: Row, uncapped: bool = False) -> dict[str, Any]:
         shapes = "tiny" if self.args.tiny else row.family
         if self.args.tiny:  # a CPU has neither
             row = replace(row, memory=(), method="full32" if row.method == "full" else row.method)
         config, plan = plan_of(row, self.device, shapes, row.card if self.args.tiny else None)
         found: dict[str, Any] = {"plan": predicted(plan)}
         if plan.fits:
-            found |= self.steps(row, config, plan)
+            found |= self.steps(row, config, plan, uncapped)
         return found
 
-    def steps(self, row: Row, config: Any, plan: Any) -> dict[str, Any]:
+    def steps(self, row: Row, config: Any, plan: Any, uncapped: bool) -> dict[str, Any]:
         """A few steps under the row's cap."""
         from tunesmith import tuning
         from tunesmith.train import loop
 
         torch, model = self.torch, self.model
         self.free()
-        self.cap(plan.budget)
+        self.cap(None if uncapped else plan.budget)
         before = self.context() if self.cuda else 0
         optimizer, events, kept = None, [], []
+
+        def record(step: int, **values: Any) -> None:
+            kept.append(values | self.peaks())
+
+        def event(what: str, **why: Any) -> None:
+            events.append(f"{what} {why}")
+            if "out of device memory" in what:
+                raise RanOut(what)
+
         try:
             tuning.lay_out(model, plan)
             optimizer = tuning.optimizer_of(model, config)
@@ -249,10 +266,7 @@ class Bench:
             if self.args.tiny:
                 shapes = [[min(n, 24) for n in step] for step in shapes]
             examples = [self.examples(step, seed) for seed, step in enumerate(shapes)]
-            hooks = loop.Hooks(
-                lambda state: None, lambda state: None, lambda state: None, lambda step, **values: kept.append(values),
-                lambda what, **why: events.append(f"{what} {why}"), lambda: None,
-            )  # fmt: skip
+            hooks = loop.Hooks(lambda state: None, lambda state: None, lambda state: None, record, event, lambda: None)
             state = loop.fit(
                 model, optimizer, lambda step: examples[step], hooks, train=config.train, peak=1e-5, total=len(examples),
                 eval_every=1 << 30, save_every=1 << 30, early_stop=0, seed=0, device=self.where.device,
@@ -263,7 +277,7 @@ class Bench:
             found = {
                 "tokens_per_s": round(statistics.median(timed), 1), "seconds": [round(k["seconds"], 3) for k in kept],
                 "losses": [round(k["loss"], 3) for k in kept], "step_tokens": [k["tokens"] for k in kept],
-                "micro_batch_tokens": state.micro_batch_tokens,
+                "micro_batch_tokens": state.micro_batch_tokens, "peaks": [[k.get("reserved"), k.get("allocated")] for k in kept],
             }  # fmt: skip
             if self.cuda:
                 context = self.context()
@@ -274,8 +288,8 @@ class Bench:
                 }  # fmt: skip
             return found | {"events": events, "oom": any("out of device memory" in e for e in events)}
         except Exception as e:  # noqa: BLE001 - it must not end the rows behind it
-            oom = isinstance(e, torch.OutOfMemoryError) or "memory" in str(e)
-            peak = {"allocated": round(torch.cuda.max_memory_allocated() / GIB, 3)} if self.cuda else {}
+            oom, peak = isinstance(e, (torch.OutOfMemoryError, RanOut)) or "memory" in str(e), self.peaks()
+            peak["peaks"] = [[k.get("reserved"), k.get("allocated")] for k in kept]
             text = f"{type(e).__name__}: {str(e)[:300]}"
             where = traceback.format_exc().splitlines()[-8:]
             return {"error": text, "oom": oom, "events": events, "where": where, **peak}
@@ -288,6 +302,13 @@ class Bench:
             model.tie()
             for p in model.parameters():
                 p.grad = None
+
+    def peaks(self) -> dict[str, float]:
+        """GiB that torch has reserved and allocated at most so far."""
+        if not self.cuda:
+            return {}
+        cuda = self.torch.cuda
+        return {"reserved": round(cuda.max_memory_reserved() / GIB, 3), "allocated": round(cuda.max_memory_allocated() / GIB, 3)}
 
     def examples(self, lengths: list[int], seed: int) -> list[Any]:
         """Random documents that learn all but their first token."""
@@ -305,12 +326,10 @@ def load(*files: Path | None) -> list[dict[str, Any]]:
     return [json.loads(line) for f in files if f and f.exists() for line in f.read_text().splitlines() if line.strip()]
 
 
-def chosen(args: argparse.Namespace, have: set[str]) -> Iterator[tuple[Row, bool]]:
-    """Rows to run, and whether the row needs other weights than the one before it."""
-    for group in SETS:
-        todo = [r for r in group if r.name not in have and (not args.only or any(word in r.name for word in args.only))]
-        for i, row in enumerate(todo):
-            yield row, i == 0
+def todo(args: argparse.Namespace, have: set[str]) -> list[list[Row]]:
+    """Rows to run, by set."""
+    wanted = [[r for r in rows if not args.only or any(word in r.name for word in args.only)] for rows in SETS]
+    return [left for rows in wanted if (left := [r for r in rows if r.name not in have])]
 
 
 def listing() -> None:
@@ -328,7 +347,6 @@ def listing() -> None:
 
 
 def main() -> None:
-    began = float(os.environ.get("TUNESMITH_BENCH_BEGAN", time.time()))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for plan.jsonl")
     parser.add_argument("--have", type=Path, help="a plan.jsonl whose rows are not run again")
@@ -336,53 +354,90 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="rows whose name holds this word; may be given again")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # names of a set's rows as JSON
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.list:
         return listing()
     if not args.out:
         parser.error("--out FOLDER is needed")
     args.out.mkdir(parents=True, exist_ok=True)
+    os.environ["TUNESMITH_CACHE"] = str(args.out / "cache")
+    if args.child:
+        return child(args, json.loads(args.child))
+    until, file = time.time() + args.limit, args.out / "plan.jsonl"
+    measured = False
+    for rows in todo(args, {r["row"] for r in load(file, args.have) if "row" in r}):
+        names, tries = [r.name for r in rows], 0
+        while names and time.time() < until:
+            more = ["--tiny"] * args.tiny + ["--only", "rates"] * (not measured)
+            command = [sys.executable, __file__, "--out", str(args.out), "--until", str(until), "--child", json.dumps(names), *more]
+            done, measured = subprocess.run(command, check=False).returncode, True
+            left = names_left(names, load(file))
+            tries = tries + 1 if left == names else 0
+            if time.time() < until and (tries > 1 or (left == names and done == 0)):  # it died twice before it wrote a line
+                with file.open("a") as out:
+                    out.write(json.dumps({"row": left[0], "error": f"the process died with {done}"}) + "\n")
+                left = left[1:]
+            names = left
+    if time.time() >= until:
+        print("no time left; call again to go on", flush=True)
+
+
+def names_left(names: list[str], records: list[dict[str, Any]]) -> list[str]:
+    """What has no record yet, and first what ran out of memory and was not yet taken without a cap."""
+    last = {r["row"]: r for r in records if "row" in r}
+    again = [n for n in names if n in last and last[n].get("oom") and not last[n].get("uncapped")]
+    return again + [n for n in names if n not in last]
+
+
+def child(args: argparse.Namespace, names: list[str]) -> None:
+    """The rows of one set, in this process, until one of them spoils it."""
+    bench, rows = Bench(args), {r.name: r for rows in SETS for r in rows}
     file = args.out / "plan.jsonl"
-    have = {r["row"] for r in load(file, args.have) if "row" in r}
-    bench = Bench(args)
     with file.open("a") as out:
 
         def put(record: dict[str, Any]) -> None:
             out.write(json.dumps({"card": bench.card, **record}) + "\n")
             out.flush()
 
-        if not args.tiny and not any("rates" in r for r in load(file)):
-            put({"rates": rates(bench)})
-        for row, other in chosen(args, have):
-            if time.time() - began > args.limit:
-                print("no time left; call again to go on", flush=True)
+        if args.only:
+            put({"rates": measure_rates(bench)})
+        earlier = {r["row"] for r in load(file) if "row" in r}
+        for i, name in enumerate(names):
+            if args.until and time.time() > args.until:
                 break
-            started = time.time()
+            row, started, uncapped = rows[name], time.time(), name in earlier
             try:
-                if other:
+                if i == 0:
                     bench.build(row.family, row.method)
-                found = bench.run(row)
+                found = bench.run(row, uncapped)
             except Exception as e:  # noqa: BLE001
                 found = {"error": f"{type(e).__name__}: {str(e)[:300]}", "where": traceback.format_exc().splitlines()[-8:]}
             found["took"] = round(time.time() - started, 1)
-            put({"row": row.name, **found})
+            put({"row": row.name, **({"uncapped": True} if uncapped else {}), **found})
             show(row, found)
-            if "CUDA error" in found.get("error", "") or "AcceleratorError" in found.get("error", ""):
-                os.environ["TUNESMITH_BENCH_BEGAN"] = str(began)  # the context is lost: a new process goes on with the next row
-                os.execv(sys.executable, [sys.executable, *sys.argv])
+            if "error" in found or found.get("oom"):
+                break
 
 
-def rates(bench: Bench) -> dict[str, Any]:
-    from gpu_probe import link
-    from gpu_probe import rates as measure
+def measure_rates(bench: Bench) -> dict[str, Any]:
+    """The product's own probe, kept where the rows' processes find it, and its seconds."""
+    from dataclasses import asdict
 
+    from tunesmith.plan import rates as kept
+    from tunesmith.train.probe import measure
+
+    started = time.time()
     try:
-        found = measure({}) | link({})
-    except Exception as e:  # noqa: BLE001 - rates are beside the point
-        found = {"error": f"{type(e).__name__}: {str(e)[:300]}"}
+        found = measure(bench.device, bench.where)
+        kept.keep(found, bench.device)
+        said = asdict(found) | {"took": round(time.time() - started, 1)}
+    except Exception as e:  # noqa: BLE001 - rows without it are uncalibrated
+        said = {"error": f"{type(e).__name__}: {str(e)[:300]}", "where": traceback.format_exc().splitlines()[-8:]}
     bench.free()
-    print(json.dumps(found), flush=True)
-    return found
+    print(json.dumps(said), flush=True)
+    return said
 
 
 def show(row: Row, found: dict[str, Any]) -> None:

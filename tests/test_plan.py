@@ -17,7 +17,7 @@ from tunesmith.config.schema import RunConfig
 from tunesmith.devices import GIB, Device, parse_device
 from tunesmith.errors import DoesNotFit, ModelError
 from tunesmith.levels import SAVED, WHOLE
-from tunesmith.plan import METHODS, MICRO_CAP, Measured, choice, make_plan
+from tunesmith.plan import METHODS, MICRO_CAP, choice, make_plan, rates, usable
 from tunesmith.plan.choice import Open
 from tunesmith.plan.layers import LEVELS, Layers, Shape, describe
 from tunesmith.plan.sizes import kept, nf4_bytes, usual_full_bytes
@@ -97,7 +97,7 @@ def test_real_configs_are_planned(shared_data, file, method):
     if support(raw).state != "native":
         pytest.skip("not native")
     p = plan(method, spec_of(raw), "h200")
-    assert p.needs > 0 and p.fits == (p.needs <= 140.4)
+    assert p.needs > 0 and p.fits == (p.needs <= 0.98 * 140.4)
 
 
 # ---- what autograd keeps: measured, to the byte --------------------------------------------------------------------------------
@@ -198,8 +198,10 @@ def test_fixed_sizes_are_the_real_tensors():
     assert (p["adapter"], p["gradients"], p["optimiser"]) == (4 * trained, 4 * trained, 8 * trained)
 
 
-@pytest.mark.parametrize("saved", [["mlp"], ["self_attn"], ["model.layers.1"], ["up_proj"], ["post_attention_layernorm"], ["model.norm"],
-                                   ["lm_head"], ["embed_tokens", "lm_head"], ["model.layers.0.mlp", "o_proj"]])  # fmt: skip
+@pytest.mark.parametrize("saved", [
+    ["mlp"], ["self_attn"], ["model.layers.1"], ["up_proj"], ["input_layernorm"], ["model.norm"], ["lm_head"],
+    ["embed_tokens", "lm_head"], ["model.layers.0.mlp", "o_proj"],
+])  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
 def test_modules_trained_whole_are_counted_and_send_the_layers_the_composed_way(family, saved):
     """As adapters.attach and models.fast.refusal have it, for a module that holds linears too."""
@@ -398,7 +400,7 @@ def test_more_budget_is_never_slower_and_components_sum_to_needs(spec, method, b
     for p in (less, more):
         assert p.needs == pytest.approx(sum(c.bytes for c in p.components if c.where == "device") / GIB, abs=1e-12)
         assert all(c.bytes >= 0 and c.why for c in p.components)
-        assert p.least <= p.needs + 1e-9 and p.fits == (p.needs <= p.budget) and p.micro_batch_tokens >= p.longest
+        assert p.least <= p.needs + 1e-9 and p.fits == (p.needs <= usable(p.budget, device)) and p.micro_batch_tokens >= p.longest
     if less.fits:
         assert more.fits and more.minutes <= less.minutes * (1 + 1e-9)
     assert more.needs >= less.needs - 1e-9 or not less.fits
@@ -418,7 +420,8 @@ def test_a_longer_context_never_needs_less(spec, method, policy, length, longer)
 @pytest.mark.parametrize("spec", [MISTRAL, LLAMA_8B])
 def test_the_order_of_methods_and_policies(spec):
     memory = {"micro_batch_tokens": 4096, "activations": "keep"}
-    needs = [plan(m, spec, "h200", memory=memory).needs for m in METHODS]
+    plans = [plan(m, spec, "h200", memory=memory) for m in METHODS]
+    needs = [p.needs - p.weight_cache / GIB for p in plans]
     assert needs[0] < needs[1] < needs[2]
     keep, again = (plan("qlora", spec, "h200", memory={**memory, "activations": a}) for a in ("keep", "checkpoint"))
     assert again.needs < keep.needs and again.minutes > keep.minutes
@@ -458,11 +461,9 @@ def test_time_grows_with_rows_and_shrinks_with_the_card_and_says_whether_it_was_
     rows = np.full(200, 400)
     assert plan(lengths=np.full(2000, 400)).minutes > 2.5 * plan(lengths=rows).minutes
     assert plan(lengths=rows, gpu="h200").minutes < plan(lengths=rows, gpu="4090").minutes < plan(lengths=rows, gpu="l4").minutes
-    measured = plan(lengths=rows, gpu="h200", measured=Measured(0.7, "an H200"))
+    quick = replace(rates.assumed(parse_device("h200")), factors={"half-blocks": 0.8, "composed": 0.8}, where="an H200")
+    measured = plan(lengths=rows, gpu="h200", measured=quick)
     assert measured.minutes < plan(lengths=rows, gpu="h200").minutes and measured.measured == "an H200"
-    # 2N forward, 2N for dx: 4 x 7.0e9 a token, no more than a fifth beside it for 400-token rows
-    flops = Open.of(config(), MISTRAL, rows, parse_device("h200"), None).flops("keep")
-    assert 4 * 6.98e9 < flops < 1.2 * 4 * 6.98e9
 
 
 # ---- advice and words ----------------------------------------------------------------------------------------------------------

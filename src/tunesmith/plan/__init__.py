@@ -1,14 +1,15 @@
 """Will it fit, how long will it take, what to lower: from the Spec alone, before a weight is read. No torch, well under a second.
 
-`make_plan` asks a job (job.py) what it takes (sizes.py, layers.py), how long it takes (speed.py) and which way of running is best
-(choice.py); advice.py says what each knob would change, page.py how it is printed. The trainer takes its micro-batch and the policy
-of each layer from the same object, so what was printed is what runs.
+`make_plan` asks a job (job.py) what it takes (sizes.py, layers.py), how long it takes (speed.py, rates.py) and which way of running
+is best (choice.py); knobs.py says what each setting would change, advice.py what to lower, page.py how it is printed. The trainer
+takes its micro-batch and the policy of each layer from the same object, so what was printed is what runs.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,10 +19,12 @@ from tunesmith.devices import GIB, Device, smallest_that_holds
 from tunesmith.errors import DoesNotFit
 from tunesmith.plan.advice import Advice, advise, remarks
 from tunesmith.plan.choice import MICRO_CAP, Open
+from tunesmith.plan.knobs import Knob, turn
 from tunesmith.plan.layers import Layers
 from tunesmith.plan.page import duration, gb, print_plan
-from tunesmith.plan.parts import ASSUMED_ROWS, METHODS, Choice, Component, Measured, Method, Path
-from tunesmith.plan.sizes import pinnable
+from tunesmith.plan.parts import ASSUMED_ROWS, METHODS, Choice, Component, Method, Path
+from tunesmith.plan.rates import Rates
+from tunesmith.plan.sizes import pinnable, usable
 from tunesmith.spec import Spec
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ __all__ = [
     "Advice",
     "Choice",
     "Component",
-    "Measured",
+    "Knob",
     "Method",
     "Plan",
     "answering",
@@ -41,6 +44,7 @@ __all__ = [
     "least",
     "make_plan",
     "pinnable",
+    "usable",
     "ways",
 ]
 
@@ -68,12 +72,15 @@ class Plan:
     tokens: int  # through the model in training
     budget: float
     least: float  # with the smallest micro-batch and recomputed activations: below this no setting of `memory` helps
-    minutes: float
-    measured: str  # where the time was measured; empty: uncalibrated
+    minutes: float  # of the whole run: training, held-out losses, sample answers
+    speed: float  # tokens a second in training alone
+    measured: str  # where the device's rates were measured (tunesmith plan --probe); empty: uncalibrated
     components: tuple[Component, ...]
     choices: tuple[Choice, ...]
     advice: tuple[Advice, ...]
+    knobs: tuple[Knob, ...]
     notes: tuple[str, ...]
+    page: FilePath | None = None  # the .html file that was written
 
     @cached_property
     def needs(self) -> float:
@@ -82,7 +89,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.needs <= self.budget
+        """Whether it stays within what may be filled of the budget: a GPU's last 2 % are for what a plan may be wrong by."""
+        return self.needs <= usable(self.budget, self.device)
 
     @property
     def host(self) -> float:
@@ -125,7 +133,7 @@ class Plan:
         """For plan.json: all fields, and what follows from them."""
         device = {"name": self.device.name, "kind": self.device.kind, "gib": round(self.device.total / GIB, 2)}
         return {
-            **asdict(self), "device": device, "needs": self.needs, "fits": self.fits,
+            **asdict(self), "page": self.page and str(self.page), "device": device, "needs": self.needs, "fits": self.fits,
             "host": self.host, "disk": self.disk, "verdict": self.verdict,
         }  # fmt: skip
 
@@ -137,7 +145,7 @@ class Plan:
 
 
 def make_plan(
-    config: RunConfig, spec: Spec, *, lengths: np.ndarray | None = None, device: Device, measured: Measured | None = None,
+    config: RunConfig, spec: Spec, *, lengths: np.ndarray | None = None, device: Device, measured: Rates | None = None,
     half_blocks: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan of a run. `lengths` are the training rows' tokens [rows], None when they are not known yet.
@@ -149,17 +157,19 @@ def make_plan(
     job = Open.of(config, spec, lengths, device, measured, half_blocks)
     job.refuse(config)
     budget = budget_of(config, device)
-    best = job.best(budget)
-    choices = tuple(job.by(m).best(budget).choice(budget) for m in METHODS)
+    room = usable(budget, device)
+    best = job.best(room)
+    choices = tuple(job.by(m).best(room).choice(room) for m in METHODS)
     return Plan(
         model=config.model, method=job.method, device=device, dtype=job.dtype, activations=best.activations,
         layers=best.layers, path="composed" if job.composed_because else "half-blocks", path_why=job.composed_because,
         compute="fp8" if job.fp8 else job.dtype, weight_cache=job.cache_of_weights if best.cached else 0,
         embedding="host" if best.lifted else "device",
         micro_batch_tokens=best.tokens, longest=job.rows.longest, steps=job.steps, tokens=round(job.trained_tokens),
-        budget=float(budget), least=job.least, minutes=best.minutes, measured=measured.where if measured else "",
+        budget=float(budget), least=job.least, minutes=best.minutes, speed=best.speed,
+        measured=measured.where if measured else "",
         components=(*best.components, *job.host(best), *job.disk()), choices=choices,
-        advice=tuple(advise(job, best, budget)), notes=tuple(remarks(job, config)),
+        advice=tuple(advise(job, best, room)), knobs=tuple(turn(job, best, room)), notes=tuple(remarks(job, config)),
     )  # fmt: skip
 
 
@@ -173,7 +183,7 @@ def _alone(config: RunConfig, spec: Spec, device: Device, method: Method, length
 
 def ways(config: RunConfig, spec: Spec, *, length: int, device: Device) -> list[tuple[Choice, float, tuple[Component, ...]]]:
     """For each method what `make_plan` would choose for rows of `length` tokens, the least it can do with (GiB), and its parts."""
-    budget, found = budget_of(config, device), []
+    budget, found = usable(budget_of(config, device), device), []
     for method in METHODS:
         job = _alone(config, spec, device, method, length)
         best = job.best(budget)

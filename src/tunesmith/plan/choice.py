@@ -171,6 +171,11 @@ class Way:
             return job.seconds(low.level, self.tokens) / 60
         return float(job.half_seconds(low, high, high.count if len(self.layers) > 1 else 0, self.tokens, self.cached)) / 60
 
+    @cached_property
+    def speed(self) -> float:
+        """Tokens a second in training alone, held-out losses and answers left out."""
+        return self.job.trained_tokens / max(60 * self.minutes - self.job._beside, 1e-9)
+
     def choice(self, budget: float) -> Choice:
         return Choice(self.job.method, self.activations, self.tokens, self.needs, self.minutes, self.needs <= budget)
 

@@ -14,7 +14,8 @@ from tunesmith.config.schema import INSIDE, Lora, RunConfig
 from tunesmith.devices import Device
 from tunesmith.errors import ModelError
 from tunesmith.plan.layers import LEVELS, Layers, Level, Shape
-from tunesmith.plan.parts import POLICIES, WIDTH, Measured, Method, Policy, Rows
+from tunesmith.plan.parts import POLICIES, WIDTH, Method, Policy, Rows
+from tunesmith.plan.rates import Rates
 from tunesmith.spec import Spec, half_blocks_refusal, has_bias, linear_shapes, norm_shapes
 
 EVALUATIONS = 11  # with `eval.every_steps: auto`: before, and about ten during the run
@@ -46,13 +47,13 @@ class Job:
     fp8: bool
     optimizer: str
     refused: str  # why no half-blocks run here whatever the adapter; empty: they may
-    measured: Measured | None
+    measured: Rates | None
     fullest: int  # tokens that a step has at most
     mix: tuple[Layers, ...] = ()  # the layers as they were chosen, for what one knob would change
 
     @classmethod
     def of(
-        cls, config: RunConfig, spec: Spec, lengths: np.ndarray | None, device: Device, measured: Measured | None,
+        cls, config: RunConfig, spec: Spec, lengths: np.ndarray | None, device: Device, measured: Rates | None,
         half_blocks: bool = False,
     ) -> Job:  # fmt: skip
         memory, train, evaluation = config.memory, config.train, config.eval
@@ -152,7 +153,7 @@ class Job:
 
     @cached_property
     def saved(self) -> dict[str, int]:
-        """Modules trained whole (lora.modules_to_save) by full name, with their numbers: ends, linears, norms, or what holds them."""
+        """Modules trained whole (lora.modules_to_save) by full name, with their numbers: ends, linears, norms, holders."""
         if not self.lora.modules_to_save:
             return {}
         s = self.spec

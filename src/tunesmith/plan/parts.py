@@ -1,4 +1,4 @@
-"""The plain values of a plan: parts of memory, row lengths, one way to run, what a device was measured to do. No torch."""
+"""The plain values of a plan: parts of memory, row lengths, one way to run. No torch."""
 
 from __future__ import annotations
 
@@ -62,9 +62,22 @@ class Choice:
     fits: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What a run on this device reached, so that time is no guess: the share of the device's rate, and where it was measured."""
+UNCALIBRATED = "uncalibrated, +-30 %: nobody has measured this device, its time is worked out from its data sheet"
+OFF = {"memory": 0.05, "speed": 0.15}  # of what was planned: more than that is told
 
-    efficiency: float
-    where: str
+
+def astray(planned_gib: float | None, held: float | None, planned_speed: float | None, speed: float | None) -> list[str]:
+    """A sentence for each of memory (GiB) and speed (tokens a second) that a run took otherwise than planned; None is not known."""
+    said = []
+    if planned_gib and held and abs(held / planned_gib - 1) > OFF["memory"]:
+        said.append(
+            f"memory was planned {planned_gib:.2f} GB and was {held:.2f} GB: {_apart(held / planned_gib - 1, 'more', 'less')}"
+        )
+    if planned_speed and speed and abs(speed / planned_speed - 1) > OFF["speed"]:
+        apart = _apart(speed / planned_speed - 1, "faster", "slower")
+        said.append(f"{planned_speed:,.0f} tokens a second were planned and {speed:,.0f} were reached: {apart}")
+    return said
+
+
+def _apart(share: float, more: str, less: str) -> str:
+    return f"{abs(share):.0%} {more if share > 0 else less}"

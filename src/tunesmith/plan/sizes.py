@@ -33,6 +33,7 @@ HOST = {"cuda": 3 * GIB, "mps": 0, "cpu": 0}  # main memory of a process that dr
 WORKSPACES = 100 << 20  # cuBLAS's: 32 MiB for each of the threads that multiply, and its light version's
 RECORDINGS = 280 << 20  # a second set of them, and the graphs' nodes: 0.2 to 0.4 GiB more than unrecorded passes had reserved
 HALF_FRAGMENTS = 0.01, 0.08  # of what is kept, of what comes and goes
+RESERVE = {"cuda": 0.02, "mps": 0.0, "cpu": 0.0}  # of a budget: no plan was further below what was held (docs/planning.md)
 HOST_SHARE = 0.5  # of main memory that may be pinned
 
 # ---- counted from the code -----------------------------------------------------------------------------------------------------
@@ -344,6 +345,11 @@ class Sized(Job):
 
     def _pinned(self, layers: tuple[Layers, ...], tokens: int) -> int:
         return sum(part.count * pinned(self.shape, part.level, tokens) for part in layers if part.offload)
+
+
+def usable(gib: float, device: Device) -> float:
+    """GiB of a card, or of a budget, that a plan may fill: it may be as much too small."""
+    return gib * (1 - RESERVE[device.kind])
 
 
 def pinnable(device: Device) -> float:
