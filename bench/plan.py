@@ -6,11 +6,10 @@
 
 A row is a family, a method, the rows' lengths, a card's size and settings of a run file. The plan is made for that budget; the
 allocator is capped at the budget less CUDA's context; a few steps run through what a run uses (tuning.lay_out, optimizer_of,
-loop.fit). Held is what torch had reserved at most, and the context. One set of weights serves all rows of a family and method.
-Rows go round the families, so that a cut-off covers them; what is in FILE or FOLDER is not run again. Errors are rows too.
-
-A set runs in a process of its own. Out of memory inside a recorded pass leaves a process that cannot be trusted: the set goes on in
-a new one, which first takes the same row without a cap, so that it is known what it would have held.
+loop.fit). Held is what torch had reserved at most, and the context. Each row has a process of its own: running out of memory while
+a pass is recorded leaves one that cannot be trusted. Rows go round the families, so that a cut-off covers them; what is in FILE or
+FOLDER is not run again. Errors are rows too. A row that ran out of memory is taken once more without a cap, so that it is known what
+it would have held. The first call measures the card (plan --probe), and plans are made with its rates.
 """
 
 from __future__ import annotations
@@ -18,14 +17,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -286,24 +287,15 @@ class Bench:
                     "allocated": round(torch.cuda.max_memory_allocated() / GIB, 3), "context": round(context / GIB, 3),
                     "context_before": round(before / GIB, 3), "at_rest": round(at_rest / GIB, 3),
                 }  # fmt: skip
-            return found | {"events": events, "oom": any("out of device memory" in e for e in events)}
+            return found | {"events": events, "oom": False}
         except Exception as e:  # noqa: BLE001 - it must not end the rows behind it
             oom, peak = isinstance(e, (torch.OutOfMemoryError, RanOut)) or "memory" in str(e), self.peaks()
             peak["peaks"] = [[k.get("reserved"), k.get("allocated")] for k in kept]
             text = f"{type(e).__name__}: {str(e)[:300]}"
             where = traceback.format_exc().splitlines()[-8:]
             return {"error": text, "oom": oom, "events": events, "where": where, **peak}
-        finally:
-            for hook in getattr(optimizer, "_hooks", ()):
-                hook.remove()
-            optimizer = None
-            model.fast, model.checkpoint_layers = None, False
-            model.model.embed_tokens.to(self.where.device)
-            model.tie()
-            for p in model.parameters():
-                p.grad = None
 
-    def peaks(self) -> dict[str, float]:
+    def peaks(self) -> dict[str, Any]:
         """GiB that torch has reserved and allocated at most so far."""
         if not self.cuda:
             return {}
@@ -326,10 +318,10 @@ def load(*files: Path | None) -> list[dict[str, Any]]:
     return [json.loads(line) for f in files if f and f.exists() for line in f.read_text().splitlines() if line.strip()]
 
 
-def todo(args: argparse.Namespace, have: set[str]) -> list[list[Row]]:
-    """Rows to run, by set."""
-    wanted = [[r for r in rows if not args.only or any(word in r.name for word in args.only)] for rows in SETS]
-    return [left for rows in wanted if (left := [r for r in rows if r.name not in have])]
+def chosen(args: argparse.Namespace, have: set[str]) -> list[Row]:
+    """Rows to run, one of each set in turn, so that a cut-off covers families and methods."""
+    rounds = [row for turn in zip_longest(*SETS) for row in turn if row is not None]
+    return [r for r in rounds if r.name not in have and (not args.only or any(word in r.name for word in args.only))]
 
 
 def listing() -> None:
@@ -347,6 +339,7 @@ def listing() -> None:
 
 
 def main() -> None:
+    began = time.time()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for plan.jsonl")
     parser.add_argument("--have", type=Path, help="a plan.jsonl whose rows are not run again")
@@ -354,90 +347,82 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="rows whose name holds this word; may be given again")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--child", help=argparse.SUPPRESS)  # names of a set's rows as JSON
-    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.list:
         return listing()
     if not args.out:
         parser.error("--out FOLDER is needed")
     args.out.mkdir(parents=True, exist_ok=True)
-    os.environ["TUNESMITH_CACHE"] = str(args.out / "cache")
-    if args.child:
-        return child(args, json.loads(args.child))
-    until, file = time.time() + args.limit, args.out / "plan.jsonl"
-    measured = False
-    for rows in todo(args, {r["row"] for r in load(file, args.have) if "row" in r}):
-        names, tries = [r.name for r in rows], 0
-        while names and time.time() < until:
-            more = ["--tiny"] * args.tiny + ["--only", "rates"] * (not measured)
-            command = [sys.executable, __file__, "--out", str(args.out), "--until", str(until), "--child", json.dumps(names), *more]
-            done, measured = subprocess.run(command, check=False).returncode, True
-            left = names_left(names, load(file))
-            tries = tries + 1 if left == names else 0
-            if time.time() < until and (tries > 1 or (left == names and done == 0)):  # it died twice before it wrote a line
-                with file.open("a") as out:
-                    out.write(json.dumps({"row": left[0], "error": f"the process died with {done}"}) + "\n")
-                left = left[1:]
-            names = left
-    if time.time() >= until:
-        print("no time left; call again to go on", flush=True)
-
-
-def names_left(names: list[str], records: list[dict[str, Any]]) -> list[str]:
-    """What has no record yet, and first what ran out of memory and was not yet taken without a cap."""
-    last = {r["row"]: r for r in records if "row" in r}
-    again = [n for n in names if n in last and last[n].get("oom") and not last[n].get("uncapped")]
-    return again + [n for n in names if n not in last]
-
-
-def child(args: argparse.Namespace, names: list[str]) -> None:
-    """The rows of one set, in this process, until one of them spoils it."""
-    bench, rows = Bench(args), {r.name: r for rows in SETS for r in rows}
     file = args.out / "plan.jsonl"
+    os.environ["TUNESMITH_CACHE"] = str(args.out / "cache")
+    have = {r["row"] for r in load(file, args.have) if "row" in r}
+    import torch  # noqa: F401 - imported once, before any process touches the card: a row's process is forked from this one
+
+    import tunesmith.train.loop
+    import tunesmith.tuning  # noqa: F401
+
+    def apart(work: Callable[[Bench], dict[str, Any]], seconds: float) -> dict[str, Any]:
+        """Do it in a process of its own: a row that runs out of memory leaves pools and graphs behind that the next would hold."""
+        here, there = multiprocessing.Pipe(duplex=False)
+
+        def child() -> None:
+            try:
+                bench = Bench(args)
+                there.send({"card": bench.card} | work(bench))
+            except Exception as e:  # noqa: BLE001
+                there.send({"error": f"{type(e).__name__}: {str(e)[:300]}", "where": traceback.format_exc().splitlines()[-8:]})
+            there.close()
+            os._exit(0)  # graphs and pools need no orderly end
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        there.close()
+        try:
+            return here.recv() if here.poll(seconds) else {"error": f"took more than {seconds:.0f} s"}
+        except EOFError:
+            return {"error": "the process died"}
+        finally:
+            process.kill()
+            process.join()
+
     with file.open("a") as out:
 
         def put(record: dict[str, Any]) -> None:
-            out.write(json.dumps({"card": bench.card, **record}) + "\n")
+            out.write(json.dumps(record) + "\n")
             out.flush()
 
-        if args.only:
-            put({"rates": measure_rates(bench)})
-        earlier = {r["row"] for r in load(file) if "row" in r}
-        for i, name in enumerate(names):
-            if args.until and time.time() > args.until:
+        if not (args.out / "cache").exists():
+            put(apart(lambda bench: {"rates": measured_rates(bench)}, 90))
+        for row in chosen(args, have):
+            if time.time() - began > args.limit:
+                print("no time left; call again to go on", flush=True)
                 break
-            row, started, uncapped = rows[name], time.time(), name in earlier
-            try:
-                if i == 0:
-                    bench.build(row.family, row.method)
-                found = bench.run(row, uncapped)
-            except Exception as e:  # noqa: BLE001
-                found = {"error": f"{type(e).__name__}: {str(e)[:300]}", "where": traceback.format_exc().splitlines()[-8:]}
-            found["took"] = round(time.time() - started, 1)
-            put({"row": row.name, **({"uncapped": True} if uncapped else {}), **found})
-            show(row, found)
-            if "error" in found or found.get("oom"):
-                break
+            started = time.time()
+
+            def work(bench: Bench, row: Row = row, uncapped: bool = False) -> dict[str, Any]:
+                bench.build(row.family, row.method)
+                return bench.run(row, uncapped)
+
+            for uncapped in (False, True):
+                found = apart(partial(work, uncapped=uncapped), 120)
+                found["took"] = round(time.time() - started, 1)
+                put({"row": row.name, "uncapped": uncapped, **found})
+                show(row, found)
+                if not found.get("oom"):
+                    break
 
 
-def measure_rates(bench: Bench) -> dict[str, Any]:
+def measured_rates(bench: Bench) -> dict[str, Any]:
     """The product's own probe, kept where the rows' processes find it, and its seconds."""
     from dataclasses import asdict
 
-    from tunesmith.plan import rates as kept
+    from tunesmith.plan import rates
     from tunesmith.train.probe import measure
 
     started = time.time()
-    try:
-        found = measure(bench.device, bench.where)
-        kept.keep(found, bench.device)
-        said = asdict(found) | {"took": round(time.time() - started, 1)}
-    except Exception as e:  # noqa: BLE001 - rows without it are uncalibrated
-        said = {"error": f"{type(e).__name__}: {str(e)[:300]}", "where": traceback.format_exc().splitlines()[-8:]}
-    bench.free()
-    print(json.dumps(said), flush=True)
-    return said
+    found = measure(bench.device, bench.where)
+    rates.keep(found, bench.device)
+    return asdict(found) | {"took": round(time.time() - started, 1)}
 
 
 def show(row: Row, found: dict[str, Any]) -> None:

@@ -318,7 +318,8 @@ class _Session:
         self.run.record(held_bytes=held, tokens_per_second=rate)
         self.run.append("metrics", {"kind": "plan", "step": step, "planned_gib": plan.needs, "held_gib": gib,
                                     "planned_tokens_per_second": plan.speed, "tokens_per_second": rate})  # fmt: skip
-        for said in astray(plan.needs, gib, plan.speed, rate):
+        own = gib if plan.device.kind == "cuda" else None  # a CPU's resident pages are also the program's and its libraries'
+        for said in astray(plan.needs, own, plan.speed, rate):
             self.progress.say(f"note: {said}")
 
     # ---- what the loop calls ---------------------------------------------------------------------------------------------------

@@ -700,7 +700,8 @@ def _cost(found: _Found) -> Markup | None:
     parts.append(el("p", clip(", ".join(w for w in words if w), 300) + ".", class_="note"))
     if rows:
         parts.append(table(("", "planned", "measured", "ratio"), rows, numbers=(1, 2, 3)))
-    off = astray(needs, _finite(found.manifest.get("held_bytes")) and held / GIB, planned, reached)
+    on_gpu = _dict(plan.get("device")).get("kind") == "cuda" and _finite(found.manifest.get("held_bytes"))
+    off = astray(needs, held / GIB if on_gpu else None, planned, reached)
     parts += [el("div", el("p", f"The plan was off: {said}."), class_="banner soft") for said in off]
     if planned is not None:
         rates = plan.get("measured")
