@@ -8,8 +8,8 @@ A row is a family, a method, the rows' lengths, a card's size and settings of a 
 allocator is capped at the budget less CUDA's context; a few steps run through what a run uses (tuning.lay_out, optimizer_of,
 loop.fit). Held is what torch had reserved at most, and the context. Each row has a process of its own: running out of memory while
 a pass is recorded leaves one that cannot be trusted. Rows go round the families, so that a cut-off covers them; what is in FILE or
-FOLDER is not run again. Errors are rows too. A row that ran out of memory is taken once more without a cap, so that it is known what
-it would have held. The first call measures the card (plan --probe), and plans are made with its rates.
+FOLDER is not run again. Errors are rows too. A row that ran out is taken once more without a cap: what would it have held?
+The first call measures the card (plan --probe), and plans are made with its rates.
 """
 
 from __future__ import annotations

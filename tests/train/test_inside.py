@@ -277,8 +277,10 @@ def test_a_7b_fits_thirty_gb():
     assert not with_masters.fits and any(f"{INSIDE} 27.2 GB" in note for note in with_masters.notes)
 
 
-def test_a_tied_heads_gradient_waits():
-    assert size(plan(spec=replace(MISTRAL, tied=True)), "gradients") == 2 * 32000 * 4096
+def test_a_tied_heads_gradient_that_waits_is_counted_with_the_heads_own():
+    """Phi-4-mini's shapes, whose vocabulary is 200,064: 43.1 GiB were held on an H100 where 44.8 had been planned with both."""
+    tied = plan(spec=replace(MISTRAL, tied=True, vocab=200_064))
+    assert not size(tied, "gradients") and size(tied, "largest transient") >= (2 + 4) * 200_064 * 4096
 
 
 def test_the_fullest_step_goes_through_at_once():

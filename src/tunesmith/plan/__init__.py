@@ -48,7 +48,7 @@ __all__ = [
     "ways",
 ]
 
-SPARED = {"cuda": 1.0, "mps": 0.7, "cpu": 0.9}  # share of what is free that a run may take: a CPU's memory is everybody's
+SPARED = {"cuda": 1.0, "mps": 1.0, "cpu": 0.9}  # share of what is free that a run may take: a CPU's memory is everybody's
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def ways(config: RunConfig, spec: Spec, *, length: int, device: Device) -> list[
 def least(config: RunConfig, spec: Spec, method: Method, *, length: int, tokens: int | None = None, device: Device) -> float:
     """GiB without which a run with rows of `length` tokens is not possible, `tokens` of them at once where that is given."""
     job = _alone(config, spec, device, method, length)
-    return (replace(job, tokens=tokens, fullest=tokens) if tokens else job).least
+    return (replace(job, tokens=tokens, fullest=tokens, likely=tokens) if tokens else job).least
 
 
 def answering(config: RunConfig, spec: Spec, *, length: int, count: int, device: Device) -> tuple[Component, ...]:

@@ -63,14 +63,15 @@ def _knobs(job: Open, best: Way) -> Iterator[tuple[str, str, Open, str]]:
         lean = replace(here, levels=LEVELS, offloads=job.offloads, mix=(), tokens=longest)
         yield "memory.activations and memory.micro_batch_tokens", "auto", lean, "same result, some slower"
     if job.inside and job.batch_size > 1:
-        alone = replace(here, batch_size=1, fullest=longest, tokens=None)
+        alone = replace(here, batch_size=1, fullest=longest, likely=longest, tokens=None)
         yield "train.batch_size", "1", alone, "noisier steps, which want a lower learning rate"
     elif best.tokens > longest:
         yield "memory.micro_batch_tokens", str(longest), replace(here, tokens=longest), "same result, some slower"
     if longest >= 256:
         half = longest // 2
         rows = replace(job.rows, longest=half, mean=min(job.rows.mean, half), squares=min(job.rows.squares, half))
-        short = replace(here, rows=rows, tokens=half, fullest=min(job.fullest, job.batch_size * half))
+        most = job.batch_size * half
+        short = replace(here, rows=rows, tokens=half, fullest=min(job.fullest, most), likely=min(job.likely, most))
         yield "data.max_length", str(half), short, "longer rows are refused, or cut if you say so"
     if job.method != "full":
         if job.lora.rank > 8:

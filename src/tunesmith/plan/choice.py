@@ -139,7 +139,20 @@ class Way:
     def components(self) -> tuple[Component, ...]:
         job = self.job
         fixed = [replace(c, bytes=c.bytes - self.lifted) if c.name.startswith("embedding") else c for c in job.fixed()]
-        return (*fixed, *(job.working(self.layers[0].level, self.tokens) if job.composed_because else self._half_blocks()))
+        rest = tuple(job.working(self.layers[0].level, self.tokens) if job.composed_because else self._half_blocks())
+        return (*(self._overlapped(c, rest) if c.name == "gradients" else c for c in fixed), *rest)
+
+    def _overlapped(self, gradients: Component, rest: tuple[Component, ...]) -> Component:
+        """Of a full fine-tuning's gradients what stands beside the fullest instant. In a step of one micro-batch they come as
+        activations go; inside the backward a tied head's is counted with the head's own."""
+        job, size = self.job, {c.name: c.bytes for c in rest}
+        if job.method != "full" or (not job.inside and self.tokens < job.fullest):
+            return gradients
+        if job.inside:
+            left = gradients.bytes - size["largest transient"]
+        else:
+            left = gradients.bytes - size["activations"]
+        return replace(gradients, bytes=max(0, left), why=f"{gradients.why}; they come as activations go")
 
     def _half_blocks(self) -> Iterator[Component]:
         job, low, high = self.job, self.layers[0], self.layers[-1]

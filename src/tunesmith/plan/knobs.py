@@ -71,11 +71,11 @@ def _turned(job: Open, best: Way) -> Iterator[tuple[str, str, Way, str]]:
         half = longest // 2
         rows = replace(job.rows, longest=half, mean=min(mean, half), squares=min(job.rows.squares, half))
         tokens = max(half, best.tokens // 2) if best.tokens <= longest else best.tokens
-        note = "longer rows are refused, or cut if you say so"
+        most, note = job.batch_size * half, "longer rows are refused, or cut if you say so"
         yield (
             "data.max_length",
             f"{half:,}",
-            _with(best, rows=rows, fullest=min(job.fullest, job.batch_size * half), tokens=tokens),
+            _with(best, rows=rows, fullest=min(job.fullest, most), likely=min(job.likely, most), tokens=tokens),
             note,
         )
 
@@ -114,7 +114,14 @@ def _tokens(job: Open, best: Way) -> Iterator[tuple[str, str, Way, str]]:
             if batch:
                 share = batch / job.batch_size
                 tokens = round(best.tokens * share)
-                changed = _with(best, batch_size=batch, steps=max(1, round(job.steps / share)), fullest=tokens, tokens=tokens)
+                changed = _with(
+                    best,
+                    batch_size=batch,
+                    steps=max(1, round(job.steps / share)),
+                    fullest=tokens,
+                    likely=round(job.likely * share),
+                    tokens=tokens,
+                )
                 yield "train.batch_size", str(batch), changed, "another learning rate may be wanted"
         return
     whole = job.batch_size * job.rows.longest

@@ -76,13 +76,13 @@ def assumed(device: Device) -> Rates:
         "fp8": [(t, w, 1.85 * r) for t, w, r in sixteen],
     }
     attention = [(h, n, f * peak, b * peak) for h, n, f, b in H100_ATTENTION]
-    return Rates(products, attention, 0.9 * memory, 0.9 * memory / 2.5, device.link * 1e9 or memory, 600e-6, {})
+    return Rates(products, attention, 0.9 * memory, 0.9 * memory / 2.5, device.link * 1e9 or memory, 1e-3, {})
 
 
 # of the printed 989 TFLOP/s of an H100 (bench/results/gpu.jsonl and plan.jsonl have the measurements)
 H100 = [
-    (512, 1024, 0.22), (2048, 1024, 0.38), (8192, 1024, 0.50), (512, 2048, 0.38), (2048, 2048, 0.55), (8192, 2048, 0.65),
-    (512, 4096, 0.50), (2048, 4096, 0.70), (8192, 4096, 0.75),
+    (512, 1024, 0.30), (2048, 1024, 0.45), (8192, 1024, 0.55), (512, 2048, 0.52), (2048, 2048, 0.70), (8192, 2048, 0.75),
+    (512, 4096, 0.62), (2048, 4096, 0.72), (8192, 4096, 0.75),
 ]  # fmt: skip
 H100_ATTENTION = [
     (128, 512, 0.25, 0.20), (128, 2048, 0.54, 0.40), (128, 8192, 0.62, 0.52), (128, 32768, 0.63, 0.54),

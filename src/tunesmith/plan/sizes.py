@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from tunesmith.plan.choice import Way
 
 # ---- what is not counted from the code -------------------------------------------------------------------------------------------
-CONTEXT = {"cuda": 750 << 20, "mps": 400 << 20, "cpu": 450 << 20}  # CUDA context (an H200: 0.73 to 0.78 GiB) | torch's own pages
+CONTEXT = {"cuda": 845 << 20, "mps": 400 << 20, "cpu": 450 << 20}  # CUDA context (an H200: 0.73 to 0.78 GiB) | torch's own pages
 FRAGMENTS = {"cuda": 0.03, "mps": 0.10, "cpu": 0.10}  # of activations and transients: blocks the allocator holds and cannot reuse
 HOST = {"cuda": 3 * GIB, "mps": 0, "cpu": 0}  # main memory of a process that drives a GPU; on a CPU all is counted as device
 WORKSPACES = 100 << 20  # cuBLAS's: 32 MiB for each of the threads that multiply, and its light version's
 RECORDINGS = 280 << 20  # a second set of them, and the graphs' nodes: 0.2 to 0.4 GiB more than unrecorded passes had reserved
-HALF_FRAGMENTS = 0.01, 0.08  # of what is kept, of what comes and goes
+HALF_FRAGMENTS = 0.01, 0.095  # of what is kept, of what comes and goes
 RESERVE = {"cuda": 0.02, "mps": 0.0, "cpu": 0.0}  # of a budget: no plan was further below what was held (docs/planning.md)
 HOST_SHARE = 0.5  # of main memory that may be pinned
 
@@ -45,6 +45,7 @@ SOFTCAP_ROWS = 512  # query rows whose scores are written out at once (ops/atten
 MASTER, GRADIENT = 4, 4  # the float32 master, its float32 gradient: bytes a trained parameter
 EIGHT = 2 + 8 / 256  # two averages of 8 bits, each with a float32 for 256
 MOMENTS = {"adamw": 8, "adamw_8bit": EIGHT, "paged_adamw_8bit": EIGHT, INSIDE: EIGHT}
+GGUF = 4.84 / 8  # bytes a weight of Q4_K_M, the usual choice (the table in llama.cpp's quantize/README.md)
 DECODE_BATCH = 32  # prompts answered at once
 
 
@@ -157,7 +158,7 @@ class Sized(Job):
 
     def working(self, policy: Policy, tokens: int) -> Iterator[Component]:
         """What depends on `tokens`, those that go through at once."""
-        s, w = self.spec, self.width
+        s, w, tokens = self.spec, self.width, self._filled(tokens)
         layer = self.kept_bytes
         ends = (
             tokens * (2 * s.dim * w + 8) + tokens * 2 * s.head_dim * w
@@ -180,6 +181,10 @@ class Sized(Job):
             )
             yield Component("sample answers", beyond, "device", why)
         yield self._overhead(activations + transient + beyond)
+
+    def _filled(self, tokens: int) -> int:
+        """Of so many tokens that may go through at once, those that will in the fullest step. Recorded streams are filled up."""
+        return min(tokens, max(self.rows.longest, self.likely + self.likely // 32))
 
     def _overhead(self, moving: float) -> Component:
         kind = self.device.kind
@@ -286,6 +291,7 @@ class Sized(Job):
                 "adapter file", n * 4 * (1 + self.keep_best), "disk", f"float32{', the best so far too' if self.keep_best else ''}"
             )
             yield Component("merged export", whole, "disk", "only if you merge: the whole model in 16 bits")
+        yield Component("GGUF export", round(count.total * GGUF), "disk", "only if you convert it for llama.cpp: Q4_K_M")
 
     # -- the layers as half-blocks: `low` layers at the bottom, `high` ones on them; n_high may be an array --
 
@@ -301,7 +307,7 @@ class Sized(Job):
         Of what is offloaded two layers' sets are on the device (the next is fetched while one is used), in the forward three (two
         leave while the next is made).
         """
-        n_low = self.spec.layers - n_high
+        n_low, recorded, tokens = self.spec.layers - n_high, tokens <= RECORDED, self._filled(tokens)
         (sets_0, stay_0, back_0, ahead_0), (sets_1, stay_1, back_1, ahead_1) = (
             self._layer(part.level, part.offload, part.tile, tokens, cached) for part in (low, high)
         )
@@ -316,7 +322,7 @@ class Sized(Job):
         answers = self.cache_bytes() + bool(self.samples) * self._decode_scratch
         beyond = np.maximum(0, answers - kept_bytes - transient)
         share = HALF_FRAGMENTS[0] * kept_bytes + HALF_FRAGMENTS[1] * (transient + beyond)
-        workspaces = WORKSPACES + RECORDINGS * (tokens <= RECORDED and self.device.kind == "cuda")
+        workspaces = WORKSPACES + RECORDINGS * (recorded and self.device.kind == "cuda")
         return kept_bytes, transient, beyond, np.rint(share) + CONTEXT[self.device.kind] + workspaces
 
     def _layer(self, level: Level, offload: bool, tile: int, tokens: int, cached: bool) -> tuple[int, int, int, int]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.levels import RECORDED
-from tunesmith.plan.layers import Layers, Level
+from tunesmith.plan.layers import GPU_ROWS, LOGIT_BYTES, Layers, Level
 from tunesmith.plan.parts import Policy
 from tunesmith.plan.rates import Rates, assumed
 from tunesmith.plan.sizes import Sized
@@ -30,10 +30,15 @@ DECODE_BYTES = {
     "fp8": 1.6,
 }  # of memory traffic a weight where a kernel decodes: codes and scales read, the weight written
 TILE_TAX, OFFLOAD_TAX = 1.005, 1.03  # of time, more than was measured: neither is to be taken for nothing
+BESIDE = 0.5  # of what layers have to move, as much hides behind others that move nothing: two layers' copies may be under way
 UNHIDDEN = 0.03  # of what the link takes, even where a layer takes longer: at the ends, and in the device's own bandwidth
 PASS_SECONDS = {"cuda": 2e-3, "mps": 5e-3, "cpu": 1e-3}  # of a micro-batch: packing it, copying it in, starting it
 STEP_SECONDS = {"cuda": 5e-3, "mps": 5e-3, "cpu": 1e-3}  # of a step: waiting for its loss, writing its line
 UPDATE_BYTES = 28  # a trained parameter: itself, its gradient and two averages read, three of them written
+GRADIENT_BYTES = (
+    40,
+    15,
+)  # a weight of a full fine-tuning and micro-batch: its gradient made, widened, added, let go; or used at once
 COMPOSED_BACKWARD = 2.2  # of the forward's bytes between products
 LAUNCHES = 3.0  # a backward's, of a forward's
 
@@ -79,7 +84,12 @@ class Timed(Sized):
     def _head(self, tokens: float, training: bool = True) -> float:
         """Seconds a token of the vocabulary's projection and the loss; a chunk's gradient is made in the forward."""
         s, passes = self.spec, (3 if self._head_trains else 2) if training else 1
-        return 2 * passes * s.vocab * s.dim / self._product_rate(tokens) + (5 * passes) * s.vocab * self.width / 2 / self.rates.copy
+        token = (
+            2 * passes * s.vocab * s.dim / self._product_rate(tokens) + (5 * passes) * s.vocab * self.width / 2 / self.rates.copy
+        )
+        if passes == 3:  # each chunk's part of the head's gradient is added to the whole of it, in float32
+            token += 12 * s.vocab * s.dim / max(GPU_ROWS, LOGIT_BYTES // (self.width * s.vocab)) / self.rates.copy
+        return token
 
     @property
     def _update(self) -> float:
@@ -122,7 +132,9 @@ class Timed(Sized):
             (1 + again) * (2 * per / rate + forward + between) + trained * 2 * per / rate + backward + COMPOSED_BACKWARD * between
         )
         decoded = (2 + again) * self._decoded * per
-        gradients = per * (2 * self.width + 8) / self.rates.copy if self.method == "full" else 0.0  # each moves to its master
+        gradients = (
+            per * GRADIENT_BYTES[self.inside] / self.rates.copy if self.method == "full" else 0.0
+        )  # each moves to its master
         compute = micro * token + decoded + gradients
         launches = (1 + again + LAUNCHES) * self.rates.launch
         layer = compute + launches if self.device.kind == "cpu" else max(compute, launches)  # a GPU computes while it is told more
@@ -160,10 +172,16 @@ class Timed(Sized):
         """Seconds of a micro-batch of `micro` tokens where up to `tokens` go at once; the link where it is slower than a layer."""
         n_low = self.spec.layers - n_high
         (f_0, b_0), (f_1, b_1) = (self._layer_seconds(part.level, micro) for part in (low, high))
-        forward, backward = n_low * f_0 + n_high * f_1, n_low * b_0 + n_high * b_1
-        moved = sum(n * part.offload * self.shape.kept(part.level) for n, part in ((n_low, low), (n_high, high)))
-        moved = moved / self.rates.link if self.device.link else 0.0
-        token = np.maximum(forward, moved) + np.maximum(backward, moved) + 2 * UNHIDDEN * moved
+        moved_0, moved_1 = (
+            n * part.offload * self.shape.kept(part.level) / self.rates.link if self.device.link else 0.0
+            for n, part in ((n_low, low), (n_high, high))
+        )
+        moved, token = moved_0 + moved_1, 0.0
+        for t_0, t_1 in ((f_0, f_1), (b_0, b_1)):
+            apart = np.maximum(n_low * t_0, moved_0) + np.maximum(n_high * t_1, moved_1)
+            hidden = np.maximum(n_low * t_0 + n_high * t_1, moved)
+            token = token + BESIDE * hidden + (1 - BESIDE) * apart
+        token = token + 2 * UNHIDDEN * moved
         tax = np.where(moved > 0, OFFLOAD_TAX, 1.0) * (TILE_TAX if tokens > low.tile else 1.0)
         decoded = 0.0
         if self.fp8 or (self.method == "qlora" and not cached):
