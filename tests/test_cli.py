@@ -122,10 +122,14 @@ def calls(monkeypatch):
         ),
         (
             "plan run.yaml lora.rank=8 --gpu 4090",
-            ("plan", ("run.yaml", "lora.rank=8"), {"gpu": "4090", "context": None, "page": None}),
+            ("plan", ("run.yaml", "lora.rank=8"), {"gpu": "4090", "context": None, "page": None, "probe": False}),
             0,
         ),
-        ("plan o/m --context 4096 --page p.html", ("plan", ("o/m",), {"gpu": None, "context": 4096, "page": "p.html"}), 0),
+        (
+            "plan o/m --context 4096 --page p.html",
+            ("plan", ("o/m",), {"gpu": None, "context": 4096, "page": "p.html", "probe": False}),
+            0,
+        ),
         ("train run.yaml a.b=-1 c.d=[x] --resume", ("train", ("run.yaml", "a.b=-1", "c.d=[x]"), {"resume": True}), 0),
         ("merge runs/a out --onto dense", ("merge", ("runs/a", "out"), {"onto": "dense"}), 0),
         ("report runs/a", ("report", ("runs/a",), {}), 0),

@@ -193,8 +193,10 @@ def test_words_of_a_model_beside_a_run_file(tmp_path):
     (tmp_path / "run.yaml").write_text("model: embedded\ndata: rows.jsonl\nmethod: lora\noutput: runs/first\n")
     with pytest.raises(ConfigError, match="--context goes with a model, not with a run file"):
         api.plan(tmp_path / "run.yaml", context=512)
-    with pytest.raises(ConfigError, match="--page goes with a model, not with a run file"):
-        api.plan(tmp_path / "run.yaml", page="fits.html")
+    with pytest.raises(ConfigError, match="--probe goes with a run file, not with a model"):
+        api.plan("embedded", probe=True)
+    with pytest.raises(ConfigError, match="--probe measures this machine, --gpu plans for another card"):
+        api.plan(tmp_path / "run.yaml", gpu="4090", probe=True)
 
 
 def test_it_needs_neither_torch_nor_time(mistral):

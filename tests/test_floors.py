@@ -18,6 +18,7 @@ ROOMS = (
     "evaluate.report",
     "evaluate.check_page",
     "evaluate.fits_page",
+    "evaluate.plan_page",
     "config.load",
     "spec",
     "hub",

@@ -17,8 +17,10 @@ from tunesmith.config.schema import RunConfig
 from tunesmith.devices import GIB, Device, parse_device
 from tunesmith.errors import DoesNotFit, ModelError
 from tunesmith.levels import SAVED, WHOLE
-from tunesmith.plan import METHODS, MICRO_CAP, Measured, _Job, kept, make_plan, nf4_bytes, usual_full_bytes
-from tunesmith.plan_layers import LEVELS, Layers, Shape, describe
+from tunesmith.plan import METHODS, MICRO_CAP, choice, make_plan, rates, usable
+from tunesmith.plan.choice import Open
+from tunesmith.plan.layers import LEVELS, Layers, Shape, describe
+from tunesmith.plan.sizes import kept, nf4_bytes, usual_full_bytes
 from tunesmith.spec import Rope, Spec, linear_shapes
 
 MISTRAL = Spec(
@@ -95,7 +97,7 @@ def test_real_configs_are_planned(shared_data, file, method):
     if support(raw).state != "native":
         pytest.skip("not native")
     p = plan(method, spec_of(raw), "h200")
-    assert p.needs > 0 and p.fits == (p.needs <= 140.4)
+    assert p.needs > 0 and p.fits == (p.needs <= 0.98 * 140.4)
 
 
 # ---- what autograd keeps: measured, to the byte --------------------------------------------------------------------------------
@@ -165,7 +167,7 @@ def test_scores_written_out_for_a_softcap_are_counted(width):
 
     spec, dtype = replace(TINY, attention_softcap=50.0, sandwich=True), {2: "bf16", 4: "fp32"}[width]
     table = kept(spec, "lora", set(linear_shapes(spec)), width=width, device="cpu", rank=16)
-    job = _Job.of(config("lora", memory={"dtype": dtype}), spec, np.full(4, 256), parse_device("cpu-8GB"), None)
+    job = Open.of(config("lora", memory={"dtype": dtype}), spec, np.full(4, 256), parse_device("cpu-8GB"), None)
     found = _kept_by_autograd(spec, "lora", {2: torch.bfloat16, 4: torch.float32}[width], config("lora").lora)
     counted = sum(size for _, size, _ in table) + job._scores(1)[0] / spec.layers
     assert counted == pytest.approx(found, rel=0.005)  # two documents of 256: small copies of k and v are not counted
@@ -194,6 +196,28 @@ def test_fixed_sizes_are_the_real_tensors():
     p = {c.name: c.bytes for c in plan("qlora", TINY, "cpu").components}
     assert (p["linear weights"], p["embedding, head, norms"]) == (stored, dense)
     assert (p["adapter"], p["gradients"], p["optimiser"]) == (4 * trained, 4 * trained, 8 * trained)
+
+
+@pytest.mark.parametrize("saved", [
+    ["mlp"], ["self_attn"], ["model.layers.1"], ["up_proj"], ["input_layernorm"], ["model.norm"], ["lm_head"],
+    ["embed_tokens", "lm_head"], ["model.layers.0.mlp", "o_proj"],
+])  # fmt: skip
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
+def test_modules_trained_whole_are_counted_and_send_the_layers_the_composed_way(family, saved):
+    """As adapters.attach and models.fast.refusal have it, for a module that holds linears too."""
+    from tunesmith import adapters
+    from tunesmith.models import fast
+    from tunesmith.models.decoder import Decoder
+
+    spec = FAMILIES[family]
+    if spec.fused and saved == ["up_proj"]:
+        saved = ["gate_up_proj"]
+    lora, model = config("lora", lora={"rank": 8, "modules_to_save": saved}).lora, Decoder(spec)
+    adapters.attach(model, lora, seed=0)
+    p = plan("lora", spec, "h200", lora={"rank": 8, "modules_to_save": saved})
+    trained = sum(x.numel() for x in adapters.trainable(model).values())
+    assert next(c for c in p.components if c.name == "adapter").why.startswith(f"{trained:,} float32")
+    assert (p.path == "composed") == bool(fast.refusal(model))
 
 
 # ---- the same for half-blocks --------------------------------------------------------------------------------------------------
@@ -267,7 +291,7 @@ MEASURED = [
 @pytest.mark.parametrize(("documents", "length", "level", "offload", "tile", "compute", "reserved", "rate"), MEASURED)
 def test_half_blocks_take_what_was_measured(monkeypatch, documents, length, level, offload, tile, compute, reserved, rate):
     """Never 2 % less, never 5 % more; time within 10 %."""
-    monkeypatch.setattr(sys.modules["tunesmith.plan"], "TILES", (tile,))
+    monkeypatch.setattr(choice, "TILES", (tile,))
     memory = {"activations": level, "offload": offload, "compute": compute, "micro_batch_tokens": documents * length,
               "budget_gb": 1.05 * (reserved + 0.75)}  # fmt: skip
     p = plan(gpu="h100", spec=replace(MISTRAL, window=None), lengths=np.full(1000, length), memory=memory,
@@ -280,7 +304,7 @@ def test_half_blocks_take_what_was_measured(monkeypatch, documents, length, leve
 def test_a_budget_between_two_levels_gets_two_kinds_of_layers_and_offloading_is_seen_in_main_memory():
     rows = {"lengths": np.full(1000, 2048), "train": {"batch_size": 4}, "eval": {"samples": 0}}
     minutes = []
-    for budget in (9.2, 12, 16, 20, 26, 32):
+    for budget in (9.5, 12, 16, 20, 26, 32):
         p = plan(gpu="h200", memory={"budget_gb": budget, "offload": False, "micro_batch_tokens": 8192}, **rows)
         assert p.fits and len(p.layers) <= 2 and sum(part.count for part in p.layers) == 32
         minutes.append(p.minutes)
@@ -376,7 +400,7 @@ def test_more_budget_is_never_slower_and_components_sum_to_needs(spec, method, b
     for p in (less, more):
         assert p.needs == pytest.approx(sum(c.bytes for c in p.components if c.where == "device") / GIB, abs=1e-12)
         assert all(c.bytes >= 0 and c.why for c in p.components)
-        assert p.least <= p.needs + 1e-9 and p.fits == (p.needs <= p.budget) and p.micro_batch_tokens >= p.longest
+        assert p.least <= p.needs + 1e-9 and p.fits == (p.needs <= usable(p.budget, device)) and p.micro_batch_tokens >= p.longest
     if less.fits:
         assert more.fits and more.minutes <= less.minutes * (1 + 1e-9)
     assert more.needs >= less.needs - 1e-9 or not less.fits
@@ -396,7 +420,8 @@ def test_a_longer_context_never_needs_less(spec, method, policy, length, longer)
 @pytest.mark.parametrize("spec", [MISTRAL, LLAMA_8B])
 def test_the_order_of_methods_and_policies(spec):
     memory = {"micro_batch_tokens": 4096, "activations": "keep"}
-    needs = [plan(m, spec, "h200", memory=memory).needs for m in METHODS]
+    plans = [plan(m, spec, "h200", memory=memory) for m in METHODS]
+    needs = [p.needs - p.weight_cache / GIB for p in plans]
     assert needs[0] < needs[1] < needs[2]
     keep, again = (plan("qlora", spec, "h200", memory={**memory, "activations": a}) for a in ("keep", "checkpoint"))
     assert again.needs < keep.needs and again.minutes > keep.minutes
@@ -436,11 +461,9 @@ def test_time_grows_with_rows_and_shrinks_with_the_card_and_says_whether_it_was_
     rows = np.full(200, 400)
     assert plan(lengths=np.full(2000, 400)).minutes > 2.5 * plan(lengths=rows).minutes
     assert plan(lengths=rows, gpu="h200").minutes < plan(lengths=rows, gpu="4090").minutes < plan(lengths=rows, gpu="l4").minutes
-    measured = plan(lengths=rows, gpu="h200", measured=Measured(0.7, "an H200"))
+    quick = replace(rates.assumed(parse_device("h200")), factors={"half-blocks": 0.8, "composed": 0.8}, where="an H200")
+    measured = plan(lengths=rows, gpu="h200", measured=quick)
     assert measured.minutes < plan(lengths=rows, gpu="h200").minutes and measured.measured == "an H200"
-    # 2N forward, 2N for dx: 4 x 7.0e9 a token, no more than a fifth beside it for 400-token rows
-    flops = _Job.of(config(), MISTRAL, rows, parse_device("h200"), None).flops("keep")
-    assert 4 * 6.98e9 < flops < 1.2 * 4 * 6.98e9
 
 
 # ---- advice and words ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from tunesmith.data.render import build_renderer
 from tunesmith.errors import AdapterError, ConfigError, DataError, DoesNotFit, ModelError, RunError, TrainingFailed
 from tunesmith.evaluate import heldout
 from tunesmith.ops import backend
-from tunesmith.plan_layers import WHOLE, Layers
+from tunesmith.plan.layers import WHOLE, Layers
 from tunesmith.run import Run
 from tunesmith.train import log
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from tunesmith.data.mend.folder import Mended
     from tunesmith.data.report import CheckReport
+    from tunesmith.devices import Device
     from tunesmith.diagnosis import Diagnosis
     from tunesmith.fits import Fits
     from tunesmith.plan import Plan
@@ -186,29 +187,63 @@ def prepare(
 
 
 def plan(
-    config: Config, *overrides: str, gpu: str | None = None, context: int | None = None, page: str | Path | None = None
+    config: Config,
+    *overrides: str,
+    gpu: str | None = None,
+    context: int | None = None,
+    page: str | Path | None = None,
+    probe: bool = False,
 ) -> Plan | Fits:
     """Will it fit, how long will it take, what to lower: memory per component from config.json alone, without torch or weights.
 
     `gpu` is a card's name, `24GB` or `cpu`; this machine's device without it. Row lengths come from `check`'s cache if any.
     `config` may be a model (a checkpoint folder, a folder with a config.json, a hub id): then each way to use it is planned for
-    rows of `context` tokens (2,048, or the checkpoint's end), and `page` names an .html file with the same.
+    rows of `context` tokens (2,048, or the checkpoint's end). `page` names an .html file with the same. `probe` measures this
+    machine's device first, which takes torch and a few seconds; its rates are kept, and every later plan here is made of them.
     """
+    if probe and gpu:
+        raise ConfigError("--probe measures this machine, --gpu plans for another card", "drop one of the two")
     if _no_run_file(config):
+        if probe:
+            raise ConfigError("--probe goes with a run file, not with a model", "name a run file")
         return _what_fits(str(config), overrides, gpu, context, page)
     from tunesmith.data.prepare import cached_lengths
     from tunesmith.devices import local_device, parse_device
     from tunesmith.hub import resolve_model
-    from tunesmith.plan import make_plan
+    from tunesmith.plan import make_plan, rates
     from tunesmith.spec import plan_spec
 
-    for name, value, fix in (("--context", context, "set data.max_length"), ("--page", page, "name the model alone")):
-        if value is not None:
-            raise ConfigError(f"{name} goes with a model, not with a run file", f"drop it, or {fix}")
+    if context is not None:
+        raise ConfigError("--context goes with a model, not with a run file", "drop it, or set data.max_length")
+    target = _page_at(page)
     settings = _load(config, overrides)
     base = resolve_model(settings.model, weights=False)
     device = parse_device(gpu) if gpu else local_device(settings.memory.device)
-    return make_plan(settings, plan_spec(base.path), lengths=cached_lengths(settings.data, base.path, settings.seed), device=device)
+    if probe:
+        _probe(settings, device)
+    lengths = cached_lengths(settings.data, base.path, settings.seed)
+    planned = make_plan(settings, plan_spec(base.path), lengths=lengths, device=device, measured=rates.kept(device))
+    if target is None:
+        return planned
+    from tunesmith.evaluate import plan_page
+
+    return replace(planned, page=plan_page.write(planned, target))
+
+
+def _probe(settings: RunConfig, device: Device) -> None:
+    """Measure the device and keep its rates."""
+    from tunesmith.models.place import place
+    from tunesmith.plan import rates
+    from tunesmith.train.probe import measure
+
+    rates.keep(measure(device, place(settings.memory)), device)
+
+
+def _page_at(page: str | Path | None) -> Path | None:
+    """Where a page may be written; ConfigError before any work where it may not."""
+    from tunesmith.evaluate import check_page
+
+    return check_page.place(page) if page is not None else None
 
 
 def _what_fits(model: str, overrides: Sequence[str], gpu: str | None, context: int | None, page: str | Path | None) -> Fits:
@@ -220,11 +255,11 @@ def _what_fits(model: str, overrides: Sequence[str], gpu: str | None, context: i
     settings = _load({"model": model, "data": "rows.jsonl", "method": "qlora", "output": "runs/first"}, overrides)
     device = parse_device(gpu) if gpu else local_device(settings.memory.device)
     found = what_fits(settings, plan_spec(resolve_model(model, weights=False, words=False).path), device, context)
-    if page is None:
+    if (target := _page_at(page)) is None:
         return found
-    from tunesmith.evaluate import check_page, fits_page
+    from tunesmith.evaluate import fits_page
 
-    return replace(found, page=fits_page.write(found, check_page.place(page)))
+    return replace(found, page=fits_page.write(found, target))
 
 
 def train(config: Config, *overrides: str, resume: bool = False, console: Console | None = None) -> Run:

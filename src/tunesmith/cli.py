@@ -176,15 +176,18 @@ def plan(
     *overrides: Overrides,
     gpu: Annotated[str | None, Parameter(help="Plan for this card (4090), memory (24GB) or cpu, not for this machine.")] = None,
     context: Annotated[int | None, Parameter(help="Of a model: tokens of a row. Else 2,048, or where the checkpoint ends.")] = None,
-    page: Annotated[str | None, Parameter(help="Of a model: the .html file to write.")] = None,
+    page: Annotated[str | None, Parameter(help="The .html file to write.")] = None,
+    probe: Annotated[bool, Parameter(help="Measure this machine first: a few seconds, kept for every later plan here.")] = False,
 ) -> int:
     """Say whether it will fit, how long it will take, and what to lower; of a model alone, what fits on which card.
 
-    tunesmith plan run.yaml --gpu 4090
+    tunesmith plan run.yaml --gpu 4090 --page plan.html
+
+    tunesmith plan run.yaml --probe
 
     tunesmith plan mistralai/Mistral-7B-v0.3 --gpu 24GB --context 8192 --page fits.html
     """
-    planned = tunesmith.plan(config, *overrides, gpu=gpu, context=context, page=page)
+    planned = tunesmith.plan(config, *overrides, gpu=gpu, context=context, page=page, probe=probe)
     planned.print(_console())
     return 0 if planned.fits else 2
 

@@ -64,7 +64,7 @@ CORE_TFLOPS, CPU_BANDWIDTH = (
 
 
 def parse_device(text: str) -> Device:
-    """`4090`, `a100-40`, `H200`, `24GB`, `cpu`, `cpu-16GB`. ConfigError names the near card."""
+    """`4090`, `a100-40`, `H200`, `m2-max`, `m4-pro-48GB`, `24GB`, `cpu`, `cpu-16GB`. ConfigError names the near card."""
     plain = _key(text)
     if plain == "cpu":
         return _cpu()
@@ -85,6 +85,8 @@ def parse_device(text: str) -> Device:
             guessed=True,
             link=UNKNOWN_LINK,
         )
+    if (mac := _apple(plain)) is not None:
+        return mac
     if plain in CARDS:
         card = CARDS[plain]
         size = round(card.gib * GIB)
@@ -103,7 +105,9 @@ def local_device(wanted: Literal["auto", "cuda", "cpu", "mps"] = "auto") -> Devi
     if wanted == "mps":
         if platform.system() != "Darwin" or platform.machine() != "arm64":
             raise ModelError("memory.device is mps, but this is no Mac with Apple silicon", "set memory.device: cpu")
-        return replace(_cpu(), name="Apple GPU", kind="mps", tflops=5.0, bandwidth=100.0, guessed=True)
+        here = _cpu()
+        free = min(here.free, round(metal_share(here.total) * here.total))
+        return replace(here, name="Apple GPU", kind="mps", free=free, tflops=5.0, bandwidth=100.0, guessed=True)
     return _cpu()
 
 
@@ -158,6 +162,32 @@ def _by_size(name: str, gib: float) -> Card | None:
 def _words(name: str) -> str:
     """A table name without its size, and without SXM, which the driver leaves out (it does say PCIe)."""
     return re.sub(r"\b(\d+ gb|sxm)\b", "", name.lower())
+
+
+# ---- Apple -----------------------------------------------------------------------------------------------------------------------
+
+
+def metal_share(total: int) -> float:
+    """Of so many bytes of unified memory, what Metal lets a GPU use unless `iogpu.wired_limit_mb` says otherwise.
+
+    Its recommendedMaxWorkingSetSize as people have read it: 11.84 of 16 GiB (github.com/AlexsJones/llmfit/pull/754), 17.76 of 24
+    (github.com/sgl-project/sglang/pull/29949), 107.52 of 128 on two machines (github.com/antirez/ds4/pull/893). Sizes between 24
+    and 128 GiB are taken to be as the small ones.
+    """
+    return 0.84 if total >= 128 * GIB else 0.74
+
+
+def _apple(plain: str) -> Device | None:
+    """`m1`, `m2max`, `m3ultra256`, `m4pro48gb`; without a size the smallest that is sold. None for no such name."""
+    found = re.fullmatch(r"(?:apple)?(m\d)(pro|max|ultra)?(\d+)?(?:gb|g)?", plain)
+    if not found or (name := f"{found[1]}{found[2] or ''}") not in APPLE:
+        return None
+    sizes, tflops, bandwidth = APPLE[name]
+    if found[3] and int(found[3]) not in sizes:
+        raise ConfigError(f"--gpu {plain}: that chip has no {found[3]} GB", f"name one of {', '.join(f'{n} GB' for n in sizes)}")
+    total = int(found[3] or sizes[0]) * GIB
+    words = f"Apple {found[1].upper()}{f' {found[2].title()}' if found[2] else ''} {total // GIB} GB"
+    return Device(words, "mps", total, round(metal_share(total) * total), tflops, bandwidth, False, guessed=True)
 
 
 # ---- CPU -------------------------------------------------------------------------------------------------------------------------
@@ -229,7 +259,7 @@ def _key(text: str) -> str:
 
 
 def _near(plain: str) -> str:
-    hint = did_you_mean(plain, CARDS)
+    hint = did_you_mean(plain, [*CARDS, *APPLE])
     return hint if hint.startswith("did") else f"known: {', '.join(sorted(CARDS))}"
 
 
@@ -276,6 +306,13 @@ TABLE = (
     Card("H200", 140.4, 989, 4800, fp8=True, link=55),  # its link: measured, from and to pinned memory
     Card("B200", 179, 2250, 8000, fp8=True, link=50),
 )
+APPLE: dict[str, tuple[tuple[int, ...], float, float]] = {  # GB sold, float32 TFLOP/s with all cores, GB/s
+    "m1": ((8, 16), 2.6, 68), "m1pro": ((16, 32), 5.2, 200), "m1max": ((32, 64), 10.4, 400), "m1ultra": ((64, 128), 20.8, 800),
+    "m2": ((8, 16, 24), 3.6, 100), "m2pro": ((16, 32), 6.8, 200), "m2max": ((32, 64, 96), 13.6, 400),
+    "m2ultra": ((64, 128, 192), 27.2, 800), "m3": ((8, 16, 24), 4.1, 100), "m3pro": ((18, 36), 7.4, 150),
+    "m3max": ((36, 48, 64, 96, 128), 16.0, 400), "m3ultra": ((96, 256, 512), 32.0, 819), "m4": ((16, 24, 32), 4.3, 120),
+    "m4pro": ((24, 48, 64), 9.2, 273), "m4max": ((36, 48, 64, 128), 18.4, 546),
+}  # fmt: skip
 _NAMED = {_key(card.name): card for card in TABLE}
 CARDS: dict[str, Card] = {  # as a person types it; without a size, the smaller one is meant
     **{key.removesuffix("gb"): card for key, card in _NAMED.items()},

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from tunesmith.config.schema import RunConfig
 from tunesmith.devices import GIB, Device, parse_device, smallest_that_holds
 from tunesmith.errors import ConfigError
-from tunesmith.plan import METHODS, MICRO_CAP, Component, answering, budget_of, least, pinnable, ways
-from tunesmith.plan_page import gb, print_fits
+from tunesmith.plan import METHODS, MICRO_CAP, Component, answering, budget_of, least, pinnable, usable, ways
+from tunesmith.plan.page import gb, print_fits
 from tunesmith.spec import Spec
 
 if TYPE_CHECKING:
@@ -100,16 +100,20 @@ class Fits:
             "memory is counted from config.json, without the weights",
         )
 
+    def holds(self, use: Use) -> bool:
+        """Whether the device has room for it."""
+        return use.needs <= usable(self.budget, self.device)
+
     @property
     def fits(self) -> bool:
         """Whether any way does."""
-        return any(use.needs <= self.budget for use in self.uses)
+        return any(map(self.holds, self.uses))
 
     @property
     def verdict(self) -> tuple[str, str]:
         """What fits, and what would lower the rest or the floor."""
-        fitting = [use.way for use in self.uses if use.needs <= self.budget]
-        rest = [use for use in self.uses if use.needs > self.budget]
+        fitting = [use.way for use in self.uses if self.holds(use)]
+        rest = [use for use in self.uses if not self.holds(use)]
         at = f"{gb(self.budget)} GB at {self.context:,} tokens"
         if not fitting:
             way, here, shortest = self.floor
@@ -156,7 +160,7 @@ def what_fits(config: RunConfig, spec: Spec, device: Device, context: int | None
 
     def goes(way: Way, length: int, card: Device) -> bool:
         """Whether rows of this length fit; more of them at once, which are not recorded, can be a little leaner than one."""
-        room, one = card.total / GIB, needs(way, length, length, card)
+        room, one = usable(card.total / GIB, card), needs(way, length, length, card)
         return one <= room or (one <= room + NEAR and needs(way, length, None, card) <= room)
 
     uses = [inference(context, 1, device)]
@@ -171,7 +175,8 @@ def what_fits(config: RunConfig, spec: Spec, device: Device, context: int | None
         uses=tuple(uses),
         longest={way: _most(lengths, cards, lambda n, card, way=way: goes(way, n, card)) for way in WAYS},
         micro_batch={
-            way: _most(counts, cards, lambda n, card, way=way: needs(way, rows, n, card) <= card.total / GIB) for way in WAYS
+            way: _most(counts, cards, lambda n, card, way=way: needs(way, rows, n, card) <= usable(card.total / GIB, card))
+            for way in WAYS
         },
         floor=(leanest.way, leanest.least, needs(leanest.way, min(context, SHORTEST), None, device)),
     )  # fmt: skip

@@ -29,7 +29,7 @@ from tunesmith.data.pack import steps
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.render import Renderer, build_renderer
 from tunesmith.data.report import print_one_row
-from tunesmith.devices import local_device
+from tunesmith.devices import GIB, local_device
 from tunesmith.errors import AdapterError, DataError, DoesNotFit, Interrupted, ModelError, RunError, TrainingFailed, TunesmithError
 from tunesmith.evaluate import heldout, report
 from tunesmith.evaluate.heldout import Losses
@@ -41,17 +41,19 @@ from tunesmith.models.fast import FastLayers, refusal
 from tunesmith.models.place import Place, make_deterministic, place
 from tunesmith.ops import backend, fp8
 from tunesmith.ops.half_blocks import Policy
-from tunesmith.plan import Plan, make_plan
-from tunesmith.plan_layers import WHOLE, Layers
+from tunesmith.plan import Plan, make_plan, rates
+from tunesmith.plan.layers import WHOLE, Layers
+from tunesmith.plan.parts import astray
 from tunesmith.run import Run, base_fingerprint
 from tunesmith.spec import plan_spec
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.train import checkpoint, loop
 from tunesmith.train.checkpoint import Found
-from tunesmith.train.inside import optimizer_for
+from tunesmith.train.inside import Inside, optimizer_for
 from tunesmith.train.log import TRACKERS, Log, Progress
 from tunesmith.train.loop import Hooks, State, Stopped
-from tunesmith.train.optim import LossScale, learning_rate
+from tunesmith.train.meter import Meter
+from tunesmith.train.optim import LossScale, Optimizer, learning_rate
 from tunesmith.train.signals import graceful
 from tunesmith.train.warm import Warming
 from tunesmith.wording import counted
@@ -155,7 +157,8 @@ def use_kernels(kernels: backend.Mode, where: Place) -> str:
 def plan_for(config: RunConfig, base: Path, lengths, *, half_blocks: bool = False) -> Plan:
     """The memory plan of this run on this machine's device. `half_blocks`: also on a CPU, for tests."""
     device = local_device(config.memory.device)
-    return make_plan(config, plan_spec(base), lengths=lengths, device=device, half_blocks=half_blocks)
+    spec, measured = plan_spec(base), rates.kept(device)
+    return make_plan(config, spec, lengths=lengths, device=device, measured=measured, half_blocks=half_blocks)
 
 
 def build_model(config: RunConfig, base: ResolvedModel, where: Place, plan: Plan, tokenizer: Tokenizer) -> nn.Module:
@@ -176,13 +179,27 @@ def build_model(config: RunConfig, base: ResolvedModel, where: Place, plan: Plan
     finally:
         if warming:
             warming.end()
+    lay_out(model, plan)
+    return model
+
+
+def lay_out(model: nn.Module, plan: Plan) -> None:
+    """The layers, decoded weights and embedding as the plan has them; the layers composed where the model refuses half-blocks."""
     if plan.path == "half-blocks" and not refusal(model):
         model.fast = FastLayers(model, _policies(plan.layers), fp8=plan.compute == "fp8")
         model.fast.cache(plan.weight_cache)
         if plan.embedding == "host":
             model.embedding_to_host()
     set_layers(model, plan.layers)
-    return model
+
+
+def optimizer_of(model: nn.Module, config: RunConfig) -> Optimizer | Inside:
+    """Over all that is trained. AdapterError when that is nothing."""
+    parameters = adapters.trainable(model) if config.method != "full" else dict(model.named_parameters())
+    if not parameters:
+        raise AdapterError("nothing is trained: no adapter, no token, no module", "set lora.targets")
+    fast = adapters.fast(model) if config.method != "full" else ()
+    return optimizer_for(parameters, config.train, fast=fast, seed=config.seed)
 
 
 def set_layers(model: nn.Module, layers: Sequence[Layers]) -> None:
@@ -225,11 +242,7 @@ class _Session:
         self.eval_every = auto if ev.every_steps == "auto" else ev.every_steps
         self.save_every = self.eval_every if config.checkpoint.every_steps == "auto" else config.checkpoint.every_steps
         self.keeps_best = ev.keep_best and len(self.held_out) > 0
-        parameters = adapters.trainable(model) if config.method != "full" else dict(model.named_parameters())
-        if not parameters:
-            raise AdapterError("nothing is trained: no adapter, no token, no module", "set lora.targets")
-        fast = adapters.fast(model) if config.method != "full" else ()
-        self.optimizer = optimizer_for(parameters, config.train, fast=fast, seed=config.seed)
+        self.optimizer = optimizer_of(model, config)
         limit = context(model) or math.inf
         if (most := max(int(rows.lengths.max()) for rows in (prepared.train, self.held_out) if len(rows))) > limit:
             what = f"the longest row has {most:,} tokens, and this model was made for {limit:,}"
@@ -270,8 +283,7 @@ class _Session:
             run.append("metrics", {"kind": "event", "step": start, "what": "resumed", "rows_superseded": moved})
             _line(self.console, "resume", f"from step {start} of {self.total}")
         run.set_status("running", step=start, steps=self.total)
-        if self.where.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        self.meter = Meter(self.where.device)
         with (
             graceful() as self.stop,
             Log(run, config.log.trackers, steps=self.total, start=start) as self.log,
@@ -293,11 +305,23 @@ class _Session:
                 eval_every=self.eval_every, save_every=self.save_every, early_stop=config.eval.early_stop,
                 seed=config.seed, device=self.where.device, state=state,
             )  # fmt: skip
+            self._beside_the_plan(state.step)
             try:
                 self._finish(state)
             except Stopped:
                 what = f"stopped by {self.stop.requested} after the last step; everything is saved"
                 raise Interrupted(what, "write the result with --resume") from None
+
+    def _beside_the_plan(self, step: int) -> None:
+        """What the run held and how fast it was, into metrics and manifest; a line for what is too far from the plan."""
+        held, rate, plan = self.meter.held, self.meter.rate, self.plan
+        gib = None if held is None else held / GIB
+        self.run.record(held_bytes=held, tokens_per_second=rate)
+        self.run.append("metrics", {"kind": "plan", "step": step, "planned_gib": plan.needs, "held_gib": gib,
+                                    "planned_tokens_per_second": plan.speed, "tokens_per_second": rate})  # fmt: skip
+        own = gib if plan.device.kind == "cuda" else None  # a CPU's resident pages are also the program's and its libraries'
+        for said in astray(plan.needs, own, plan.speed, rate):
+            self.progress.say(f"note: {said}")
 
     # ---- what the loop calls ---------------------------------------------------------------------------------------------------
 
@@ -340,6 +364,7 @@ class _Session:
 
     def record(self, step: int, **values: float) -> None:
         rate = values["tokens"] / max(values["seconds"], 1e-9)
+        self.meter.step(values["tokens"], values["seconds"])
         if step % self.config.log.every_steps == 0 or step == self.total:
             self.log.step(step, **values, tokens_per_second=rate)
         self.progress.update(step, loss=values["loss"], lr=values["learning_rate"], tokens_per_s=rate)

@@ -17,7 +17,8 @@ from tunesmith.hub import resolve_model
 from tunesmith.models.decoder import Decoder
 from tunesmith.ops import adamw8, backend
 from tunesmith.ops.adamw8 import Averages, How
-from tunesmith.plan import CONTEXT, make_plan
+from tunesmith.plan import make_plan
+from tunesmith.plan.sizes import CONTEXT
 from tunesmith.spec import Spec, parameters
 from tunesmith.train.inside import Inside, optimizer_for
 from tunesmith.train.loss import batch_loss

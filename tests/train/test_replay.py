@@ -174,6 +174,7 @@ def test_a_capture_that_fails_is_told_from_one_without_memory(monkeypatch, error
         monkeypatch.setattr(torch.cuda, name, lambda *a: object())
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(replay.Passes, "_roomy", lambda self: True)
     monkeypatch.setattr(recording, "body", lambda *a: (_ for _ in ()).throw(error("made by a test")))
     renewed, kept = [], []
     monkeypatch.setattr(Passes, "_join", lambda self: None)
@@ -189,6 +190,24 @@ def test_a_capture_that_fails_is_told_from_one_without_memory(monkeypatch, error
         assert not passes._captured(recording)
         assert not passes.record and said and not passes.recordings and passes.pool is None
     assert renewed and len(kept) == 1, "its end would end the process, and the generator stays in the capture"
+
+
+@pytest.mark.parametrize(("free", "records"), [(1200, True), (1000, False)])
+def test_nothing_is_recorded_where_a_pass_would_not_fit_once_more(monkeypatch, free, records):
+    """Reserved 1,000 MiB now and 2,000 at most: a recording wants the thousand between, and 128 of its own."""
+    _, passes = decoder()
+    passes(batch(60, 30), 1.0)
+    for name, value in {"synchronize": None, "empty_cache": None, "mem_get_info": (free << 20, 80000 << 20),
+                        "memory_reserved": 1000 << 20, "max_memory_reserved": 2000 << 20,
+                        "get_per_process_memory_fraction": 1.0}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *a, value=value: value, raising=False)
+    assert passes._roomy() == records
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 2050 / 80000, raising=False)
+    assert not passes._roomy(), "a cap on the process counts too"
+    (recording,) = passes.recordings.values()
+    passes.device, said = torch.device("cuda"), []
+    passes.tell = lambda *what, **why: said.append(why["why"])
+    assert not passes._captured(recording) and passes.paused and said == ["the device has no room for it"]
 
 
 def test_of_too_many_shapes_the_one_not_used_for_longest_goes(monkeypatch):

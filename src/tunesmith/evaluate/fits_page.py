@@ -7,7 +7,7 @@ from pathlib import Path
 from tunesmith.evaluate.page import Markup, clip, el, page, stacked, swatch, table
 from tunesmith.files import write_atomic
 from tunesmith.fits import Fits, Use
-from tunesmith.plan_page import gb, short, sizes_tables
+from tunesmith.plan.page import gb, short, sizes_tables
 
 BAR = 560
 STYLES = {"weights": "a", "trained": "b", "activations": "c", "answers": "d", "overhead": "g"}  # of the style sheet
@@ -31,7 +31,7 @@ def _bars(fits: Fits) -> Markup:
     """All to one scale, the card's memory first."""
     whole = max(fits.budget, *(use.needs for use in fits.uses))
     card = stacked("there are, GB", [("there are", fits.budget, "h")], total=whole, width=BAR)
-    rows = [("there are", gb(fits.budget), card, ""), *(_bar(use, fits.budget, whole) for use in fits.uses)]
+    rows = [("there are", gb(fits.budget), card, ""), *(_bar(use, fits.holds(use), whole) for use in fits.uses)]
     legend = [el("li", swatch(style), part) for part, style in STYLES.items()]
     return el(
         "section", el("h2", "Against the memory there is"), table(("way", "GB", "", ""), rows, numbers=(1,)),
@@ -39,10 +39,10 @@ def _bars(fits: Fits) -> Markup:
     )  # fmt: skip
 
 
-def _bar(use: Use, budget: float, whole: float) -> tuple[str, str, Markup, str]:
+def _bar(use: Use, fits: bool, whole: float) -> tuple[str, str, Markup, str]:
     parts = [(part, size, STYLES[part]) for part, size in use.parts.items()]
     drawn = stacked(f"{use.way}, GB", parts, total=whole, width=BAR)
-    return use.way, gb(use.needs), drawn, "fits" if use.needs <= budget else "does not fit"
+    return use.way, gb(use.needs), drawn, "fits" if fits else "does not fit"
 
 
 def _parts(fits: Fits) -> Markup:

@@ -37,6 +37,7 @@ from tunesmith.evaluate.page import (
 )
 from tunesmith.evaluate.statistics import FEW_ROWS
 from tunesmith.files import write_atomic
+from tunesmith.plan.parts import UNCALIBRATED, astray
 from tunesmith.run import Run, how_to_load
 from tunesmith.wording import counted
 
@@ -687,19 +688,18 @@ def _cost(found: _Found) -> Markup | None:
     if not plan:
         return None
     parts: list[Any] = [el("h2", "What it took")]
-    peak, needs, budget = _peak(found), _finite(plan.get("needs")), _finite(plan.get("budget"))
+    held, needs, budget = _finite(found.manifest.get("held_bytes")), _finite(plan.get("needs")), _finite(plan.get("budget"))
+    held = held or _peak(found)
     seconds, minutes = _seconds(found), _finite(plan.get("minutes"))
+    planned, reached = _finite(plan.get("speed")), _finite(found.manifest.get("tokens_per_second"))
     device = _dict(plan.get("device")).get("name", "")
     rows = []
     if needs is not None:
-        rows.append(
-            (
-                "memory",
-                f"{needs:.1f} GB",
-                f"{peak / GIB:.1f} GB" if peak else "not measured",
-                f"{peak / GIB / needs:.2f}×" if peak and needs else "–",
-            )
-        )
+        gib = f"{held / GIB:.2f} GB" if held else "not measured"
+        rows.append(("memory held at most", f"{needs:.2f} GB", gib, f"{held / GIB / needs:.2f}×" if held and needs else "–"))
+    if planned is not None:
+        tokens = f"{reached:,.0f}" if reached else "too short to tell"
+        rows.append(("tokens a second", f"{planned:,.0f}", tokens, f"{reached / planned:.2f}×" if reached and planned else "–"))
     if minutes is not None:
         took = _clock(seconds) if seconds and found.state == "finished" else "not finished"
         ratio = f"{seconds / 60 / minutes:.2f}×" if seconds and minutes and found.state == "finished" else "–"
@@ -709,6 +709,18 @@ def _cost(found: _Found) -> Markup | None:
     parts.append(el("p", clip(", ".join(w for w in words if w), 300) + ".", class_="note"))
     if rows:
         parts.append(table(("", "planned", "measured", "ratio"), rows, numbers=(1, 2, 3)))
+    on_gpu = _dict(plan.get("device")).get("kind") == "cuda" and _finite(found.manifest.get("held_bytes"))
+    off = astray(needs, held / GIB if on_gpu else None, planned, reached)
+    parts += [el("div", el("p", f"The plan was off: {said}."), class_="banner soft") for said in off]
+    if planned is not None:
+        rates = plan.get("measured")
+        parts.append(
+            el(
+                "p",
+                clip(f"Planned with rates measured on {rates}." if rates else f"The plan was {UNCALIBRATED}.", 300),
+                class_="note",
+            )
+        )
     components = [
         c for c in map(_dict, _list(plan.get("components"))) if c.get("where") == "device" and (_finite(c.get("bytes")) or 0) > 0
     ][:12]

@@ -30,6 +30,7 @@ from tunesmith.train.loss import Noise, batch_loss
 from tunesmith.train.optim import Optimizer
 from tunesmith.types import Batch
 
+OWN = 128 << 20  # bytes of the device that a recording takes beside its pool, at first: workspaces of its stream, nodes
 MOST_KEPT = 48  # recordings; a Mistral-7B's takes some MiB of nodes on the device
 UNIT = 128  # tokens, and rows, that shapes are counted in: a GEMM's tile
 
@@ -216,6 +217,17 @@ class Passes:
         self.paused = held and self.gave > 1
         return held
 
+    def _roomy(self) -> bool:
+        """Whether what an unrecorded pass took at most is there once more, with what a recording itself takes.
+
+        Running out while a pass is recorded cannot be mended: the capture ends in an error, its memory stays taken and random
+        numbers are refused from then on (an H100, torch 2.11).
+        """
+        free, total = torch.cuda.mem_get_info()
+        reserved = torch.cuda.memory_reserved()
+        share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()
+        return min(free, share * total - reserved) >= torch.cuda.max_memory_reserved() - reserved + OWN
+
     def _run(self, recording: Recording) -> None:
         self.warm = True
         recording.body(self.model, list(self.optimizer.parameters.values()))
@@ -228,6 +240,10 @@ class Passes:
         self.model._tables(recording.layout.positions_T, recording.layout.lengths, recording.layout, torch.bfloat16)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what unrecorded passes took and the recordings' pool must not stand side by side
+        if not self._roomy():
+            self.paused = True
+            self.tell("passes are not recorded as CUDA graphs, steps are the same and slower", why="the device has no room for it")
+            return False
         graph, self.pool = torch.cuda.CUDAGraph(), self.pool or torch.cuda.graph_pool_handle()
         self.stream = self.stream or torch.cuda.Stream()
         try:

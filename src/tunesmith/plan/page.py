@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.devices import GIB
+from tunesmith.plan.parts import UNCALIBRATED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,6 +70,8 @@ def print_plan(plan: Any, console: Console) -> None:
                       f"{c.micro_batch_tokens:,}", c.activations, fits, style=style)  # fmt: skip
     console.print(table)
     console.print()
+    if plan.fits and plan.knobs:
+        _print_knobs(plan.knobs, console)
     if not plan.fits or plan.needs > 0.9 * plan.budget:
         for a in plan.advice[:6]:
             console.print(f"  lower {escape(str(a))}")
@@ -76,13 +79,34 @@ def print_plan(plan: Any, console: Console) -> None:
         console.print(f"  the floor with these settings is {gb(plan.least)} GB")
     for note in plan.notes:
         console.print(f"[dim]note: {escape(note)}[/dim]")
-    why = (
-        f"measured on {escape(plan.measured)}"
-        if plan.measured
-        else "uncalibrated: memory is counted from config.json, without the weights; time may be off by a factor of two"
-    )
-    console.print(f"[dim]note: {why}[/dim]")
+    console.print(f"[dim]note: {escape(calibration(plan))}[/dim]")
     console.print(f"[bold {'green' if plan.fits else 'red'}]{escape(plan.verdict)}[/]", highlight=False)
+    if plan.page:
+        console.print(f"Written to {escape(str(plan.page))}", highlight=False, soft_wrap=True)
+
+
+def calibration(plan: Any) -> str:
+    """Whether the device was measured, and how far a plan may be off."""
+    if plan.measured:
+        return f"calibrated: rates measured on {plan.measured}"
+    ask = "; `tunesmith plan RUN.yaml --probe` measures it in a few seconds" if plan.device.local else ""
+    return UNCALIBRATED + ask
+
+
+def _print_knobs(knobs: Sequence[Any], console: Console) -> None:
+    """What each would change, those that fit first."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
+    for i, name in enumerate(("turned alone", "", "GB", "speed", "")):
+        table.add_column(name, justify="right" if i in (2, 3) else "left", no_wrap=i < 4)
+    roomy = console.width >= 110
+    for knob in knobs:
+        said = [] if knob.fits else ["does not fit"]
+        said += [knob.note] if knob.note and roomy else []
+        table.add_row(knob.key, knob.value, knob.amount, knob.pace, ", ".join(said), style="" if knob.fits else "dim")
+    console.print(table)
+    console.print()
 
 
 def print_fits(fits: Any, console: Console) -> None:
@@ -105,7 +129,7 @@ def print_fits(fits: Any, console: Console) -> None:
     bars = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
     whole = stack_end(fits)
     for use in fits.uses:
-        verdict = "[green]fits[/green]" if use.needs <= fits.budget else "[red]does not fit[/red]"
+        verdict = "[green]fits[/green]" if fits.holds(use) else "[red]does not fit[/red]"
         bars.add_row(use.way, f"{gb(use.needs)} GB", Text.assemble(*_stack(use.parts, fits.budget, whole)), verdict)
     console.print(bars)
     legend = [(f"{fill} {part}  ", colour) for part, (fill, colour) in FILLS.items()]

@@ -113,10 +113,10 @@ class Shape:
     # -- what a backward holds beside what is kept --
 
     def loss(self, tokens: int, tile: int, cached: bool) -> int:
-        """While a chunk of logits is there: the final norm's input and output, the gradient, this chunk and the one before."""
+        """With a chunk of logits: the final norm's input and output, the gradient, this chunk and half of the one before."""
         s, w = self.spec, self.width
         rows = max(GPU_ROWS, LOGIT_BYTES // (w * s.vocab) // 128 * 128)
-        logits = min(tokens, 2 * rows) * s.vocab * w
+        logits = min(tokens, 3 * rows // 2) * s.vocab * w
         return 3 * tokens * s.dim * w + logits + self.scratch(tokens > tile, cached)
 
     def forward(self, level: Level, tokens: int, tile: int, cached: bool) -> int:

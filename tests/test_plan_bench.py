@@ -1,0 +1,58 @@
+"""What docs/planning.md says of the plan beside runs on an H100, against bench/results/plan.jsonl; the bench's dry run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results" / "plan.jsonl"
+
+
+@pytest.fixture(scope="module")
+def report():
+    sys.path.insert(0, str(ROOT / "bench"))
+    try:
+        import plan_report
+    finally:
+        sys.path.remove(str(ROOT / "bench"))
+    return plan_report
+
+
+@pytest.fixture(scope="module")
+def found(report):
+    return report.points(RESULTS)
+
+
+def test_memory_is_never_planned_two_percent_too_small_nor_five_too_large(found):
+    apart = {p.row.name: p.planned / p.held - 1 for p in found}
+    assert len(apart) >= 36 and {p.row.family for p in found} == {"mistral", "llama", "phi", "1b"}
+    assert not {name: x for name, x in apart.items() if not -0.02 < x < 0.05}
+
+
+def test_speed_is_within_fifteen_percent_but_for_two_rows_of_full_fine_tuning(found):
+    apart = {p.row.name: p.planned_speed / p.speed - 1 for p in found}
+    off = {name: x for name, x in apart.items() if abs(x) > 0.15}
+    assert set(off) <= {"phi full 8192 48GB", "phi full 2048 48GB"} and max(off.values(), default=0) < 0.16
+
+
+def test_the_page_shows_what_the_file_says(report, found):
+    page = (ROOT / "docs" / "planning.md").read_text()
+    assert report.summary(found) in page and "planning.svg" in page
+    assert report.picture(found) == (ROOT / "docs" / "planning.svg").read_text()
+
+
+def test_layers_are_read_back_from_their_words(report):
+    from tunesmith.plan.layers import WHOLE, Layers, describe
+
+    two = (Layers(12, "recompute", True), Layers(20, "keep"))
+    for layers in (two, two[:1], (Layers(32, "checkpoint"),)):
+        assert report.layers_of(describe(layers), layers[0].count, None) == layers and layers[0].tile == WHOLE
+
+
+def test_a_dry_run_measures_a_row(tmp_path):
+    command = [sys.executable, str(ROOT / "bench" / "plan.py"), "--tiny", "--out", str(tmp_path), "--only", "1b lora short"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and re.search(r"1b lora short 8GB .* tok/s", done.stdout), done.stderr
