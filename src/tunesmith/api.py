@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tunesmith.fits import Fits
     from tunesmith.plan import Plan
     from tunesmith.run import Run
+    from tunesmith.sweep.result import Result
 
 Config = str | Path | dict[str, Any] | RunConfig
 
@@ -256,6 +257,44 @@ def train(config: Config, *overrides: str, resume: bool = False, console: Consol
         return tune(settings, run, resume=resume, console=screen)
 
 
+def sweep(
+    config: Config,
+    *settings: str,
+    trials: int | None = None,
+    jobs: int = 1,
+    seeds: int = 1,
+    prune: bool = True,
+    out: str | Path | None = None,
+    console: Console | None = None,
+) -> Result:
+    """Train with many settings and rank them by held-out loss: `lora.rank=8,16,64`, `train.learning_rate=1e-4..1e-3`.
+
+    Lists alone: every combination; with a range, `trials` settings (20) that Optuna draws, beside the run file's own, which come
+    first. `prune` stops at 25 and at 50 % of a run what is among the worse half there. `seeds` repeats each setting, `jobs` run at
+    once. Each trial is a run folder in `out` (`<output>-sweep`). The same call goes on with a sweep that was stopped or killed.
+    Returns the result: `.trials` best first, `.best` (a run file), `.print(console)`. Raises as `train` does; Interrupted once all
+    is saved; TrainingFailed when every setting failed. Needs the `sweep` extra.
+    """
+    from tunesmith.sweep.result import finish, require_one
+    from tunesmith.sweep.space import space
+    from tunesmith.sweep.study import Options, Sweep, own_folder
+
+    for name, value in (("trials", trials), ("jobs", jobs), ("seeds", seeds)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: must be 1 or more", f"write --{name} 1, or drop it")
+    found, axes = space(_load(config), settings)
+    folder = Path(out) if out else Path(f"{found.output}-sweep")
+    work = Sweep(found, axes, folder, Options(trials, jobs, seeds, prune), _console(console))
+    work.check()
+    with own_folder(folder):
+        work.open()
+        try:
+            work.go()
+        finally:
+            result = finish(work)
+    return require_one(result)
+
+
 def generate(
     model: str | Path,
     prompts: Sequence[str],
@@ -329,4 +368,18 @@ def stream(model: str | Path, prompt: str, **settings: Any) -> Iterator[str]:
     yield from Talker.open(model, adapter=adapter).stream([{"role": "user", "content": prompt}], **settings)
 
 
-__all__ = ["chat", "check", "doctor", "explain", "generate", "init", "merge", "plan", "prepare", "report", "stream", "train"]
+__all__ = [
+    "chat",
+    "check",
+    "doctor",
+    "explain",
+    "generate",
+    "init",
+    "merge",
+    "plan",
+    "prepare",
+    "report",
+    "stream",
+    "sweep",
+    "train",
+]
