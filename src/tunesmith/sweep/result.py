@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from tunesmith.config.load import load
 from tunesmith.config.yaml12 import write
 from tunesmith.errors import RunError, TrainingFailed
 from tunesmith.evaluate import sweep_page
-from tunesmith.evaluate.statistics import t_quantile
+from tunesmith.evaluate.statistics import t_interval
 from tunesmith.files import write_atomic
 from tunesmith.run import Run
 from tunesmith.sweep.space import overrides, own, words
@@ -100,13 +99,8 @@ def _curve(folder: Path) -> list[list[float]]:
 def _difference(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
     """Against the run file's own values, seed by seed: the mean, and with two seeds or more its 95 % interval (Student's t)."""
     pairs = [a - b for a, b in zip(row["losses"], baseline["losses"], strict=True)]
-    mean = statistics.fmean(pairs)
-    if len(pairs) < 2 or row is baseline:
-        return {"mean": mean, "interval": None}
-    # with two pairs the series behind t_quantile is 20 % short: the exact quantile for one degree of freedom
-    quantile = 12.706 if len(pairs) == 2 else 4.303 if len(pairs) == 3 else t_quantile(0.95, len(pairs) - 1)
-    half = quantile * statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return {"mean": mean, "interval": [mean - half, mean + half]}
+    mean, low, high = t_interval(pairs)
+    return {"mean": mean, "interval": [low, high] if len(pairs) > 1 and row is not baseline else None}
 
 
 def _importance(sweep: Sweep) -> dict[str, float] | None:
