@@ -3,14 +3,14 @@
     python bench/hyper.py run [--only lora.rank,train.epochs] [--seeds 3] [--jobs 4] [--seconds 500] [key.path=value ...]
     python bench/hyper.py draw
 
-`run` trains the embedded model on the embedded rows as `make demo` does, with one setting changed at a time, each in its own process,
-and appends a line a run to results/hyper.jsonl; what is there already is not run again, so it may be stopped and called again.
---seconds starts nothing after so many. `draw` reads that file alone and writes docs/hyper/*.svg and what stands between the marks in
-docs/hyperparameters.md.
+`run` trains the embedded model on the embedded rows as `make demo` does, with one setting changed at a time, each in its own
+process, and appends a line a run to results/hyper.jsonl; what is there already is not run again, so it may be stopped and called
+again. --seconds starts nothing after so many. `draw` reads that file alone and writes docs/hyper/*.svg and what stands between the
+marks in docs/hyperparameters.md.
 
-A run ends with its last weights, not its best (eval.keep_best: false), so that too long a run shows. Three things go together:
-lora.rank moves lora.alpha with it (alpha = 2 x rank), so that the update's size stays; data.max_length cuts the training rows and is
-then measured on whole held-out rows, by a second run that only reads them.
+A run ends with its last weights, not its best (eval.keep_best: false), so that too long a run shows. lora.rank moves lora.alpha with
+it (alpha = 2 x rank), so that the update's size stays. data.max_length cuts the training rows and is then measured on whole held-out
+rows, by a second run that only reads them.
 """
 
 from __future__ import annotations
@@ -229,12 +229,10 @@ def measured(key: str, rows: Sequence[dict[str, Any]]) -> list[Measured]:
             continue
         both = sorted(mine.keys() & own.keys())
         pairs = [mine[s]["loss"] - own[s]["loss"] for s in both]
-        found.append(
-            Measured(
-                value, not overrides, [mine[s]["loss"] for s in sorted(mine)], [mine[s]["training_loss"] for s in sorted(mine)],
-                statistics.fmean(row["seconds"] for row in mine.values()), t_interval(pairs) if overrides and pairs else None,
-            )  # fmt: skip
-        )
+        losses, training = ([mine[s][name] for s in sorted(mine)] for name in ("loss", "training_loss"))
+        seconds = statistics.fmean(row["seconds"] for row in mine.values())
+        difference = t_interval(pairs) if overrides and pairs else None
+        found.append(Measured(value, not overrides, losses, training, seconds, difference))
     return found if BY_KEY[key].words else sorted(found, key=lambda m: float(m.value))
 
 
@@ -280,9 +278,7 @@ def block(key: str, found: Sequence[Measured]) -> str:
              "|---|---|---|---|---|"]  # fmt: skip
     for m in found:
         value = f"**{m.value}**" if m.own else m.value
-        lines.append(
-            f"| {value} | {m.mean:.3f} | {_difference(m)} | {statistics.fmean(m.training):.3f} | {m.seconds:.0f} |"
-        )
+        lines.append(f"| {value} | {m.mean:.3f} | {_difference(m)} | {statistics.fmean(m.training):.3f} | {m.seconds:.0f} |")
     worse = [m.value for m in found if m.tells and m.difference[0] > 0]
     better = [m.value for m in found if m.tells and m.difference[0] < 0]
     same = [m.value for m in found if not m.own and not m.tells]
@@ -291,8 +287,9 @@ def block(key: str, found: Sequence[Measured]) -> str:
     said += [f"worse: {'; '.join(worse)}"] if worse else []
     said += [f"no difference shown: {'; '.join(same)}"] if same else []
     seeds = min(len(m.losses) for m in found)
+    words = ". ".join(part[0].upper() + part[1:] for part in said)
     again = f"Made by `python bench/hyper.py run --only {key}` and `python bench/hyper.py draw`."
-    return "\n".join([*lines, "", f"Measured, {seeds} seed{'s' * (seeds != 1)}: {'. '.join(s[0].upper() + s[1:] for s in said)}. {again}", ""])
+    return "\n".join([*lines, "", f"Measured, {seeds} seed{'s' * (seeds != 1)}: {words}. {again}", ""])
 
 
 def _difference(m: Measured) -> str:
@@ -326,7 +323,8 @@ def picture(key: str, found: Sequence[Measured]) -> str:
         f'font-size="12" fill="{INK}">',
         f'<title>{key}: held-out loss by value</title><rect width="100%" height="100%" fill="#fff"/>',
         f'<text x="{LEFT}" y="18" font-weight="600">{key}</text>',
-        f'<circle cx="{WIDTH - 238}" cy="14" r="4" fill="{HELD}"/><text x="{WIDTH - 229}" y="18" fill="{SOFT}">held-out loss, a seed each</text>',
+        f'<circle cx="{WIDTH - 238}" cy="14" r="4" fill="{HELD}"/><text x="{WIDTH - 229}" y="18" fill="{SOFT}">'
+        "held-out loss, a seed each</text>",
     ]
     if not cut:
         out.append(f'<line x1="{WIDTH - 78}" x2="{WIDTH - 62}" y1="14" y2="14" stroke="{TRAIN}" stroke-width="2"/>'

@@ -24,6 +24,7 @@ from tunesmith.errors import ConfigError, RunError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tunesmith.advice import Advice
     from tunesmith.data.mend.folder import Mended
     from tunesmith.data.report import CheckReport
     from tunesmith.diagnosis import Diagnosis
@@ -210,6 +211,21 @@ def plan(
     base = resolve_model(settings.model, weights=False)
     device = parse_device(gpu) if gpu else local_device(settings.memory.device)
     return make_plan(settings, plan_spec(base.path), lengths=cached_lengths(settings.data, base.path, settings.seed), device=device)
+
+
+def advice(config: Config, *overrides: str) -> list[Advice]:
+    """What is questionable in a run file for its rows, with reasons and sources; empty for a model alone. At most three."""
+    from tunesmith.advice import Job, advise
+    from tunesmith.data.prepare import cached_lengths
+    from tunesmith.hub import resolve_model
+    from tunesmith.spec import plan_spec
+
+    if _no_run_file(config):
+        return []
+    settings = _load(config, overrides)
+    base = resolve_model(settings.model, weights=False)
+    lengths = cached_lengths(settings.data, base.path, settings.seed)
+    return advise(Job(settings, None if lengths is None else len(lengths), plan_spec(base.path).dim))
 
 
 def _what_fits(model: str, overrides: Sequence[str], gpu: str | None, context: int | None, page: str | Path | None) -> Fits:

@@ -184,8 +184,12 @@ def plan(
 
     tunesmith plan mistralai/Mistral-7B-v0.3 --gpu 24GB --context 8192 --page fits.html
     """
+    from tunesmith.api import advice
+
     planned = tunesmith.plan(config, *overrides, gpu=gpu, context=context, page=page)
     planned.print(_console())
+    for line in advice(config, *overrides):
+        _say(f"advice  {line}")
     return 0 if planned.fits else 2
 
 

@@ -1,4 +1,4 @@
-"""The page of `tunesmith sweep`, drawn from sweep.json: who won, what mattered, each setting's effect, learning curves. No torch."""
+"""The page of `tunesmith sweep`, drawn from sweep.json: who won, what mattered, each setting's effect, curves. No torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from tunesmith.evaluate.page import (
     Line,
-    Markup,
     Mark,
+    Markup,
     chart,
     clip,
     el,
@@ -205,7 +205,10 @@ def _table(found: Mapping[str, Any]) -> Markup:
     rows = [_cells(row, keys) for row in found["trials"]]
     right = (1, 2 + len(keys), 3 + len(keys), 4 + len(keys))
     more = fold(f"{len(rows) - SHOWN} more", table(head, rows[SHOWN:], numbers=right)) if len(rows) > SHOWN else None
-    note = "Ranked by the held-out loss of the weights each run ended with. The difference is to the run file's own values; in brackets its 95 % interval over seeds."  # fmt: skip
+    note = (
+        "Ranked by the held-out loss of the weights each run ended with. The difference is to the run file's own values; in "
+        "brackets its 95 % interval over seeds."
+    )
     return el("section", el("h2", "All settings"), el("p", note, class_="note"), table(head, rows[:SHOWN], numbers=right), more)
 
 
@@ -255,5 +258,8 @@ def _curves(found: Mapping[str, Any]) -> Markup:
         chart("Learning curves", words, lines, width=w, height=h, style=style, marks=marks)
         for w, h, style in ((920, 320, "wide"), (420, 300, "narrow"))
     ]
-    note = "Held-out loss over percent of the run, first seed. A curve that ends early was stopped, or failed. Losses above the untrained model's are drawn at the upper edge."  # fmt: skip
+    note = (
+        "Held-out loss over percent of the run, first seed. A curve that ends early was stopped, or failed. Losses above the "
+        "untrained model's are drawn at the upper edge."
+    )
     return el("section", el("h2", "Learning curves"), el("p", note, class_="note"), legend, drawn)

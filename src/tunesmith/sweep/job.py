@@ -21,6 +21,7 @@ from tunesmith.errors import RunError
 from tunesmith.files import remove_folder
 from tunesmith.run import Run
 
+TRAIN = (sys.executable, "-m", "tunesmith.cli", "train")
 SAID = 600  # characters of a log's end that are told of a run that died without a word
 
 
@@ -36,7 +37,7 @@ class End:
 
 
 class Job:
-    """`folder` becomes the run folder; what the process prints goes into `log`. `command` are the arguments of `tunesmith train`."""
+    """`folder` becomes the run folder; what the process prints goes into `log`. `command`: arguments of `tunesmith train`."""
 
     def __init__(self, folder: Path, log: Path, command: Sequence[str], env: dict[str, str]):
         self.folder, self.log, self.command, self.env = folder, log, command, env
@@ -55,7 +56,7 @@ class Job:
             return
         self.log.parent.mkdir(parents=True, exist_ok=True)
         resume = ["--resume"] if self.state != "none" else []
-        line = [sys.executable, "-m", "tunesmith.cli", "train", *self.command, *resume]
+        line = [*TRAIN, *self.command, *resume]
         with self.log.open("ab") as out:  # in a session of its own: Ctrl-C reaches the sweep, which stops its runs in order
             self.process = subprocess.Popen(
                 line, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=self.env, start_new_session=True

@@ -65,7 +65,8 @@ def gather(sweep: Sweep) -> dict[str, Any]:
         "format": 1, "metric": "held-out loss", "model": sweep.config.model, "method": sweep.config.method,
         "axes": [{"key": a.key, "values": list(a.values), "low": a.low, "high": a.high, "log": a.log, "own": mine[a.key]}
                  for a in sweep.axes],
-        "seeds": sweep.seeds, "halving": sweep.options.prune, "total": sweep.total, "importance": _importance(sweep), "trials": rows,
+        "seeds": sweep.seeds, "halving": sweep.options.prune, "total": sweep.total,
+        "importance": _importance(sweep), "trials": rows,
     }  # fmt: skip
     return found | {"verdict": verdict(found)}
 
@@ -104,7 +105,7 @@ def _difference(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str
 
 
 def _importance(sweep: Sweep) -> dict[str, float] | None:
-    """PED-ANOVA (Watanabe, Bansal and Hutter 2023): how much of what sets the best fifth of the settings apart is each one's doing."""
+    """PED-ANOVA (Watanabe, Bansal and Hutter 2023): each setting's part in what sets the best fifth apart."""
     done = [t for t in sweep.trials("COMPLETE") if t.params]
     if len(done) < ENOUGH or len(sweep.axes) < 2 or len({t.value for t in done}) < 2:
         return None
@@ -133,7 +134,8 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
     if best is baseline:
         return [f"nothing beat the run file's own values: loss {best['loss']:.4f}", *([one_seed] if seeds == 1 else [])]
     mean, interval = best["difference"]["mean"], best["difference"]["interval"]
-    line = f"best: {words(best['changes'])}: loss {best['loss']:.4f} against {baseline['loss']:.4f} of the run file's own values ({mean:+.4f})"
+    ours, theirs = f"{best['loss']:.4f}", f"{baseline['loss']:.4f}"
+    line = f"best: {words(best['changes'])}: loss {ours} against {theirs} of the run file's own values ({mean:+.4f})"
     if interval is None:
         return [line, one_seed]
     low, high = interval

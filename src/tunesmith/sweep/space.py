@@ -94,7 +94,9 @@ def space(config: RunConfig, settings: Sequence[str]) -> tuple[RunConfig, list[A
         else:
             axes.append(found)
     if not axes:
-        raise ConfigError("nothing to try: no setting has several values", "add one, such as lora.rank=8,16,64 or train.learning_rate=1e-4..1e-3")  # fmt: skip
+        raise ConfigError(
+            "nothing to try: no setting has several values", "add one, such as lora.rank=8,16,64 or train.learning_rate=1e-4..1e-3"
+        )
     config = load(config, *overrides)
     for axis in axes:
         for value in axis.ends:

@@ -1,7 +1,7 @@
 """The sweep itself: which setting runs next, which is stopped early, and what is known when it is started again.
 
-Optuna keeps all of it in sweep.db; a trial is one setting, its value the mean held-out loss over the seeds. Whatever kills the sweep,
-the same command goes on: a trial that was running is taken up where its run folder is, never counted twice.
+Optuna keeps all of it in sweep.db; a trial is one setting, its value the mean held-out loss over the seeds. Whatever kills the
+sweep, the same command goes on: a trial that was running is taken up where its run folder is, never counted twice.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ class Sweep:
             except DoesNotFit as fault:
                 who = words(setting) or "the run file as it is"
                 if jobs > 1 and share:
-                    raise DoesNotFit(f"{who}: {jobs} at once: {fault.what}", f"--jobs {max(1, jobs // 2)} gives each more\n{fault.fix}") from None  # fmt: skip
+                    who, fix = f"{who}, {jobs} at once", f"--jobs {max(1, jobs // 2)} gives each more\n{fault.fix}"
+                    raise DoesNotFit(f"{who}: {fault.what}", fix) from None
                 raise DoesNotFit(f"{who}: {fault.what}", fault.fix) from None
         self.fixed = [*QUIET, *share]
 
@@ -294,7 +295,8 @@ class Sweep:
         name, seed = self.name(slot), self.seeds[slot.seed_at]
         folder = self.folder / "trials" / name
         command = [
-            str(self.folder / "run.yaml"), *overrides(slot.setting), *slot.fixed, f"seed={seed}", f"output={json.dumps(str(folder))}",
+            str(self.folder / "run.yaml"), *overrides(slot.setting), *slot.fixed, f"seed={seed}",
+            f"output={json.dumps(str(folder))}",
         ]  # fmt: skip
         slot.job = Job(folder, self.folder / "logs" / f"{name}.log", command, self._environment())
         if "pruned_at" in slot.trial.user_attrs:
@@ -411,7 +413,7 @@ def suppress_experimental() -> Iterator[None]:
 
 @contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
-    """The sweep folder, made where it is missing, for us alone. RunError where it holds something else, or another sweep runs in it."""
+    """The sweep folder, made where it is missing, for us alone. RunError where it holds something else, or another sweep runs."""
     make_folder(folder)
     there = {p.name for p in folder.iterdir() if not LEFTOVER.fullmatch(p.name)}
     if there - {"lock", "lock.pid"} and "sweep.db" not in there:
