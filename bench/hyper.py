@@ -8,9 +8,9 @@ process, and appends a line a run to results/hyper.jsonl; what is there already 
 again. --seconds starts nothing after so many. `draw` reads that file alone and writes docs/hyper/*.svg and what stands between the
 marks in docs/hyperparameters.md.
 
-A run ends with its last weights, not its best (eval.keep_best: false), so that too long a run shows. lora.rank moves lora.alpha with
-it (alpha = 2 x rank), so that the update's size stays. data.max_length cuts the training rows and is then measured on whole held-out
-rows, by a second run that only reads them.
+A run ends with its last weights, not its best (eval.keep_best: false), so that too long a run shows. lora.rank moves lora.alpha
+with it (alpha = 2 x rank), so that the update's size stays. data.max_length cuts the training rows and is then measured on whole
+held-out rows, by a second run that only reads them.
 """
 
 from __future__ import annotations
@@ -264,10 +264,14 @@ def about(rows: Sequence[dict[str, Any]]) -> str:
     own = [row for row in rows if row["key"] == OWN]
     losses = [row["loss"] for row in own]
     devices = sorted({row["device"] for row in rows})
-    spread = f", {min(losses):.3f} to {max(losses):.3f} over {len(losses)} seeds" if len(losses) > 1 else ""
+    seeds = f", {min(losses):.3f} to {max(losses):.3f} over {len(losses)} seeds" if len(losses) > 1 else ""
+    means = {key: [m.mean for m in found] for key in BY_KEY if len(found := measured(key, rows)) > 1}
+    order = sorted(means, key=lambda key: min(means[key]) - max(means[key]))
+    apart = ", ".join(f"{key} {max(means[key]) - min(means[key]):.2f}" for key in order)
     return (
         f"{len(rows)} runs on {' and '.join(devices)}. The demo as it is: held-out loss {own[0]['before']:.3f} before, "
-        f"{statistics.fmean(losses):.3f} after {own[0]['steps']} steps{spread}.\n"
+        f"{statistics.fmean(losses):.3f} after {own[0]['steps']} steps{seeds}. The best and the worst value lie apart by:\n"
+        f"{apart}.\n"
     )
 
 
