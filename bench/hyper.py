@@ -21,6 +21,7 @@ import math
 import os
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from typing import Any
 
 from tunesmith.config.yaml12 import write
 from tunesmith.demo import config as demo_config
+from tunesmith.evaluate.page import number, ticks
 from tunesmith.evaluate.statistics import t_interval
 from tunesmith.run import Run
 from tunesmith.sweep.job import Job
@@ -268,11 +270,12 @@ def about(rows: Sequence[dict[str, Any]]) -> str:
     means = {key: [m.mean for m in found] for key in BY_KEY if len(found := measured(key, rows)) > 1}
     order = sorted(means, key=lambda key: min(means[key]) - max(means[key]))
     apart = ", ".join(f"{key} {max(means[key]) - min(means[key]):.2f}" for key in order)
-    return (
+    said = (
         f"{len(rows)} runs on {' and '.join(devices)}. The demo as it is: held-out loss {own[0]['before']:.3f} before, "
-        f"{statistics.fmean(losses):.3f} after {own[0]['steps']} steps{seeds}. The best and the worst value lie apart by:\n"
-        f"{apart}.\n"
+        f"{statistics.fmean(losses):.3f} after {own[0]['steps']} steps{seeds}. "
+        f"The best and the worst value tried lie apart by: {apart}."
     )
+    return _filled(said)
 
 
 def block(key: str, found: Sequence[Measured]) -> str:
@@ -293,7 +296,11 @@ def block(key: str, found: Sequence[Measured]) -> str:
     seeds = min(len(m.losses) for m in found)
     words = ". ".join(part[0].upper() + part[1:] for part in said)
     again = f"Made by `python bench/hyper.py run --only {key}` and `python bench/hyper.py draw`."
-    return "\n".join([*lines, "", f"Measured, {seeds} seed{'s' * (seeds != 1)}: {words}. {again}", ""])
+    return "\n".join([*lines, "", _filled(f"Measured, {seeds} seed{'s' * (seeds != 1)}: {words}. {again}")])
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 138, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def _difference(m: Measured) -> str:
@@ -304,39 +311,40 @@ def _difference(m: Measured) -> str:
 
 
 INK, SOFT, GRID, HELD, TRAIN = "#20242a", "#5f6670", "#e2e5ea", "#0b6e4f", "#7d97bd"
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 560, 250, 56, 34, 36
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 560, 250, 56, 40, 36
+LEAST = 0.1  # of loss an axis spans, so that noise does not look like an effect
 
 
 def picture(key: str, found: Sequence[Measured]) -> str:
     """Held-out loss by value: a point a seed, a line through the means; training loss as a thin line. Values stand side by side."""
     cut = key == "data.max_length"  # loss on cut rows is of another task
-    most = _ceiling([m.mean for m in found])
-    losses = [min(y, most) for m in found for y in (*m.losses, *([] if cut else m.training))]
-    low, high = min(losses), max(losses)
-    pad = 0.08 * (high - low or 1)
-    low, high = low - pad, high + pad
+    highest = _ceiling([m.mean for m in found])
+    drawn = [m for m in found if m.mean <= highest]
+    shown = [y for m in drawn for y in (*m.losses, *([] if cut else [statistics.fmean(m.training)]))]
+    middle, half = (max(shown) + min(shown)) / 2, max(max(shown) - min(shown), LEAST) / 2
+    levels = ticks(middle - half, middle + half, 4)
+    low, high = levels[0], levels[-1]
 
     def x(i: int) -> float:
         return round(LEFT + (i + 0.5) / len(found) * (WIDTH - LEFT - 14), 1)
 
     def y(loss: float) -> float:
-        return round(TOP + (high - min(loss, most)) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
+        return round(TOP + (high - min(loss, high)) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
 
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="system-ui, sans-serif" '
         f'font-size="12" fill="{INK}">',
         f'<title>{key}: held-out loss by value</title><rect width="100%" height="100%" fill="#fff"/>',
         f'<text x="{LEFT}" y="18" font-weight="600">{key}</text>',
-        f'<circle cx="{WIDTH - 238}" cy="14" r="4" fill="{HELD}"/><text x="{WIDTH - 229}" y="18" fill="{SOFT}">'
+        f'<circle cx="{WIDTH - 262}" cy="14" r="4" fill="{HELD}"/><text x="{WIDTH - 253}" y="18" fill="{SOFT}">'
         "held-out loss, a seed each</text>",
     ]
     if not cut:
         out.append(f'<line x1="{WIDTH - 78}" x2="{WIDTH - 62}" y1="14" y2="14" stroke="{TRAIN}" stroke-width="2"/>'
                    f'<text x="{WIDTH - 56}" y="18" fill="{SOFT}">training</text>')  # fmt: skip
-    for i in range(5):
-        level = low + i / 4 * (high - low)
+    for level in levels:
         out.append(f'<line x1="{LEFT}" x2="{WIDTH - 14}" y1="{y(level)}" y2="{y(level)}" stroke="{GRID}"/>')
-        out.append(f'<text x="{LEFT - 8}" y="{y(level) + 4}" text-anchor="end" fill="{SOFT}">{level:.2f}</text>')
+        out.append(f'<text x="{LEFT - 8}" y="{y(level) + 4}" text-anchor="end" fill="{SOFT}">{number(level)}</text>')
     if not cut:
         out.append(_line([(x(i), y(statistics.fmean(m.training))) for i, m in enumerate(found)], TRAIN, 1.5))
     out.append(_line([(x(i), y(m.mean)) for i, m in enumerate(found)], HELD, 2))
@@ -344,8 +352,8 @@ def picture(key: str, found: Sequence[Measured]) -> str:
         out += [f'<circle cx="{x(i)}" cy="{y(loss)}" r="3.5" fill="{HELD}" fill-opacity=".6"/>' for loss in m.losses]
         if m.own:
             out.append(f'<circle cx="{x(i)}" cy="{y(m.mean)}" r="9" fill="none" stroke="{INK}"/>')
-        if m.mean > most:
-            out.append(f'<text x="{x(i)}" y="{y(most) - 8}" text-anchor="middle">{m.mean:.2f} ↑</text>')
+        if m.mean > high:
+            out.append(f'<text x="{x(i)}" y="{TOP - 6}" text-anchor="middle">{m.mean:.2f} ↑</text>')
         weight = ' font-weight="600"' if m.own else ""
         out.append(f'<text x="{x(i)}" y="{HEIGHT - 12}" text-anchor="middle"{weight}>{m.value}</text>')
     return "\n".join([*out, "</svg>", ""])

@@ -168,7 +168,7 @@ def effect(axis: Mapping[str, Any], trials: Sequence[Mapping[str, Any]], *, widt
 def _ceiling(losses: Sequence[float]) -> float:
     """The highest loss drawn: a run that diverged must not press all others into one line."""
     middle, low = statistics.median(losses), losses[0]
-    edge = middle + 4 * max(middle - low, 0.02 * abs(low), 1e-9)
+    edge = middle + 8 * max(middle - low, 0.02 * abs(low), 1e-9)
     return max(y for y in losses if y <= edge)
 
 
@@ -201,35 +201,40 @@ def _places(axis: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> tuple
 
 def _table(found: Mapping[str, Any]) -> Markup:
     keys = [axis["key"] for axis in found["axes"]]
-    head = ["place", "trial", *keys, "held-out loss", "difference", "seconds", ""]
+    head = ["trial", *short(keys), "held-out loss", "difference", "seconds"]
     rows = [_cells(row, keys) for row in found["trials"]]
-    right = (1, 2 + len(keys), 3 + len(keys), 4 + len(keys))
-    more = fold(f"{len(rows) - SHOWN} more", table(head, rows[SHOWN:], numbers=right)) if len(rows) > SHOWN else None
+    right = range(1 + len(keys), 4 + len(keys))
+    parts = [table(head, rows[:SHOWN], numbers=right)]
+    if len(rows) > SHOWN:
+        parts.append(fold(f"{len(rows) - SHOWN} more", table(head, rows[SHOWN:], numbers=right)))
+    if failed := [row for row in found["trials"] if row["state"] == "failed"]:
+        parts.append(fold(f"{len(failed)} failed", el("ul", [el("li", f"trial {r['number']}: {r['reason']}") for r in failed])))
     note = (
         "Ranked by the held-out loss of the weights each run ended with. The difference is to the run file's own values; in "
         "brackets its 95 % interval over seeds."
     )
-    return el("section", el("h2", "All settings"), el("p", note, class_="note"), table(head, rows[:SHOWN], numbers=right), more)
+    return el("section", el("h2", "All settings"), el("p", note, class_="note"), parts)
+
+
+def short(keys: Sequence[str]) -> list[str]:
+    """The last part of each key, where those differ."""
+    last = [key.rsplit(".", 1)[-1] for key in keys]
+    return last if len(set(last)) == len(last) else list(keys)
 
 
 def _cells(row: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    loss = number_of(row["loss"]) if row["state"] == "finished" else "-"
     difference = "-"
     if row["difference"] and not row["baseline"]:
         difference = signed(row["difference"]["mean"])
         if row["difference"]["interval"]:
             low, high = row["difference"]["interval"]
             difference += f" ({signed(low)} to {signed(high)})"
+    who = f"{row['number']}, the run file" if row["baseline"] else str(row["number"])
+    loss = (
+        number_of(row["loss"]) if row["ranked"] else "other tokens" if row["state"] == "finished" else word(row).partition(":")[0]
+    )
     seconds = f"{row['seconds']:,.0f}" if row["seconds"] else "-"
-    return [
-        str(row["place"] or "-"),
-        str(row["number"]),
-        *(str(row["values"][key]) for key in keys),
-        loss,
-        difference,
-        seconds,
-        word(row),
-    ]
+    return [who, *(str(row["values"][key]) for key in keys), loss, difference, seconds]
 
 
 def number_of(loss: float | None) -> str:

@@ -173,11 +173,9 @@ def _print(result: Result, console: Console) -> None:
     found = result.found
     keys = [axis["key"] for axis in found["axes"]]
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    heads = ["", "trial", *keys, "held-out loss", "difference", ""]
-    for head in heads:
-        shown.add_column(
-            head, justify="right" if head in ("trial", "held-out loss", "difference") else "left", no_wrap=head not in keys
-        )
+    for head in ("", "trial", *sweep_page.short(keys), "held-out loss", "difference"):
+        shown.add_column(head, justify="right" if head in ("trial", "held-out loss", "difference") else "left", no_wrap=True)
+    shown.add_column("", overflow="fold")
     for row in result.trials[:SHOWN]:
         shown.add_row(*cells(row, keys))
     console.print(shown)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 TRIALS = 20  # settings drawn from ranges when --trials does not say
 CORNERS = 64  # plans looked at before anything runs
+WHOLE = 4  # trials that are never stopped, the run file's own first: what others are measured against
 FIRST_RUNG, KEPT = 25, 2  # successive halving: at 25 % and at 50 % of a run the better half of those that came so far goes on
 SAME = 50  # draws in a row that were tried already: then there is nothing new
 POLL = 0.2  # seconds between looks at the runs
@@ -345,8 +346,8 @@ class Sweep:
                 continue
             slot.reported = percent
             slot.trial.report(loss, percent)
-            worse = slot.trial.should_prune()  # also asked of the run file's own values: others are measured against them
-            if worse and not slot.baseline:
+            worse = slot.trial.should_prune()  # also asked of those that are never stopped: others are measured against them
+            if worse and not slot.baseline and slot.trial.number >= WHOLE:
                 slot.trial.set_user_attr("pruned_at", percent)
                 job.stop()
 
