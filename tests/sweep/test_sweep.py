@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -162,6 +163,27 @@ def test_another_sweep_or_other_files_in_the_folder(tiny, tmp_path, trainer):
     (other / "sweep" / "letter.txt").write_text("dear")
     with pytest.raises(RunError, match="holds no sweep"):
         sweep(tiny, other, "lora.rank=4,8")
+
+
+def test_other_rows_are_another_sweep_but_another_day_is_not(tiny, tmp_path, trainer, monkeypatch):
+    from tunesmith.sweep import study
+
+    sweep(tiny, tmp_path, "lora.rank=4,8", prune=False)
+    config = tiny.config(tmp_path / "run", data={"train": str(tiny.rows(tmp_path / "train.jsonl", 20))})
+    sweep(tiny, tmp_path / "b", "lora.rank=4,8", prune=False, config=config)
+    tiny.rows(tmp_path / "train.jsonl", 21)
+    with pytest.raises(RunError, match="started with another: the data"):
+        sweep(tiny, tmp_path / "b", "lora.rank=4,8", prune=False, config=config)
+    real = study.datetime
+
+    class Tomorrow(real.date):
+        @classmethod
+        def today(cls):
+            return real.date(2030, 1, 1)
+
+    monkeypatch.setattr(study, "datetime", SimpleNamespace(date=Tomorrow))
+    before = len(names(trainer))
+    assert len(sweep(tiny, tmp_path, "lora.rank=4,8", prune=False).trials) == 2 and len(names(trainer)) == before
 
 
 def test_without_optuna(tiny, tmp_path, monkeypatch):

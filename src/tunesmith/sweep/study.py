@@ -163,7 +163,7 @@ class Sweep:
         about = {
             "run": sha256(text), "axes": [asdict(a) for a in self.axes], "seeds": self.seeds, "prune": options.prune, **self.prints,
         }  # fmt: skip
-        about = json.loads(json.dumps(about))
+        about = json.loads(json.dumps(about)) | {"date": datetime.date.today().isoformat()}
         storage = optuna.storages.RDBStorage(f"sqlite:///{self.folder / 'sweep.db'}")
         with suppress_experimental():
             pruner = optuna.pruners.SuccessiveHalvingPruner(FIRST_RUNG, KEPT) if options.prune else optuna.pruners.NopPruner()
@@ -176,6 +176,8 @@ class Sweep:
                 n_startup_trials=max(4, min(10, (options.trials or TRIALS) // 3)), seed=(self.config.seed + done) % 2**32
             )
         was = self.study.user_attrs.get("about")
+        if was is not None and was["date"] != about["date"]:  # a template may say the date: then the rows read otherwise each day
+            about |= {"date": was["date"], "data": was["data"]}
         if was is not None and was != about:
             names = {"run": "the run file", "axes": "the settings tried", "seeds": "--seeds", "prune": "--no-prune",
                      "data": "the data", "base": "the base model"}  # fmt: skip
