@@ -10,7 +10,8 @@ def row(number, value, loss, **changes):
     made = {
         "number": number, "values": {"lora.rank": value}, "changes": {"lora.rank": value}, "baseline": number == 0,
         "state": "finished" if loss else "failed", "loss": loss, "losses": [loss], "tokens": [9], "seconds": 3.0,
-        "stopped_at": None, "reason": "", "folders": [], "curves": [[[0, 5.0], [100, loss or 4.0]]], "ranked": bool(loss), "place": number + 1,
+        "stopped_at": None, "reason": "", "folders": [], "curves": [[[0, 5.0], [100, loss or 4.0]]],
+        "ranked": bool(loss), "place": number + 1,
         "difference": None,
     }  # fmt: skip
     return made | changes
