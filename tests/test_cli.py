@@ -65,6 +65,7 @@ def calls(monkeypatch):
             "check": SimpleNamespace(print=lambda console: console.print("checked"), exit_code=1),
             "prepare": SimpleNamespace(print=lambda console: console.print("prepared")),
             "plan": SimpleNamespace(print=lambda console: console.print("planned"), fits=True),
+            "sweep": SimpleNamespace(print=lambda console: console.print("swept")),
             "train": SimpleNamespace(path=Path("runs/a")),
             "generate": ["[bold]one[/bold]", "[/] two"],
             "merge": Path("out"),
@@ -86,6 +87,7 @@ def calls(monkeypatch):
 
     for name in made.answers:
         monkeypatch.setattr(api, name, remember(name))
+    monkeypatch.setattr(api, "advice", lambda *args: ["mind this"])
     return made
 
 
@@ -130,6 +132,15 @@ def calls(monkeypatch):
             ("plan", ("o/m",), {"gpu": None, "context": 4096, "page": "p.html", "probe": False}),
             0,
         ),
+        (
+            "sweep run.yaml lora.rank=8,16 train.epochs=1..3:int --trials 9 --jobs 2 --no-prune --out o",
+            (
+                "sweep",
+                ("run.yaml", "lora.rank=8,16", "train.epochs=1..3:int"),
+                {"trials": 9, "jobs": 2, "seeds": 1, "prune": False, "out": Path("o")},
+            ),
+            0,
+        ),
         ("train run.yaml a.b=-1 c.d=[x] --resume", ("train", ("run.yaml", "a.b=-1", "c.d=[x]"), {"resume": True}), 0),
         ("merge runs/a out --onto dense", ("merge", ("runs/a", "out"), {"onto": "dense"}), 0),
         ("report runs/a", ("report", ("runs/a",), {}), 0),
@@ -145,6 +156,11 @@ def calls(monkeypatch):
 def test_verbs_pass_on_what_was_said(calls, line, call, code):
     assert cli.main(line.split()) == code
     assert calls.list == [call]
+
+
+def test_plan_says_advice_after_the_plan(calls, capsys):
+    assert cli.main(["plan", "run.yaml"]) == 0
+    assert capsys.readouterr().out == "planned\nadvice  mind this\n"
 
 
 def test_generate_takes_prompts_from_both_and_prints_answers_as_they_are(calls, tmp_path, capsys):

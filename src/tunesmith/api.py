@@ -24,6 +24,7 @@ from tunesmith.errors import ConfigError, RunError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tunesmith.advice import Advice
     from tunesmith.data.mend.folder import Mended
     from tunesmith.data.report import CheckReport
     from tunesmith.devices import Device
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from tunesmith.fits import Fits
     from tunesmith.plan import Plan
     from tunesmith.run import Run
+    from tunesmith.sweep.result import Result
 
 Config = str | Path | dict[str, Any] | RunConfig
 
@@ -246,6 +248,21 @@ def _page_at(page: str | Path | None) -> Path | None:
     return check_page.place(page) if page is not None else None
 
 
+def advice(config: Config, *overrides: str) -> list[Advice]:
+    """What is questionable in a run file for its rows, with reasons and sources; empty for a model alone. At most three."""
+    from tunesmith.advice import Job, advise
+    from tunesmith.data.prepare import cached_lengths
+    from tunesmith.hub import resolve_model
+    from tunesmith.spec import plan_spec
+
+    if _no_run_file(config):
+        return []
+    settings = _load(config, overrides)
+    base = resolve_model(settings.model, weights=False)
+    lengths = cached_lengths(settings.data, base.path, settings.seed)
+    return advise(Job(settings, None if lengths is None else len(lengths), plan_spec(base.path).dim))
+
+
 def _what_fits(model: str, overrides: Sequence[str], gpu: str | None, context: int | None, page: str | Path | None) -> Fits:
     from tunesmith.devices import local_device, parse_device
     from tunesmith.fits import what_fits
@@ -289,6 +306,44 @@ def train(config: Config, *overrides: str, resume: bool = False, console: Consol
         resume = False
     with run.lock():
         return tune(settings, run, resume=resume, console=screen)
+
+
+def sweep(
+    config: Config,
+    *settings: str,
+    trials: int | None = None,
+    jobs: int = 1,
+    seeds: int = 1,
+    prune: bool = True,
+    out: str | Path | None = None,
+    console: Console | None = None,
+) -> Result:
+    """Train with many settings and rank them by held-out loss: `lora.rank=8,16,64`, `train.learning_rate=1e-4..1e-3`.
+
+    Lists alone: every combination; with a range, `trials` settings (20) that Optuna draws, beside the run file's own, which come
+    first. `prune` stops at 25 and at 50 % of a run what is among the worse half there. `seeds` repeats each setting, `jobs` run at
+    once. Each trial is a run folder in `out` (`<output>-sweep`). The same call goes on with a sweep that was stopped or killed.
+    Returns the result: `.trials` best first, `.best` (a run file), `.print(console)`. Raises as `train` does; Interrupted once all
+    is saved; TrainingFailed when every setting failed. Needs the `sweep` extra.
+    """
+    from tunesmith.sweep.result import finish, require_one
+    from tunesmith.sweep.space import space
+    from tunesmith.sweep.study import Options, Sweep, own_folder
+
+    for name, value in (("trials", trials), ("jobs", jobs), ("seeds", seeds)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: must be 1 or more", f"write --{name} 1, or drop it")
+    found, axes = space(_load(config), settings)
+    folder = Path(out) if out else Path(f"{found.output}-sweep")
+    work = Sweep(found, axes, folder, Options(trials, jobs, seeds, prune), _console(console))
+    work.check()
+    with own_folder(folder):
+        work.open()
+        try:
+            work.go()
+        finally:
+            result = finish(work)
+    return require_one(result)
 
 
 def generate(
@@ -364,4 +419,18 @@ def stream(model: str | Path, prompt: str, **settings: Any) -> Iterator[str]:
     yield from Talker.open(model, adapter=adapter).stream([{"role": "user", "content": prompt}], **settings)
 
 
-__all__ = ["chat", "check", "doctor", "explain", "generate", "init", "merge", "plan", "prepare", "report", "stream", "train"]
+__all__ = [
+    "chat",
+    "check",
+    "doctor",
+    "explain",
+    "generate",
+    "init",
+    "merge",
+    "plan",
+    "prepare",
+    "report",
+    "stream",
+    "sweep",
+    "train",
+]

@@ -187,8 +187,12 @@ def plan(
 
     tunesmith plan mistralai/Mistral-7B-v0.3 --gpu 24GB --context 8192 --page fits.html
     """
+    from tunesmith.api import advice
+
     planned = tunesmith.plan(config, *overrides, gpu=gpu, context=context, page=page, probe=probe)
     planned.print(_console())
+    for line in advice(config, *overrides):
+        _say(f"advice  {line}")
     return 0 if planned.fits else 2
 
 
@@ -202,6 +206,37 @@ def train(
     """Tune as the run file says."""
     run = tunesmith.train(config, *overrides, resume=resume, console=_console())
     _say(f"\nRun folder  {run.path}\nReport      {run.path / 'report.html'}\nTalk to it  tunesmith chat {run.path}")
+
+
+@verb
+def sweep(
+    config: RunFile,
+    /,
+    *settings: Annotated[
+        str, Parameter(help="key=a,b,c or key=lo..hi (:int, :linear or :log may follow); one value alone is an override.")
+    ],
+    trials: Annotated[
+        int | None,
+        Parameter(
+            help="Settings to draw, beside the run file's own. Else every combination of lists, or 20 where there is a range."
+        ),
+    ] = None,
+    jobs: Annotated[int, Parameter(help="Runs at once, where they fit.")] = 1,
+    seeds: Annotated[int, Parameter(help="Repeat each setting with so many seeds: tells an effect from luck.")] = 1,
+    prune: Annotated[
+        bool, Parameter(help="Stop at 25 and 50 % of a run what is among the worse half there (successive halving).")
+    ] = True,
+    out: Annotated[Path | None, Parameter(help="The sweep's folder. Else <output>-sweep.", show_default=False)] = None,
+) -> None:
+    """Train with many settings, rank them by held-out loss, draw what each setting does. The same command goes on after a stop.
+
+    tunesmith sweep run.yaml lora.rank=8,16,64 train.learning_rate=1e-4..1e-3
+
+    tunesmith sweep run.yaml lora.rank=8,64 train.epochs=1,3 --seeds 3 --no-prune --jobs 2
+    """
+    tunesmith.sweep(config, *settings, trials=trials, jobs=jobs, seeds=seeds, prune=prune, out=out, console=_console()).print(
+        _console()
+    )
 
 
 @verb

@@ -29,6 +29,7 @@ from tunesmith.files import write_atomic
 from tunesmith.run import Run
 
 ANSWER = 80  # tokens of an answer: the longest in the data has 58
+DATA = files("tunesmith") / "assets" / "demo"
 COLUMNS = ("base", "with system prompt", "tuned")
 NOTE = (
     "Style is every rule kept at once. An answer is from the manual when it holds the facts that were asked for: tuning on a few "
@@ -42,19 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_args(argv)
     console = Console()
-    data = files("tunesmith") / "assets" / "demo"
-    config = {
-        "model": "embedded",
-        "data": {"train": str(data / "train.jsonl"), "held_out": str(data / "held_out.jsonl"), "max_length": 512},
-        "method": "qlora",
-        "output": str(next(p for n in count(1) if not (p := Path(f"runs/demo-{n}")).exists())),
-        "train": {"epochs": 2, "batch_size": 16, "learning_rate": 4e-3},  # 2e-3 kept the style in 55 % of the answers
-        "eval": {"samples": 1, "sample_tokens": 64, "every_steps": 20},  # writing answers is half of the time on a CPU
-    }
+    output = str(next(p for n in count(1) if not (p := Path(f"runs/demo-{n}")).exists()))
     try:
-        run = api.train(config, *args.overrides, console=console)
+        run = api.train(config(output), *args.overrides, console=console)
         if rows := questions(run):
-            compare(run, rows, Style.load(Path(str(data / "style.json"))), console)
+            compare(run, rows, Style.load(Path(str(DATA / "style.json"))), console)
     except TunesmithError as e:
         console.print(f"error: {e}", style="red", markup=False)
         return e.exit_code
@@ -62,6 +55,18 @@ def main(argv: list[str] | None = None) -> int:
     for name, text in (("run", path), ("report", os.path.join(path, run.report.name)), ("talk", f"tunesmith chat {path}")):
         console.print(f"[bold]{name:<8}[/]{escape(text)}", soft_wrap=True, highlight=False)
     return 0
+
+
+def config(output: str) -> dict[str, Any]:
+    """The demo's run file."""
+    return {
+        "model": "embedded",
+        "data": {"train": str(DATA / "train.jsonl"), "held_out": str(DATA / "held_out.jsonl"), "max_length": 512},
+        "method": "qlora",
+        "output": output,
+        "train": {"epochs": 2, "batch_size": 16, "learning_rate": 4e-3},  # 2e-3 kept the style in 55 % of the answers
+        "eval": {"samples": 1, "sample_tokens": 64, "every_steps": 20},  # writing answers is half of the time on a CPU
+    }
 
 
 def questions(run: Run) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from rich.text import Text
 from torch import nn
 
 from tunesmith import adapters, models
+from tunesmith.advice import Job, advise, answers_of
 from tunesmith.config.schema import INSIDE, RunConfig
 from tunesmith.data.pack import steps
 from tunesmith.data.prepare import Prepared, prepare
@@ -130,6 +131,10 @@ def _open(config: RunConfig, run: Run, *, resume: bool, console: Console) -> _Se
                template_sha256=sha256(renderer.template), device=where.describe(), dtype=where.precision)  # fmt: skip
     _keep_account(run, prepared)
     _describe(prepared, renderer, console, show=not resume)
+    if not resume:
+        answers = answers_of(prepared.conversations()) if len(prepared.held_out) else ()
+        for advice in advise(Job(config, prepared.epoch_size, plan_spec(base.path).dim, answers)):
+            _line(console, "advice", str(advice))
     plan = plan_for(config, base.path, prepared.train.lengths)
     _line(console, "plan", plan.verdict)
     if plan.device.kind == "cuda" or plan.path == "half-blocks":

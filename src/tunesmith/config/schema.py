@@ -407,6 +407,10 @@ class Train(Section):
     )
     """Bit-identical on one GPU at some cost in speed (a CPU always is)."""
 
+    def rate(self, method: str) -> float:
+        """The peak rate: as given, or the method's usual one. LoRA wants about ten times that of full (Schulman et al. 2025)."""
+        return self.learning_rate if self.learning_rate != "auto" else {"full": 2e-5}.get(method, 2e-4)
+
     def steps(self, examples: int) -> int:
         """Optimiser steps of a run whose epoch has so many examples."""
         return self.max_steps or max(1, math.ceil(math.ceil(examples / self.batch_size) * self.epochs))

@@ -48,8 +48,21 @@ def paired_bootstrap(
     return difference, float(lo), float(hi)
 
 
+def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """(mean, lo, hi) of a few values by Student's t; one value says nothing of its spread: (-inf, inf)."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, -math.inf, math.inf
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    half = t_quantile(level, len(values) - 1) * deviation / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
 def t_quantile(level: float, freedom: int) -> float:
-    """Student's two-sided quantile by the Cornish-Fisher series (Abramowitz and Stegun 26.7.5): within 2 % from 3 degrees on."""
+    """Student's two-sided quantile by the Cornish-Fisher series (Abramowitz and Stegun 26.7.5): within 2 % from 3 degrees
+    on; exact for 1 and 2."""
+    if freedom <= 2:
+        return math.tan(math.pi * level / 2) if freedom == 1 else level * math.sqrt(2 / (1 - level**2))
     z = _normal_quantile(0.5 + level / 2)
     terms = (
         z,

@@ -42,8 +42,8 @@ def schedule(kind: str, step: int, total: int, warmup_ratio: float) -> float:
 
 
 def learning_rate(train: Train, method: str) -> float:
-    """The peak rate: as given, or the method's usual one. LoRA wants about ten times that of full (Schulman et al. 2025)."""
-    return train.learning_rate if train.learning_rate != "auto" else {"full": 2e-5}.get(method, 2e-4)
+    """The peak rate: as given, or the method's usual one."""
+    return train.rate(method)
 
 
 class Flat:
