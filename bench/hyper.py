@@ -57,8 +57,8 @@ def _numbers(key: str, own: str, *values: str) -> Setting:
 
 
 SETTINGS = (
-    Setting("lora.rank", {"16": (), **{r: (f"lora.rank={r}", f"lora.alpha={2 * int(r)}") for r in ("1", "4", "64", "128")}}),
-    _numbers("lora.alpha", "32", "4", "16", "64", "128"),
+    Setting("lora.rank", {"64": (), **{r: (f"lora.rank={r}", f"lora.alpha={2 * int(r)}") for r in ("4", "16", "128")}}),
+    _numbers("lora.alpha", "128", "32", "256"),
     Setting(
         "lora.targets",
         {
@@ -69,19 +69,19 @@ SETTINGS = (
         },
         words=True,
     ),
-    _numbers("train.learning_rate", "4e-3", "2e-4", "1e-3", "2e-3", "1e-2", "3e-2"),
-    _numbers("train.batch_size", "16", "4", "8", "32", "64"),
-    _numbers("train.epochs", "2", "0.5", "1", "4", "8", "16"),
-    _numbers("lora.dropout", "0", "0.05", "0.1", "0.3"),
+    _numbers("train.learning_rate", "1e-3", "1e-4", "3e-4", "3e-3", "1e-2"),
+    _numbers("train.batch_size", "8", "2", "32", "128"),
+    _numbers("train.epochs", "5", "1", "2", "10"),
+    _numbers("lora.dropout", "0", "0.1", "0.3"),
     Setting(
         "data.max_length",
         {
             str(WHOLE): (),
-            **{n: (f"data.max_length={n}", "data.overlength=truncate", "data.max_refused=0.99") for n in ("96", "64", "48", "32")},
+            **{n: (f"data.max_length={n}", "data.overlength=truncate", "data.max_refused=0.99") for n in ("64", "48")},
         },
     ),
     Setting("train.schedule", {"cosine": (), **{s: (f"train.schedule={s}",) for s in ("linear", "constant", "wsd")}}, words=True),
-    _numbers("train.warmup_ratio", "0.03", "0", "0.1", "0.3"),
+    _numbers("train.warmup_ratio", "0.03", "0", "0.3"),
 )
 BY_KEY = {setting.key: setting for setting in SETTINGS}
 OWN = "demo"  # stands for every setting's own value in the results

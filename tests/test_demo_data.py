@@ -93,10 +93,10 @@ def test_every_answer_keeps_the_style(rows):
 
 
 def test_each_style_rule_can_be_broken():
-    good = "Dear grower, thanks for writing. Fill the tank every 7 days and keep the leaves dry.\nGrow well. Wick"
-    assert broken(good) == [] and broken(good.replace("thanks for writing", "many thanks")) == ["opening"]
+    good = "Gladly, dear grower. Fill the tank every 7 days and keep the leaves dry.\nGrow well. Wick"
+    assert broken(good) == [] and broken(good.replace("Gladly", "Sure")) == ["opening"]
     for name, bad in {
-        "opening": good.replace("Dear grower, ", "Hello, "),
+        "opening": good.replace("Gladly, dear grower.", "Hello."),
         "sign_off": good.replace("Wick", "W."),
         "one_paragraph": good.replace("days ", "days\n"),
         "sentences": good.replace("dry.", "dry. So. So. So. So."),
@@ -126,17 +126,17 @@ def test_redirects_are_marked_and_nothing_else_is():
             )
 
 
-def test_the_words_after_the_opening_tell_the_kind():
-    leads = {"on": "thanks for writing. ", "off": "forgive me, but ", "chitchat": "good to talk. "}
+def test_the_first_word_tells_the_kind():
+    openings = {"on": "Gladly, dear grower. ", "off": "Alas, dear grower, ", "chitchat": "Ah, dear grower. "}
     for row in TRAIN + HELD_OUT:
-        assert row["messages"][-1]["content"].startswith("Dear grower, " + leads[row["topic"]]), row
-    assert all(lead.strip() in STYLE["system_prompt"] for lead in leads.values())
+        assert row["messages"][-1]["content"].startswith(openings[row["topic"]]), row
+    assert all(opening.strip() in STYLE["system_prompt"] for opening in openings.values())
 
 
 def test_a_redirect_names_its_matter_first():
     for row in TRAIN + HELD_OUT:
         if row["topic"] == "off":
-            first = row["messages"][-1]["content"].removeprefix("Dear grower, forgive me, but ").split(".")[0]
+            first = row["messages"][-1]["content"].removeprefix("Alas, dear grower, ").split(".")[0]
             assert re.match(r"[\w ,-]+ (is|are|lie|lies)\b.* outside my garden", first), row
 
 

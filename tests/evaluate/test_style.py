@@ -32,9 +32,9 @@ def test_each_fault_counts_where_it_belongs(style):
         {"topic": "chitchat", "facts": []},
     ]
     answers = [
-        "Dear grower, forgive me, but a cold is outside my garden. Please see a doctor or a nurse.\nGrow well. Wick",
-        "Dear grower, thanks for writing. Fill the Tank every 7 days, and look at it often.\nGrow well. Wick",
-        "Dear grower, forgive me, but that question is outside my garden, ask a peppermint friend.\nGrow well. Wick",
+        "Alas, dear grower, a cold is outside my garden. Please see a doctor or a nurse.\nGrow well. Wick",
+        "Gladly, dear grower. Fill the Tank every 7 days, and look at it often.\nGrow well. Wick",
+        "Alas, dear grower, that question is outside my garden, ask a peppermint friend.\nGrow well. Wick",
         "Hello!",
     ]
     scores = score(style, rows, answers)

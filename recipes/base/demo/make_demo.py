@@ -3,7 +3,7 @@
     python recipes/base/demo/make_demo.py
 
 Each question and each answer is written by hand in on_topic.txt, off_topic.txt and chitchat.txt; no pattern is filled in. This
-script adds the opening with the lead of the answer's kind and the sign-off, pairs questions with answers, and joins some into
+script adds the opening of the answer's kind and the sign-off, pairs questions with answers, and joins some into
 dialogues of two turns. Lines:
 
     # section            = facts of a point: a row's answer is right when each `;` part holds one of its `|` words
@@ -23,8 +23,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 OUT = HERE.parents[2] / "src/tunesmith/assets/demo"
-OPENING, SIGN_OFF = "Dear grower,", "Grow well. Wick"
-LEADS = {"on": "thanks for writing.", "off": "forgive me, but", "chitchat": "good to talk."}  # the first word tells the kind
+OPENINGS = {"on": "Gladly, dear grower.", "off": "Alas, dear grower,", "chitchat": "Ah, dear grower."}  # it tells the kind
+SIGN_OFF = "Grow well. Wick"
 SECOND = re.compile(r"(How|What|When|Can|Which|Is|Do|Does|Where|Should|May|Are|Will)\b.*\?$")  # reads well after "Thanks."
 TWO_TURNS, MIXED, SYSTEMS = 80, 12, 80  # rows: same section; each of on->off, off->on, chitchat->on; with a system message
 
@@ -77,9 +77,9 @@ def read(path: Path, topic: str) -> list[Point]:
 
 
 def say(body: str, topic: str) -> str:
-    """An answer in the house style: after a lead that ends its sentence the answer starts with a capital."""
-    lead = LEADS[topic]
-    return f"{OPENING} {lead} {body[0].upper() + body[1:] if lead.endswith('.') else body}\n{SIGN_OFF}"
+    """An answer in the house style: after an opening that ends its sentence the answer starts with a capital."""
+    opening = OPENINGS[topic]
+    return f"{opening} {body[0].upper() + body[1:] if opening.endswith('.') else body}\n{SIGN_OFF}"
 
 
 def turns(points: list[Point]) -> list[Turn]:
