@@ -37,7 +37,7 @@ ODD = [
 @pytest.fixture(scope="module")
 def recipe():
     """The scripts as modules; their folder is on the path only while they load (as when run), so their names do not stay behind."""
-    names = ("prepare", "drills", "tokenizer", "make_config", "init_weights", "instruct", "average")
+    names = ("prepare", "drills", "tokenizer", "make_config", "init_weights", "instruct", "gist", "average")
     assert not [name for name in names if name in sys.modules]
     sys.path.insert(0, str(RECIPE))
     try:
@@ -356,12 +356,50 @@ def test_scope_rows_say_what_a_question_is_about_and_keep_to_a_subject(recipe, d
     assert row["messages"][1]["content"] == "Gout is a kind of arthritis that comes and goes."
 
 
+def test_gist_rows_name_what_a_text_is_about_and_begin_as_they_are_told(recipe, data, tmp_path):
+    gist, folder = recipe["gist"], tmp_path / "data"
+    shutil.copytree(data, folder)
+    own = {
+        "the stars": "Planets turn around their star in long and quiet years {}.",
+        "trade": "Prices rise when many want what few sell {}.",
+    }
+    with lzma.open(folder / "pretrain/openstax_ccby.jsonl.xz", "wt", encoding="utf-8") as out:
+        for title, subject in (("Astronomy 2e", "the stars"), ("Principles of Economics 3e", "trade")):
+            for i in range(60):
+                text = (
+                    f"About OpenStax\n\nAbout {title}" if i == 0 else "\n".join(own[subject].format(f"{i} {n}") for n in range(3))
+                )
+                out.write(json.dumps({"text": text, "path": f"{subject}/{i}"}) + "\n")
+    sentences = gist.textbook_sentences(folder)
+    assert set(sentences) == set(own) and all(text.startswith(own[s][:9]) for s, texts in sentences.items() for text in texts)
+    held_out = recipe["prepare"].held_out_keys("openstax", {f"{s}/{i}" for s in own for i in range(60)})
+    kept = {s: sum(f"{s}/{i}" not in held_out for i in range(1, 60)) for s in own}
+    assert {s: len(texts) for s, texts in sentences.items()} == {s: 3 * n for s, n in kept.items()}
+    begins = {"same": 0, "other": 0}
+    for row in gist.rows(folder, random.Random(0), 600):
+        *before, text, answer = (m["content"] for m in row["messages"])
+        subject = next((s for s in own if own[s][:9] in text), None)
+        if "Group A" in text:
+            of = {letter: re.search(rf"Group {letter}: (.{{9}})", text)[1] for letter in "AB"}
+            asked = re.search(r"(?:belong\?\n|group: )(.{9})", text)[1]
+            assert of[answer[0]] == asked or asked not in of.values()
+        elif "words" in text and ", " in answer:
+            assert all(word in text.lower() for word in answer.split(", "))
+        elif subject and before and (told := re.search(r'"([^"]+)".*"([^"]+)"', before[0])):
+            same = subject in before[0]
+            begins["same" if same else "other"] += 1
+            assert answer.lower().startswith(told[1 if same else 2].lower() + ",") and subject in answer
+        elif subject:
+            assert subject in answer.lower()
+    assert min(begins.values()) > 5, begins
+
+
 @pytest.mark.parametrize("name", ["pretrain", "instruct", "reading"])
 def test_run_files_are_valid_and_follow_each_other(recipe, name):
     config = RunConfig.model_validate(yaml.safe_load((RECIPE / f"{name}.yaml").read_text()))
     texts = [*recipe["prepare"].SOURCES.values(), "drills"]
     made = {f".cache/base/train/{source}.jsonl" for source in texts}
-    made |= {f".cache/base/{rows}.jsonl" for rows in ("instruct", "drills", "scope", "tales", "reading")}
+    made |= {f".cache/base/{rows}.jsonl" for rows in ("instruct", "drills", "scope", "gist", "tales", "reading")}
     assert config.method == "full" and {source.path for source in config.data.train} <= made
     before = {"pretrain": ".cache/base/init", "instruct": "runs/base-1-pretrain/model", "reading": "runs/base-2-instruct/model"}
     assert config.model == before[name]

@@ -97,7 +97,7 @@ def rows(data: Path, draw: random.Random, count: int) -> list[Row]:
             out.append(chat(text, f"{begin[0].upper()}{begin[1:]}, {then}.", system[0].upper() + system[1:]))
         elif kind < 0.9:
             other = draw.choice([n for n in names if n != about])
-            groups = [(n, draw.sample(texts[n], 2)) for n in draw.sample((about, other), 2)]
+            groups = [(n, draw.sample(texts[n], min(2, len(texts[n])))) for n in draw.sample((about, other), 2)]
             shown = "\n".join(
                 f"Group {letter}: {' '.join(map(str.strip, two))}" for letter, (_, two) in zip("AB", groups, strict=True)
             )

@@ -45,6 +45,7 @@ PACKED = (
     "instruct.jsonl",
     "drills.jsonl",
     "scope.jsonl",
+    "gist.jsonl",
     "tales.jsonl",
     "reading.jsonl",
     "reading_held_out.jsonl",
