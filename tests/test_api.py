@@ -129,6 +129,16 @@ def test_the_demo_names_run_losses_and_one_prompt(tiny, tmp_path, capsys, monkey
     assert demo.main(["model=nowhere/at/all"]) == 2
 
 
+def test_a_larger_model_takes_the_defaults_in_the_demo_and_nothing_else_changes():
+    from tunesmith import demo
+    from tunesmith.config.load import load
+
+    small, large = load(demo.config("o")), load(demo.config("o", "some/model"))
+    assert (small.lora.rank, small.train.epochs, large.model) == (64, 5, "some/model")
+    assert (large.lora, large.train) == (type(large.lora)(), type(large.train)())
+    assert (small.data, small.method) == (large.data, large.method) and small.eval == large.eval
+
+
 def test_the_demo_ends_with_its_table_on_the_page_too(tiny, tmp_path, capsys, monkeypatch):
     """The base, the base with a system prompt and the tuned model answer rows that say their topic."""
     from tunesmith import demo
