@@ -172,6 +172,23 @@ def test_no_code_from_the_folder_and_no_pickles(tmp_path, bert):
         Embedder("no/such/folder/at/all")
 
 
+def test_a_hub_model_is_pinned_and_found_again_without_the_hub(tmp_path, docs, bert, monkeypatch):
+    """A stand-in for the hub: the cache's folder of a commit."""
+    from tunesmith import hub
+
+    commit, asked = "a" * 40, []
+    snapshot = tmp_path / "cache" / commit
+    snapshot.parent.mkdir()
+    snapshot.symlink_to(bert[0])
+    monkeypatch.setattr(hub, "_snapshot", lambda **how: asked.append(how) or str(snapshot))
+    first = Embedder("o/m")
+    assert first.name == f"o/m@{commit}" and "1_Pooling/config.json" in asked[1]["allow_patterns"]
+    assert not any("local_files_only" in how for how in asked)
+    asked.clear()
+    again = Embedder(first.name, offline=True)
+    assert again.identity == first.identity and all(how["local_files_only"] and how["revision"] == commit for how in asked)
+
+
 def test_words_need_no_torch(tmp_path, docs):
     code = f"""
 import sys

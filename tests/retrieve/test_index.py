@@ -1,5 +1,6 @@
 """The index: what is read and what is not, incremental, hostile questions and names, killed while adding, other people's files."""
 
+import math
 import os
 import random
 import signal
@@ -195,11 +196,38 @@ def test_a_large_index_drops_the_commonest_words_only(tmp_path, monkeypatch):
                 index.store.replace(f"{n}", "", [Chunk(0, len(text), text)])
         every = index.search("common rare half", k=60)
         assert len(every) == 60 and "rare" in every[0].text
+        monkeypatch.setattr(sqlite, "SMALL", 0)
         monkeypatch.setattr(sqlite, "POSTINGS", 40)
         some = index.search("common rare half generalisation", k=60)
         assert len(some) == 30 and some[0].id == every[0].id
         assert len(index.search("common", k=60)) == 60, "the rarest word is always asked for"
         assert index.search("nowhere", k=60) == []
+
+
+def test_a_small_index_scores_as_lucene_does(tmp_path, monkeypatch):
+    from tunesmith.retrieve import sqlite
+    from tunesmith.retrieve.chunks import Chunk
+
+    texts = ["pump pump pump valve", "pump red fox", "pump"]
+    with Index.create_or_open(tmp_path / "i.sqlite") as index:
+        with index.store.changes():
+            for n, text in enumerate(texts):
+                index.store.replace(f"{n}", "", [Chunk(0, len(text), text)])
+        found = {p.document: p.score for p in index.search("pump valve")}
+        average = sum(len(t.split()) for t in texts) / 3
+        for n, text in enumerate(texts):
+            expected = 0.0
+            for word, holds in (("pump", 3), ("valve", 1)):
+                tf = text.split().count(word)
+                weight = math.log(1 + (3 - holds + 0.5) / (holds + 0.5))
+                expected += weight * tf * 2.2 / (tf + 1.2 * (0.25 + 0.75 * len(text.split()) / average))
+            assert found[f"{n}"] == pytest.approx(expected)
+        assert [p.document for p in index.search("pump")] == ["0", "2", "1"], (
+            "all hold it; who says it more often and in less comes first"
+        )
+        rows = index.store.lexical(["fox"], 5)
+        monkeypatch.setattr(sqlite, "SMALL", 0)
+        assert [r for r, _ in index.store.lexical(["fox"], 5)] == [r for r, _ in rows]
 
 
 def test_fuse_by_hand():

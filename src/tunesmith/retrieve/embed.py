@@ -24,22 +24,26 @@ LONGEST = 512  # tokens, where the folder does not say
 
 
 class Embedder:
-    """`Embedder(name)(texts)` -> float32 [texts, width], each of length 1. `identity` tells one model from another.
+    """`Embedder(name)(texts)` -> float32 [texts, width], each of length 1. `identity` tells one model from another,
+    `name` finds it again. `offline`: a hub id is not asked of the hub.
 
     ModelError: no such model, no encoder, needs code from its folder; MissingExtra: transformers is not installed.
     """
 
-    def __init__(self, name: str | Path):
-        folder = resolve_model(name, beside=BESIDE).path
+    def __init__(self, name: str | Path, *, offline: bool = False):
+        found = resolve_model(name, beside=BESIDE, offline=offline)
+        folder = found.path
         try:
             import torch
             from tokenizers import Tokenizer
-            from transformers import AutoModel
+            from transformers import AutoModel, logging
         except ImportError:
             raise MissingExtra("an embedding model needs transformers, which is not installed", install("retrieve")) from None
-        self._torch, self.name = torch, str(name)
+        self._torch = torch
+        self.name = f"{found.name}@{found.revision}" if found.revision else str(folder.absolute())
         if not (folder / "tokenizer.json").is_file():
             raise ModelError(f"{name}: no tokenizer.json in it", "name an encoder with a fast tokenizer, such as all-MiniLM-L6-v2")
+        logging.disable_progress_bar()  # a bar for 0.1 s
         try:
             self._model = AutoModel.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32

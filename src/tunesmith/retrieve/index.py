@@ -99,8 +99,7 @@ class Index:
         if known not in (None, embedder.identity):
             raise DataError(f"{self.path}: was made with another embedding model", "leave out --model, or make a new index")
         if known is None:
-            name = str(Path(model).expanduser().absolute()) if Path(model).expanduser().is_dir() else str(model)
-            self.store.keep({"model": name, "identity": embedder.identity, "width": str(embedder.width)})
+            self.store.keep({"model": embedder.name, "identity": embedder.identity, "width": str(embedder.width)})
         self._embedder = embedder
 
     # ---- adding
@@ -117,6 +116,7 @@ class Index:
             kinds = ", ".join(sources.TEXT_SUFFIXES)
             raise DataError(f"{folder}: holds no document", f"name a folder with files ending in {kinds}")
         pending: list[_Pending] = []
+        most = BATCH_CHUNKS // 8 if self.model else BATCH_CHUNKS  # vectors take time that a kill should not lose
         since, seen = time.monotonic(), set()
         for number, file in enumerate(files):
             if progress:
@@ -141,7 +141,7 @@ class Index:
                 continue
             seen.add(key)
             pending.append(_Pending(key, content, chunks))
-            if sum(len(p.chunks) for p in pending) >= BATCH_CHUNKS or time.monotonic() - since > BATCH_S:
+            if sum(len(p.chunks) for p in pending) >= most or time.monotonic() - since > BATCH_S:
                 self._write(pending, added)
                 pending, since = [], time.monotonic()
         self._write(pending, added)
@@ -239,7 +239,7 @@ class Index:
         if self._embedder is None and "model" in settings:
             from tunesmith.retrieve.embed import Embedder
 
-            embedder = Embedder(settings["model"])
+            embedder = Embedder(settings["model"], offline=True)  # an index from somebody does not make us download
             if embedder.identity != settings["identity"]:
                 raise DataError(f"{self.path}: {settings['model']} has changed since", "make a new index with it, or bring it back")
             self._embedder = embedder
