@@ -17,15 +17,17 @@ import random
 import re
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from tunesmith.retrieve import Index, cite, measures
 from tunesmith.retrieve.chunks import split
-from tunesmith.retrieve.search import STOP, asked, fuse
+from tunesmith.retrieve.search import MEANING, STOP, asked, fuse
 from tunesmith.retrieve.sqlite import driver
 
 OUT = Path(__file__).parent / "results" / "retrieve.json"
 KS = (1, 5, 10)
+WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of vectors beside words
 
 
 def rows(path: Path) -> list[dict]:
@@ -46,17 +48,18 @@ def fairytales(data: Path, folder: Path) -> tuple[list[dict], dict[str, list[tup
     return rows(data / "rag/fairytaleqa/questions.jsonl"), places
 
 
-def recall(data: Path, model: str | None, split_name: str) -> dict:
+def recall(data: Path, model: str | None, split_name: str, keep: Path | None = None) -> dict:
+    """`keep`: a folder for the index, so that a second call need not make the vectors again."""
     import bm25s
     import Stemmer
 
-    with tempfile.TemporaryDirectory() as home:
+    with nullcontext(keep) if keep else tempfile.TemporaryDirectory() as home:
         stories = Path(home) / "stories"
-        stories.mkdir()
+        stories.mkdir(exist_ok=True)
         questions, places = fairytales(data, stories)
         with Index.create_or_open(Path(home) / "i.sqlite", model) as index:
             began = time.perf_counter()
-            added = index.add(stories)
+            index.add(stories)
             took = time.perf_counter() - began
             all_rows = index.store._db.execute(
                 'select c.id, d.path, c.start, c."end", c.text from chunk c join document d on d.id = c.document'
@@ -65,13 +68,14 @@ def recall(data: Path, model: str | None, split_name: str) -> dict:
             of_story: dict[str, list[int]] = {}
             for row, (path, *_) in chunks.items():
                 of_story.setdefault(Path(path).stem, []).append(row)
-            asked_for, golds = [], []
+            asked_for, golds, held_out = [], [], []
             for q in questions:
                 spans = [places[q["document"]][s - 1] for s in q["gold_sections"] if 0 < s <= len(places[q["document"]])]
                 gold = {r for r in of_story[q["document"]] for a, b in spans if chunks[r][1] < b and a < chunks[r][2]}
                 if gold and (split_name == "all" or q["split"] == split_name):
                     asked_for.append(q["question"])
                     golds.append(gold)
+                    held_out.append(q["split"] != "train")
             depth = 50
             words = [index.store.lexical(asked(q), depth) for q in asked_for]
             ids = list(chunks)
@@ -86,15 +90,27 @@ def recall(data: Path, model: str | None, split_name: str) -> dict:
                 vectors = index.embedder()(asked_for, query=True)
                 dense = [index.store.dense(v, depth) for v in vectors]
                 rankings["vectors"] = [[c for c, _ in r] for r in dense]
-                rankings["hybrid"] = [[c for c, _ in fuse(pair)[:depth]] for pair in zip(words, dense, strict=True)]
-    out = {"split": split_name, "stories": added.documents, "chunks": added.chunks, "questions": len(golds),
+                pairs = list(zip(words, dense, strict=True))
+                fused = {w: [[c for c, _ in fuse(pair, (1.0, w))[:depth]] for pair in pairs] for w in WEIGHTS}
+                rankings["hybrid"] = fused[MEANING]
+    out = {"split": split_name, "stories": len(of_story), "chunks": len(ids), "questions": len(golds),
            "add_s": round(took, 1), "model": Path(model).name if model else None}  # fmt: skip
     for name, ranking in rankings.items():
-        m = measures.ranked(ranking, golds, KS)
-        out[name] = {kind: {k: round(v, 4) for k, v in getattr(m, kind).items()} for kind in ("recall", "hit", "ndcg")} | {
-            "mrr": round(m.mrr, 4)
-        }
+        out[name] = _measured(ranking, golds)
+    if model and not all(held_out):
+        out["weights"] = {}
+        for weight, ranking in {0.0: rankings["BM25 (FTS5)"], **fused}.items():
+            sides = [[(r, g) for r, g, h in zip(ranking, golds, held_out, strict=True) if h == side] for side in (False, True)]
+            train, held = (_measured(*map(list, zip(*pairs, strict=True))) for pairs in sides)
+            out["weights"][weight] = {"train": {"recall": train["recall"], "mrr": train["mrr"]},
+                                      "held_out": {"recall": held["recall"], "mrr": held["mrr"]}}  # fmt: skip
     return out
+
+
+def _measured(rankings: list, golds: list) -> dict:
+    m = measures.ranked(rankings, golds, KS)
+    found = {kind: {k: round(v, 4) for k, v in getattr(m, kind).items()} for kind in ("recall", "hit", "ndcg")}
+    return found | {"mrr": round(m.mrr, 4)}
 
 
 def percentiles(times: list[float]) -> dict:
@@ -140,7 +156,8 @@ def latency(data: Path, model: str | None, count: int, questions: int = 300) -> 
         with Opened.open(Path(home) / "i.sqlite") as index:
             out = {"chunks": index.chunks, "questions": questions, "bytes": index.path.stat().st_size, "made_s": round(took, 1),
                    "words_a_question": round(sum(len(asked(q)) for q in texts) / questions, 1),
-                   "cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "sqlite": driver.sqlite_version, "python": platform.python_version(), "postings": sqlite.POSTINGS}  # fmt: skip
+                   "cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1),
+                   "sqlite": driver.sqlite_version, "python": platform.python_version(), "postings": sqlite.POSTINGS}  # fmt: skip
 
             def timed(search) -> dict:
                 for q in texts[:20]:  # the file into the cache
@@ -213,12 +230,15 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--chunks", type=int, default=100_000)
     parser.add_argument("--split", default="all", help="of FairytaleQA's questions: all, train, val, test")
+    parser.add_argument("--keep", type=Path, help="A folder for recall's index, used again.")
     parser.add_argument("--parts", default="recall,latency,cite")
     a = parser.parse_args()
     found = json.loads(OUT.read_text()) if OUT.is_file() else {}
     for part in a.parts.split(","):
-        found[part] = {"recall": lambda: recall(a.data, a.model, a.split), "latency": lambda: latency(a.data, a.model, a.chunks),
-                       "cite": lambda: citations(a.data)}[part]()  # fmt: skip
+        if part == "recall":
+            found[part] = recall(a.data, a.model, a.split, a.keep)
+        else:
+            found[part] = latency(a.data, a.model, a.chunks) if part == "latency" else citations(a.data)
         print(json.dumps({part: found[part]}, indent=1))
         OUT.write_text(json.dumps(found, indent=1) + "\n")
 

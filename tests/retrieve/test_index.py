@@ -49,6 +49,7 @@ def test_finds_what_was_written_with_exact_offsets(index, docs):
     assert page.context == "Café & bar" and page.text == "## Café & bar\n\nOpen at nine."
     assert index.documents == ["docs/fox.txt", "docs/page.html", "docs/pump.md"] and index.chunks == 3 and index.model is None
     assert index.search("zebra") == [] and len(index.search("pump dog nine", k=2)) == 2
+    assert len(index.search("pump dog nine", k=10**30)) == 3
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -232,6 +233,7 @@ def test_a_small_index_scores_as_lucene_does(tmp_path, monkeypatch):
 
 def test_fuse_by_hand():
     assert fuse([[(1, 9.0), (2, 8.0)], [(2, 0.5), (3, 0.4)]]) == [(2, 1 / 62 + 1 / 61), (1, 1 / 61), (3, 1 / 62)]
+    assert fuse([[(1, 9.0)], [(2, 0.5), (1, 0.4)]], weights=(1.0, 0.5)) == [(1, 1 / 61 + 0.5 / 62), (2, 0.5 / 61)]
     assert fuse([[], []]) == []
 
 

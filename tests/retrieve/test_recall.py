@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tunesmith.retrieve.search import MEANING
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -33,9 +35,14 @@ def test_the_page_says_what_was_measured():
     found = json.loads((ROOT / "bench/results/retrieve.json").read_text())
     page = (ROOT / "docs/retrieval.md").read_text()
     for name, m in found["recall"].items():
-        if isinstance(m, dict):
+        if isinstance(m, dict) and name != "weights":
             numbers = [m["recall"]["1"], m["recall"]["5"], m["recall"]["10"], m["hit"]["5"], m["mrr"], m["ndcg"]["10"]]
             assert f"| {name} | " + " | ".join(f"{n:.3f}" for n in numbers) + " |" in page, name
+    for weight, sides in found["recall"]["weights"].items():
+        numbers = [n for side in sides.values() for n in (*side["recall"].values(), side["mrr"])]
+        assert f"| {weight} | " + " | ".join(f"{n:.3f}" for n in numbers) + " |" in page, weight
+    plain, chosen = (found["recall"]["weights"][w]["held_out"] for w in ("0.0", str(MEANING)))
+    assert all(chosen["recall"][k] >= plain["recall"][k] for k in plain["recall"]) and chosen["mrr"] >= plain["mrr"], "hybrid"
     for name in ("BM25", "BM25, every word scored", "hybrid"):
         wall, cpu = (found["latency"][name][kind] for kind in ("wall", "cpu"))
         assert f"| {name} | {wall['p50_ms']:.0f} | {wall['p95_ms']:.0f} | {cpu['p95_ms']:.0f} |" in page, name

@@ -134,6 +134,8 @@ class Index:
             except DataError as e:
                 added.unread.append((_shown(file), e.what.removeprefix(f"{file}: ") + (f" (fix: {e.fix})" if e.fix else "")))
                 continue
+            except FileNotFoundError:  # gone since the folder was looked through
+                continue
             except (OSError, MemoryError) as e:
                 seen.add(key)  # it may be there again tomorrow: what was read before stays
                 told = e.strerror if isinstance(e, OSError) and e.strerror else "this computer's memory is too small"
@@ -222,15 +224,16 @@ class Index:
         """
         if k < 1:
             raise DataError(f"{k} passages: must be 1 or more", "write -k 5")
-        if not self.store.chunks():
+        if not (chunks := self.store.chunks()):
             raise DataError(f"{self.path}: the index is empty", f"add documents: tunesmith docs add FOLDER --index {self.path}")
+        k = min(k, chunks)
         asked = search.asked(query)
         embedder = None if by_words else self.embedder()
         if embedder is None:
             return self.store.passages(self.store.lexical(asked, k))
         depth = max(DEPTH, k)
         vector = embedder([query], query=True)[0]
-        fused = search.fuse([self.store.lexical(asked, depth), self.store.dense(vector, depth)])
+        fused = search.fuse([self.store.lexical(asked, depth), self.store.dense(vector, depth)], (1.0, search.MEANING))
         return self.store.passages(fused[:k])
 
     def embedder(self) -> Any | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from tunesmith.data.columns import word_set
 from tunesmith.retrieve.store import Scored
 
 RRF_K = 60  # Cormack, Clarke and Buettcher 2009
+MEANING = 0.3  # the weight of vectors beside words, which have 1: docs/retrieval.md shows what others give
 MOST_WORDS = 64  # of a question; a pasted page would be scored word by word
 
 _WORD = re.compile(r"[^\W_]+")
@@ -34,10 +35,10 @@ def asked(question: str) -> list[str]:
     return ([w for w in found if w not in STOP] or found)[:MOST_WORDS]
 
 
-def fuse(rankings: Iterable[Sequence[Scored]], k: int = RRF_K) -> list[Scored]:
-    """Reciprocal rank fusion: a chunk's score is the sum of 1 / (k + its rank) over the rankings. Best first, then by id."""
+def fuse(rankings: Sequence[Sequence[Scored]], weights: Sequence[float] | None = None, k: int = RRF_K) -> list[Scored]:
+    """Reciprocal rank fusion: a chunk's score is the sum of weight / (k + its rank) over the rankings. Best first, then by id."""
     scores: dict[int, float] = {}
-    for ranking in rankings:
+    for ranking, weight in zip(rankings, weights or [1.0] * len(rankings), strict=True):
         for rank, (chunk, _) in enumerate(ranking, 1):
-            scores[chunk] = scores.get(chunk, 0.0) + 1 / (k + rank)
+            scores[chunk] = scores.get(chunk, 0.0) + weight / (k + rank)
     return sorted(scores.items(), key=lambda item: (-item[1], item[0]))

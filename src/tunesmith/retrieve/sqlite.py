@@ -27,6 +27,7 @@ APPLICATION = 0x54534D31  # "TSM1" in the file's header: never write into a data
 TOKENIZE = "porter unicode61 remove_diacritics 2"
 WAIT_S = 30  # for another process that writes
 SMALL = 2_000  # chunks; scored word by word below
+MOST_NEAR = 4096  # vectors that sqlite-vec finds at once
 POSTINGS = 60_000  # chunks to score for one question: FTS5 scores about a million in a second, and p95 is to stay under 100 ms
 
 SCHEMA = f"""
@@ -169,7 +170,8 @@ class SqliteStore:
         with self._explained():
             self._extend()
             found = self._db.execute(
-                "select rowid, distance from vectors where embedding match ? and k = ?", (vector.astype("float32").tobytes(), k)
+                "select rowid, distance from vectors where embedding match ? and k = ?",
+                (vector.astype("float32").tobytes(), min(k, MOST_NEAR)),
             )
             return [(int(row), 1 - float(distance)) for row, distance in found]
 
