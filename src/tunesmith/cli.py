@@ -11,7 +11,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +22,7 @@ from cyclopts import App, CycloptsError, Parameter, Token
 
 import tunesmith
 from tunesmith.errors import TunesmithError
+from tunesmith.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -303,6 +306,88 @@ def explain(
     _say(_hanging(tunesmith.explain(key)))
 
 
+docs = App(
+    name="docs",
+    help="Index documents, and find passages in them: add, search, show.",
+    help_format="plaintext",
+    sort_key=len(list(app)),
+)
+app.command(docs)
+IndexFile = Annotated[Path, Parameter(name="--index", help="The index's file.")]
+
+
+@docs.command(sort_key=0)
+def add(
+    folder: Annotated[Path, Parameter(help="A folder with .txt, .md, .html, .pdf, .docx; or one such file.")],
+    /,
+    *,
+    index: IndexFile = Path("documents.sqlite"),
+    model: Annotated[
+        str | None,
+        Parameter(help="An embedding model, a folder or hub id: searches then also go by meaning.", show_default=False),
+    ] = None,
+) -> int:
+    """Read what is new or has changed in a folder, and forget what is gone. The same command goes on after a stop.
+
+    tunesmith docs add manuals
+
+    tunesmith docs add manuals --index manuals.sqlite --model sentence-transformers/all-MiniLM-L6-v2
+    """
+    from tunesmith.retrieve import Index
+
+    with Index.create_or_open(index, model) as opened:
+        with _bar("reading") as tick:
+            added = opened.add(folder, tick)
+        for path, reason in added.unread:
+            _say(_printable(f"unread  {path}: {reason}"))
+        _say(
+            f"added {counted(added.documents, 'document')} in {counted(added.chunks, 'chunk')}, {added.unchanged:,} unchanged, "
+            f"{added.removed:,} removed, {len(added.unread):,} unread"
+        )
+        if not opened.chunks:
+            raise TunesmithError(f"{index}: the index is empty: no document could be read", "see the reasons above")
+        _say(f'Index  {index}: {counted(opened.chunks, "chunk")}. Next: tunesmith docs search "..." --index {index}')
+    return 0
+
+
+@docs.command(sort_key=1)
+def search(
+    question: Annotated[str, Parameter(help="What to look for.")],
+    /,
+    *,
+    index: IndexFile = Path("documents.sqlite"),
+    k: Annotated[int, Parameter(name=["-k", "--passages"], help="How many passages.")] = 5,
+    by_words: Annotated[
+        bool, Parameter(negative="", help="By words alone, where the index has a model too.", show_default=False)
+    ] = False,
+) -> int:
+    """Print the passages that fit a question best; exit code 1 when there is none."""
+    from tunesmith.retrieve import Index
+
+    with Index.open(index) as opened:
+        found = opened.search(question, k, by_words=by_words)
+    for number, p in enumerate(found, 1):
+        under = f"  {p.context}" if p.context else ""
+        _say(_printable(f"[{number}] {p.document}:{p.start}-{p.end}{under}  ({p.score:.4g})\n{p.text}\n"))
+    if not found:
+        _say("No passage holds any of these words.")
+    return 0 if found else 1
+
+
+@docs.command(sort_key=2)
+def show(*, index: IndexFile = Path("documents.sqlite")) -> None:
+    """Say what an index holds: documents, chunks, the embedding model."""
+    from tunesmith.retrieve import Index
+
+    with Index.open(index) as opened:
+        documents = opened.store.counts()
+        for path, chunks in documents.items():
+            _say(_printable(f"{chunks:>7,}  {path}"))
+        _say(
+            f"{counted(len(documents), 'document')}, {counted(opened.chunks, 'chunk')}, model: {opened.model or 'none (by words)'}"
+        )
+
+
 @verb
 def doctor() -> int:
     """Say what this machine can do, and which kernels a run takes and why."""
@@ -365,6 +450,27 @@ def _console(stderr: bool = False) -> Console:
 def _say(text: str) -> None:
     """Text as it is: nothing in it is markup, no line is wrapped."""
     _console().print(text, markup=False, soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """Documents are anybody's, and control characters would command the terminal."""
+    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int, str], None] | None]:
+    """On a terminal, a bar over what is done, of how many, which."""
+    console = _console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=escape(_printable(name)))
 
 
 def _hanging(text: str) -> str:

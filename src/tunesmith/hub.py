@@ -45,10 +45,13 @@ class ResolvedModel:
 
 
 # ------------------------------------------------------------------ models
-def resolve_model(name: str | Path, *, weights: bool = True, words: bool = True) -> ResolvedModel:
+def resolve_model(
+    name: str | Path, *, weights: bool = True, words: bool = True, beside: tuple[str, ...] = (), offline: bool = False
+) -> ResolvedModel:
     """`embedded`, a checkpoint folder, or `owner/name[@revision]` on the hub (a folder of that name wins).
 
-    Without `weights` only config and tokenizer are downloaded, into the same folder, without `words` only the config.
+    Without `weights` only config and tokenizer are downloaded, into the same folder, without `words` only the config. `beside`
+    names small files that are wanted too where the repository has them. `offline` takes only what was downloaded before.
     Raises ModelError: no such folder or repository, gated, no network, no safetensors.
     """
     name = str(name)
@@ -74,7 +77,10 @@ def resolve_model(name: str | Path, *, weights: bool = True, words: bool = True)
     repo, revision = match["repo"], match["revision"]
     wanted = [*(WORDS_FILES if words else ["config.json"]), *(WEIGHT_FILES if weights else ())]
     with _explained("model", name, ModelError):
-        path = Path(_snapshot(repo_id=repo, revision=revision, allow_patterns=wanted, ignore_patterns=list(NOT_THESE)))
+        how = {"repo_id": repo, "local_files_only": True} if offline else {"repo_id": repo}
+        path = Path(_snapshot(**how, revision=revision, allow_patterns=wanted, ignore_patterns=list(NOT_THESE)))
+        if beside:
+            _snapshot(**how, revision=path.name, allow_patterns=list(beside))
     if not (path / "config.json").is_file():
         raise ModelError(
             f"{name}: the repository has no config.json", "name a repository with a whole model, not an adapter or a GGUF file"

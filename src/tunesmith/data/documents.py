@@ -90,14 +90,16 @@ _BLOCKS = word_set(
     """address article aside blockquote body br dd details div dl dt fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 header
     hr li main ol p pre section summary table td th title tr ul"""
 )
+_HEADING = re.compile(r"h[1-6]")
 _PARAGRAPHS = word_set("p h1 h2 h3 h4 h5 h6 pre blockquote table ul ol section article")
 
 
 class _Page(HTMLParser):
     """The text of a page, as lines. Tags that open a block break the line; a paragraph leaves a blank one."""
 
-    def __init__(self) -> None:
+    def __init__(self, headings: bool = False) -> None:
         super().__init__(convert_charrefs=True)
+        self.headings = headings
         self.lines: list[Line] = []
         self.words: list[str] = []
         self.size, self.pre, self.blank = 0, 0, True
@@ -111,6 +113,8 @@ class _Page(HTMLParser):
             if tag == "body":
                 self.unseen.clear()  # a head that nobody closed
             self.end_line(tag in _PARAGRAPHS)
+            if self.headings and _HEADING.fullmatch(tag):
+                self.words.append("#" * int(tag[1]) + " ")
         self.pre += tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
@@ -147,9 +151,9 @@ class _Page(HTMLParser):
             self.blank = True
 
 
-def html(parts: Iterable[str], path: Path) -> Iterator[Line]:
-    """The text of a page without scripts, styles, menus and the head."""
-    page, held, size = _Page(), [], 0
+def html(parts: Iterable[str], path: Path, headings: bool = False) -> Iterator[Line]:
+    """The text of a page without scripts, styles, menus and the head. `headings` marks them as Markdown does: `## Title`."""
+    page, held, size = _Page(headings), [], 0
     for part in (p[i : i + LINE_MOST] for p in parts for i in range(0, len(p), LINE_MOST)):
         held.append(part)
         size += len(part)

@@ -317,6 +317,33 @@ def rows(path: str | Path) -> Iterator[Row | Refused]:
         yield from parse(chunk)
 
 
+def is_document(path: Path) -> bool:
+    """Whether `document` reads files of this name."""
+    return _suffix(path) in TEXT_SUFFIXES
+
+
+def document(path: Path) -> str:
+    """The whole text of a .txt, .md, .html, .pdf or .docx file, its lines ended by a line feed; headings of html as `## Title`.
+
+    DataError when it cannot be read, OSError when it cannot be opened. Offsets into a document are offsets into this text.
+    """
+    suffix, notes = _suffix(path), Counter[str]()
+    if suffix not in TEXT_SUFFIXES:
+        _fault(path, f"files of type {path.suffix or 'without a suffix'} are not read as documents", "save it as .txt, .md or .pdf")
+    if suffix in PACKED:
+        if not path.stat().st_size:
+            _fault(path, "the file is empty", "remove it, or save it again")
+        text = "".join(line for _, line in (documents.pdf if suffix == ".pdf" else documents.docx)(path, notes))
+    else:
+        f, _ = _open(path, notes)
+        with f:
+            lines = _decoded(f, path, MAX_ROW if suffix == ".html" else LINE_MOST)
+            text = "".join(line for _, line in documents.html(lines, path, True)) if suffix == ".html" else "".join(lines)
+    if "\0" in text:
+        _fault(path, "a zero character (NUL) in the text", "save it again as plain text")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 # ---- files ---------------------------------------------------------------------------------------------------------------------
 
 _KNOWN = f"give a file ending in {', '.join(ROWS_SUFFIXES + TEXT_SUFFIXES)} (most also .gz), a folder of them, or hub:owner/name"
