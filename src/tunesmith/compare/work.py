@@ -121,8 +121,15 @@ def open_source(what: str | Path | RunConfig | dict[str, Any], console: Console)
 def _kept_rows(path: Path) -> list[Conversation]:
     if not path.is_file():
         return []
+    rows = []
     with path.open(encoding="utf-8") as lines:
-        return [formats.from_dict(json.loads(line)) for line in lines if line.strip()]
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(formats.from_dict(json.loads(line)))
+            except (ValueError, KeyError, TypeError, AttributeError) as fault:
+                what = f"{path}:{number}: not a held-out row as training wrote it ({type(fault).__name__}: {fault})"
+                raise RunError(what, "put the run's own file back") from None
+    return rows
 
 
 def _prepared_rows(config: RunConfig, base: ResolvedModel, console: Console) -> list[Conversation]:
@@ -192,7 +199,7 @@ Search = Callable[[str, int], list[Passage]]
 
 
 def searcher(docs: Path, index: Path) -> Search:
-    """A search over `docs`: an index, or a folder of documents, which are read into one at `index`. DataError where nothing is there.
+    """A search over `docs`: an index, or a folder of documents, read into one at `index`. DataError where nothing is there.
 
     Raises MissingExtra where this installation has no retrieval.
     """

@@ -9,6 +9,7 @@ from typing import Any
 
 from tunesmith.evaluate.page import Markup, clip, el, facts_list, fold, number, page, signed, table, ticks
 from tunesmith.files import write_atomic
+from tunesmith.wording import counted
 
 LONGEST = 1200  # characters of a text that are shown
 
@@ -25,7 +26,7 @@ def count(value: float | None, digits: int = 0) -> str:
 def _body(found: Mapping[str, Any]) -> Markup:
     foot = el("footer", "Made by Tunesmith from compare.json. This page loads nothing and runs nothing.")
     return el(
-        "main", _head(found), _verdict(found), _facts(found), _picture(found), _table(found), _cases(found), _how(found), foot
+        "main", _head(found), _verdict(found), _facts(found), _picture(found), *_table(found), _cases(found), _how(found), foot
     )
 
 
@@ -115,33 +116,38 @@ def dots(metric: str, arms: Sequence[Mapping[str, Any]], picked: str | None, *, 
 # ---- the tables ------------------------------------------------------------------------------------------------------------------
 
 
-def _table(found: Mapping[str, Any]) -> Markup:
+def _table(found: Mapping[str, Any]) -> list[Markup]:
     names = [m["name"] for m in found["metrics"]]
-    head = ["way", *names, f"to the best, {names[0]}", ""]
-    rows = []
-    for arm in found["arms"]:
-        cells = [_value(arm["metrics"][name]) for name in names]
-        gap = arm["metrics"][names[0]].get("to_best")
-        rows.append([_name(arm, found), *cells, _gap(gap) if gap else "the best", _word(gap) if gap else ""])
-    cost_head = ["way", "prompt tokens", "answer tokens", "seconds an answer", "cut at the limit", "cites a passage"]
+    rows = [[_name(arm, found), *(_value(arm["metrics"][name]) for name in names)] for arm in found["arms"]]
+    gaps = [(arm["name"], gap) for arm in found["arms"] if (gap := arm["metrics"][names[0]].get("to_best"))]
+    beside = [[name, _gap(gap), *([_only(gap)] if "p" in gap else []), _word(gap)] for name, gap in gaps]
+    binary = found["metrics"][0]["binary"]
+    head = ["way", f"{names[0]}, difference", *(["only it right, only the best"] if binary else []), "shown?"]
+    note = f"Row by row beside {found['best']}, which is the highest in {names[0]}; in brackets the 95 % interval."
+    if binary:
+        note += " p is McNemar's exact test over the rows that only one of the two has right."
+    cites = any("cites" in arm for arm in found["arms"])
+    cost_head = ["way", "prompt tokens", "answer tokens", "seconds an answer", "cut at the limit", *(["cites a passage"] * cites)]
     cost = [
         [arm["name"], count(arm["prompt_tokens"]), count(arm["answer_tokens"]), count(arm["seconds"], 2), f"{arm['cut']:.0%}",
-         f"{arm['cites']:.0%}" if "cites" in arm else "-"]
+         *([f"{arm['cites']:.0%}" if "cites" in arm else "-"] * cites)]
         for arm in found["arms"]
     ]  # fmt: skip
-    note = (
-        "In brackets the 95 % interval. A difference is taken row by row; p is McNemar's exact test over the rows that only one of "
-        "the two has right."
-    )
     spent = (
         "Means over the rows. A model here writes several answers at a time, and its seconds are the batch's, shared; an "
         "endpoint's are those of one question, on its way and back. Prompt tokens are read anew for each question."
     )
-    return el(
-        "section", el("h2", "All numbers"), el("p", note, class_="note"),
-        table(head, rows, numbers=range(1, 2 + len(names)), style="cards"),
-        el("h2", "What each costs"), el("p", spent, class_="note"), table(cost_head, cost, numbers=range(1, 6), style="cards"),
-    )  # fmt: skip
+    differences = [el("p", note, class_="note"), table(head, beside, numbers=range(1, 2 + binary), style="cards")] if beside else []
+    values = table(["way", *names], rows, numbers=range(1, 1 + len(names)), style="cards")
+    costs = table(cost_head, cost, numbers=range(1, 5 + cites), style="cards")
+    return [
+        el("section", el("h2", "All numbers"), values, differences),
+        el("section", el("h2", "What each costs"), el("p", spent, class_="note"), costs),
+    ]
+
+
+def _only(gap: Mapping[str, Any]) -> str:
+    return f"{gap['won']} and {gap['lost']} rows, p {gap['p']:.2g}"
 
 
 def _name(arm: Mapping[str, Any], found: Mapping[str, Any]) -> Any:
@@ -158,9 +164,8 @@ def _value(entry: Mapping[str, Any]) -> str:
 def _gap(gap: Mapping[str, Any]) -> str:
     low, high = gap["interval"]
     words = signed(gap["difference"])
-    if low is not None and math.isfinite(low) and math.isfinite(high):
-        words += f" ({signed(low)} to {signed(high)})"
-    return f"{words}, p {gap['p']:.2g}" if "p" in gap else words
+    known = low is not None and math.isfinite(low) and math.isfinite(high)
+    return f"{words} ({signed(low)} to {signed(high)})" if known else words
 
 
 def _word(gap: Mapping[str, Any]) -> Markup:
@@ -175,7 +180,8 @@ def _cases(found: Mapping[str, Any]) -> Markup | None:
     cases = found["cases"]
     if not cases["against"]:
         return None
-    note = f"{cases['of']} beside {cases['against']}: higher on {cases['won']} rows, lower on {cases['lost']}, same on {cases['same']}."
+    counts = f"higher on {cases['won']} rows, lower on {cases['lost']}, the same on {cases['same']}"
+    note = f"{cases['of']} beside {cases['against']}: {counts}."
     wins = [_case(case, cases) for case in cases["wins"]] or [el("p", "None.", class_="note")]
     losses = [_case(case, cases) for case in cases["losses"]] or [el("p", "None.", class_="note")]
     return el(
@@ -189,7 +195,7 @@ def _case(case: Mapping[str, Any], cases: Mapping[str, Any]) -> Markup:
     shown = [_answer(name, case["answers"][name], kind) for name, kind in pair]
     others = [_answer(name, found, "") for name, found in case["answers"].items() if name not in (cases["of"], cases["against"])]
     written = el("div", el("h4", el("span", "written")), _text(case["gold"]), class_="answer")
-    more = fold(f"{len(others)} other ways", el("div", others, class_="three")) if others else None
+    more = fold(counted(len(others), "other way"), el("div", others, class_="three")) if others else None
     return el(
         "div",
         el("p", clip(case["question"], LONGEST), class_="prompt text"),
