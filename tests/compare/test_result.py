@@ -86,6 +86,10 @@ def test_doubts_are_told(tmp_path):
     assert "100% of tuned's answers were cut at 20 tokens" in said
     soft = verdict(tmp_path, {"base": 0.2, "tuned": 0.9}, metrics=("f1",))
     assert any("does not know whether an answer is true" in d for d in soft["doubts"])
+    form = verdict(tmp_path, {"base": 0.2, "tuned": 0.9}, metrics=("regex:gold",))
+    assert any("sees an answer's form alone" in d for d in form["doubts"])
+    same = verdict(tmp_path, {"base": 1.0, "tuned": 1.0})
+    assert any("below about 0.050 would not show" in d for d in same["doubts"])  # 3 of 60
 
 
 def test_an_endpoint_is_told_beside_the_others_and_not_weighed(tmp_path):
@@ -96,7 +100,7 @@ def test_an_endpoint_is_told_beside_the_others_and_not_weighed(tmp_path):
 
 def test_intervals_and_differences_are_the_bootstrap_of_the_rows():
     value = Scored(np.array([1.0] * 40 + [0.0] * 40))
-    mean, low, high = result.interval(value, seed=0)
+    mean, low, high = result.interval(value, METRICS["f1"], seed=0)
     assert mean == 0.5 and 0.37 < low < 0.41 and 0.59 < high < 0.63  # sqrt(0.25 / 80) * 1.96 = 0.11
     golds = ["a", "b"] * 40
     good, poor = (METRICS["macro_f1"].score(answers, golds) for answers in (golds, ["a"] * 80))
@@ -136,9 +140,9 @@ def test_the_page_and_the_file(tmp_path):
 
 
 def test_one_row_has_no_interval_and_the_page_stands(tmp_path):
-    made = result.finish(comparison(tmp_path, {"base": 0.0, "tuned": 1.0}, rows=1))
+    made = result.finish(comparison(tmp_path, {"base": 0.0, "tuned": 1.0}, rows=1, metrics=("f1",)))
     found = json.loads((tmp_path / "compare.json").read_text("utf-8"))
-    assert found["arms"][0]["metrics"]["exact_match"]["interval"] == [None, None]
+    assert found["arms"][0]["metrics"]["f1"]["interval"] == [None, None]
     assert made.recommended is None
     compare_page.write(found, tmp_path / "again.html")  # from the file, where infinity is null
     assert (tmp_path / "again.html").read_text() == made.page.read_text()

@@ -147,7 +147,7 @@ def test_retrieval(run, tmp_path, retrieval):
     (docs / "b.txt").write_text("nothing")
     found = compare(run, tmp_path / "c", docs=docs, rows=3, passages=1).found
     assert [arm["name"] for arm in found["arms"]] == ["base", "few-shot", "retrieval", "tuned", "tuned+retrieval"]
-    assert retrieval.added == [docs]
+    assert retrieval.added == [docs] and retrieval.indexes[0].parent == tmp_path / "c"
     first = next(row for row in lines(tmp_path / "c") if row["arm"] == "retrieval")
     assert first["passages"] == [{"id": "a.txt#0", "document": "a.txt"}]
     assert "[1] a.txt\nto add 100 and 10 look here\n\nadd 100" in first["prompt"][-1]["content"]
@@ -156,10 +156,18 @@ def test_retrieval(run, tmp_path, retrieval):
     }  # fmt: skip
 
 
+def test_other_documents_have_an_index_of_their_own(run, tmp_path, retrieval):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(f"add {name}")
+        compare(run, tmp_path / "c", docs=tmp_path / name, rows=2, arms=["retrieval"])
+    assert len(set(retrieval.indexes)) == 2
+    assert len(lines(tmp_path / "c")) == 4  # other passages, so other prompts
+
+
 def test_retrieval_from_an_index(run, tmp_path, retrieval):
-    index = tmp_path / "index"
-    index.mkdir()
-    (index / "index.json").write_text('[["a", "to add"]]')
+    index = tmp_path / "index.sqlite"
+    index.write_text('[["a", "to add"]]')
     compare(run, tmp_path / "c", docs=index, rows=2, arms=["retrieval"])
     assert not retrieval.added and len(lines(tmp_path / "c")) == 2
 

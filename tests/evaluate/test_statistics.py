@@ -67,6 +67,14 @@ def test_mcnemar_is_the_exact_binomial_test():
     assert (lost, won) == (0, 3000) and p < 1e-300
 
 
+@pytest.mark.parametrize(
+    ("hits", "rows", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)]
+)
+def test_wilson_is_the_published_interval(hits, rows, low, high):
+    """The last is Newcombe's example (1998): 81 of 263."""
+    assert statistics.wilson(hits, rows) == pytest.approx((low, high), abs=2e-4)
+
+
 def test_the_bootstrap_of_a_mean_is_the_paired_one():
     rng = np.random.default_rng(0)
     values = rng.normal(size=40)

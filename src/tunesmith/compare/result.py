@@ -19,7 +19,7 @@ from tunesmith.compare.arms import ARMS, Arm, cited, uncited
 from tunesmith.compare.work import Comparison
 from tunesmith.evaluate import compare_page
 from tunesmith.evaluate.metrics import Metric, Scored
-from tunesmith.evaluate.statistics import FEW_ROWS, bootstrap, mcnemar, paired_bootstrap
+from tunesmith.evaluate.statistics import FEW_ROWS, bootstrap, mcnemar, paired_bootstrap, wilson
 from tunesmith.files import write_atomic
 from tunesmith.redact import redact
 
@@ -74,7 +74,7 @@ def gather(work: Comparison) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": arm.name, "says": arm.says, "model": arm.model, **_cost(work, arm), "metrics": {}}
         for metric in work.metrics:
             value = scored[arm.name][metric.name]
-            mean, low, high = interval(value, seed)
+            mean, low, high = interval(value, metric, seed)
             entry["metrics"][metric.name] = {"value": mean, "interval": [low, high]}
             for word, other in (("best", best), ("base", base)):
                 if other is not None and other is not arm:
@@ -83,7 +83,7 @@ def gather(work: Comparison) -> dict[str, Any]:
     found: dict[str, Any] = {
         "format": 1, "name": work.source.name, "model": work.source.config.model, "method": work.source.config.method,
         "rows": len(work.questions), "held_out": len(work.source.held_out), "left_out": work.left_out,
-        "metrics": [{"name": m.name, "says": m.says, "binary": m.binary} for m in work.metrics],
+        "metrics": [{"name": m.name, "says": m.says, "binary": m.binary, "form": m.form} for m in work.metrics],
         "best": best.name, "arms": rows, "loss": _loss(work), "training": _training(work),
         "settings": _settings(work), "notes": list(work.notes),
     }  # fmt: skip
@@ -99,8 +99,10 @@ def _texts(work: Comparison, arm: Arm, metric: Metric) -> list[str]:
     return [uncited(text, len(p.passages)) for text, p in zip(answers, work.prompts[arm.name], strict=True)]
 
 
-def interval(value: Scored, seed: int) -> tuple[float, float, float]:
-    """(value, lo, hi) over all rows, for 95 %."""
+def interval(value: Scored, metric: Metric, seed: int) -> tuple[float, float, float]:
+    """(value, lo, hi) over all rows, for 95 %: Wilson's of a share, else a bootstrap over rows."""
+    if metric.binary:
+        return value.whole, *wilson(round(value.values.sum()), len(value.values))
     if value.statistic is not None:
         return bootstrap(value.statistic, len(value.values), seed=seed)
     return paired_bootstrap(np.zeros_like(value.values), value.values, seed=seed)
@@ -229,6 +231,8 @@ def _doubts(found: Mapping[str, Any], own: Sequence[Arm]) -> list[str]:
         if "to_best" in (entry := arm["metrics"][metric["name"]]):
             low, high = entry["to_best"]["interval"]
             halves.append((high - low) / 2)
+    if halves and metric["binary"]:
+        halves.append(3 / rows)  # where no row of n differs, up to 3 / n may (the rule of three)
     if halves and math.isfinite(max(halves)):
         out.append(
             f"On {rows} rows a difference below about {say(max(halves))} would not show; four times as many show one half as large."
@@ -243,8 +247,10 @@ def _doubts(found: Mapping[str, Any], own: Sequence[Arm]) -> list[str]:
             )
     if overlap := (found["loss"] or {}).get("overlap"):
         out.append(f"{overlap} of {found['held_out']} held-out rows are nearly training rows, which flatters the tuned model.")
-    if not metric["binary"]:
-        out.append(f"{metric['name']} counts: {metric['says']}. It does not know whether an answer is true; read the rows below.")
+    if metric["form"]:
+        out.append(f"{metric['name']} sees an answer's form alone ({metric['says']}), not at whether it is right: read the rows.")
+    elif not metric["binary"]:
+        out.append(f"{metric['name']} counts: {metric['says']}. It does not know whether an answer is true; read the rows.")
     return out
 
 

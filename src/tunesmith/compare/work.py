@@ -24,7 +24,7 @@ from tunesmith.config.load import load
 from tunesmith.config.schema import RunConfig
 from tunesmith.data import formats
 from tunesmith.data.render import Renderer, RowRefused, build_renderer
-from tunesmith.errors import ConfigError, DataError, MissingExtra, RunError, TunesmithError
+from tunesmith.errors import ConfigError, DataError, MissingExtra, RunError
 from tunesmith.evaluate.metrics import Metric, chosen
 from tunesmith.files import LEFTOVER, append, make_folder, sha256, sha256_file, write_atomic
 from tunesmith.hub import ResolvedModel, resolve_model
@@ -43,7 +43,7 @@ LEAST_TOKENS, MOST_TOKENS = 32, 512  # of an answer, where --max-tokens is not g
 AT_ONCE = {"cuda": 32, "cpu": 8}  # answers that are written together, and kept together
 CALLS = 4  # questions at an endpoint at a time
 ANSWERS = "answers.jsonl"
-INDEX = "index"  # where passages of a folder are kept
+INDEX = "index-"  # begins the name of the index made of a folder of documents
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def own_folder(folder: Path) -> Iterator[None]:
     """The comparison's folder for us alone. RunError where it holds something else, or another comparison writes there."""
     make_folder(folder)
     there = {p.name for p in folder.iterdir() if not LEFTOVER.fullmatch(p.name)}
-    if there - {"lock", "lock.pid", INDEX} and not there & {ANSWERS, "compare.json"}:
+    if {n for n in there if not n.startswith(("lock", INDEX))} and not there & {ANSWERS, "compare.json"}:
         what = f"{folder}: is not empty and holds no comparison (it holds {', '.join(sorted(there)[:3])})"
         raise RunError(what, "name another --out")
     try:
@@ -198,8 +198,9 @@ def own_folder(folder: Path) -> Iterator[None]:
 Search = Callable[[str, int], list[Passage]]
 
 
-def searcher(docs: Path, index: Path) -> Search:
-    """A search over `docs`: an index, or a folder of documents, read into one at `index`. DataError where nothing is there.
+def searcher(docs: Path, folder: Path) -> Search:
+    """A search over `docs`: an index (a file), or a folder of documents, which are read into an index of theirs in `folder`.
+    DataError where nothing is there.
 
     Raises MissingExtra where this installation has no retrieval.
     """
@@ -211,13 +212,11 @@ def searcher(docs: Path, index: Path) -> Search:
         from tunesmith.retrieve import Index
     except ImportError as fault:
         raise MissingExtra(f"--docs needs retrieval, which is not installed: {fault}", "drop --docs, or install it") from None
-    try:
+    if docs.is_dir():
+        found = Index.create_or_open(folder / f"{INDEX}{sha256(str(docs.resolve()))[:12]}.sqlite")
+        found.add(docs)  # what has not changed since is not read again
+    else:
         found = Index.open(docs)
-    except TunesmithError:
-        if not docs.is_dir():
-            raise
-        found = Index.create_or_open(index)
-        found.add(docs)
 
     def search(query: str, count: int) -> list[Passage]:
         return [Passage(str(p.id), str(p.document), p.text) for p in found.search(query, count)]
@@ -426,7 +425,7 @@ class _Work:
         if not any(arm.passages for arm in self.arms):
             return [[] for _ in questions]
         assert self.options.docs is not None
-        search = searcher(self.options.docs, self.folder / INDEX)
+        search = searcher(self.options.docs, self.folder)
         found = [search(q.shown, self.options.passages) for q in questions]
         if not any(found):
             raise DataError(f"--docs {self.options.docs}: no passage was found for any question", "does it hold text?")

@@ -57,6 +57,8 @@ class Metric:
     """Each value is 0 or 1, and the metric is their mean."""
     marks: bool = False
     """[1] in an answer means something to it, so citations stay."""
+    form: bool = False
+    """It does not look at the written answer."""
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------------------
@@ -289,7 +291,7 @@ METRICS: dict[str, Metric] = {
         Metric("accuracy", "the right class", _accuracy, _classes, binary=True),
         Metric("macro_f1", "F1 of each class, all weighing the same", _macro_f1, _classes),
         Metric("number", "the same final number, behind #### where there is one", _rowwise(number_match), _numeric, binary=True),
-        Metric("json", "the whole answer is JSON", _rowwise(json_valid), _is_json, binary=True, marks=True),
+        Metric("json", "the whole answer is JSON", _rowwise(json_valid), _is_json, binary=True, marks=True, form=True),
         Metric("json_match", "JSON equal to the written one", _rowwise(json_match), _is_json, binary=True, marks=True),
     )
 }
@@ -301,7 +303,7 @@ def _regex(pattern: str) -> Metric:
     except re.error as fault:
         raise ConfigError(f"--metric regex:{pattern}: no regular expression: {fault}", "correct the pattern") from None
     score = _rowwise(lambda answer, gold: float(bool(compiled.search(answer))))
-    return Metric(f"regex:{pattern}", f"/{pattern}/ is found in the answer", score, _any, binary=True, marks=True)
+    return Metric(f"regex:{pattern}", f"/{pattern}/ is found in the answer", score, _any, binary=True, marks=True, form=True)
 
 
 def _style(path: str) -> Metric:
@@ -311,7 +313,7 @@ def _style(path: str) -> Metric:
         what = f"--metric style:{path}: cannot be read as style rules: {fault}"
         raise ConfigError(what, "name a JSON file with `rules`, `redirect` and `system_prompt`") from None
     score = _rowwise(lambda answer, gold: float(not style.broken(answer)))
-    return Metric("style", f"keeps all {len(style.rules)} rules of {Path(path).name}", score, _any, binary=True)
+    return Metric("style", f"keeps all {len(style.rules)} rules of {Path(path).name}", score, _any, binary=True, form=True)
 
 
 def _schema(path: str) -> Metric:
@@ -327,7 +329,7 @@ def _schema(path: str) -> Metric:
         raise ConfigError(f"--metric json_schema:{path}: no JSON schema: {fault}".splitlines()[0], "name a JSON schema") from None
     check = validator(schema)
     score = _rowwise(lambda answer, gold: float((value := parsed(answer)) is not _NOTHING and check.is_valid(value)))
-    return Metric("json_schema", f"JSON that {Path(path).name} allows", score, _any, binary=True, marks=True)
+    return Metric("json_schema", f"JSON that {Path(path).name} allows", score, _any, binary=True, marks=True, form=True)
 
 
 WITH: dict[str, tuple[Callable[[str], Metric], str]] = {  # name:argument

@@ -77,6 +77,15 @@ def mcnemar(before: Sequence[float] | np.ndarray, after: Sequence[float] | np.nd
     return lost, won, min(1.0, p)
 
 
+def wilson(hits: int, rows: int, level: float = 0.95) -> tuple[float, float]:
+    """The score interval of a share (Wilson 1927): also of none or all of few rows, where a bootstrap would claim certainty."""
+    z = _normal_quantile(0.5 + level / 2)
+    share, weight = hits / rows, 1 + z**2 / rows
+    middle = (share + z**2 / (2 * rows)) / weight
+    half = z / weight * math.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def _tail(level: float, rows: int) -> float:
     """The percentile that is taken at each end for so many rows."""
     return _normal(-math.sqrt(rows / (rows - 1)) * t_quantile(level, rows - 1))
