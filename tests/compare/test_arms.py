@@ -21,7 +21,7 @@ def said(prompt):
 
 
 SHOTS = [Shot("near", "N", "r:1"), Shot("far", "F", "r:2")]
-TEXTS = [Passage("1", "a.txt", "alpha "), Passage("2", "b.txt", "beta")]
+TEXTS = [Passage("1", "../folder/a.txt", "alpha "), Passage("2", "b.txt", "beta")]
 
 
 def test_each_way_has_its_own_and_no_other():

@@ -3,7 +3,11 @@
 import importlib
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,6 +80,30 @@ def test_answers_are_those_of_the_base_and_of_the_run(run, tmp_path):
     assert [found["base", q.row] for q in single] != [found["tuned", q.row] for q in single]
 
 
+def test_killed_it_goes_on(run, tmp_path):
+    """The real command, killed while it answers."""
+    command = [sys.executable, "-m", "tunesmith.cli", "compare", str(run.path), "--out", str(tmp_path / "c"), "--max-tokens", "120"]
+    path = tmp_path / "c" / "answers.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        until = time.monotonic() + 120
+        while not path.is_file() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
+    kept = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    assert 0 < len(kept) < 72
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(kept)} are there already" in done.stdout
+    assert path.read_bytes().startswith(b"".join(kept)) and len(lines(tmp_path / "c")) == 72
+
+
+def test_a_bar_on_a_terminal(run, tmp_path):
+    out = Console(file=io.StringIO(), width=100, force_terminal=True)
+    compare(run, tmp_path / "c", console=out, rows=8, arms=["base", "tuned"])
+    assert "16/16" in out.file.getvalue() and "tuned" in out.file.getvalue()
+
+
 class Stopped(Exception):
     pass
 
@@ -117,6 +145,27 @@ def test_examples_come_from_the_training_rows_alone(run, tmp_path):
     for row in lines(tmp_path / "c"):
         assert len(row["shots"]) == 1 and "train.jsonl" in row["shots"][0]
         assert len(row["prompt"]) >= 3
+
+
+def test_no_held_out_row_is_an_example_where_a_share_of_one_file_is_held_out(tiny, tmp_path):
+    rows = tiny.rows(tmp_path / "rows.jsonl", 40)
+    with rows.open("a") as f:  # the same questions again, with other answers
+        f.write("".join(line.replace("it is", "no") + "\n" for line in rows.read_text().splitlines()))
+    config = tiny.config(tmp_path / "none", data={"train": str(rows), "held_out": 0.3})
+    compare(config, tmp_path / "c", arms=["few-shot"], shots=3)
+    found = lines(tmp_path / "c")
+    asked = {work.arms.same_question(row["question"]) for row in found}
+    origins = {
+        f"{row['file']}:{row['line']}"
+        for path in Path(os.environ["TUNESMITH_CACHE"]).glob("prepared/*/held_out.jsonl")
+        for row in map(json.loads, path.read_text().splitlines())
+        if row["file"] == str(rows)
+    }
+    assert len(origins) >= len(found) > 5
+    for row in found:
+        shown = [m["content"] for m in row["prompt"] if m["role"] == "user"][:3]
+        assert len(row["shots"]) == 3 and not origins & set(row["shots"])
+        assert not asked & set(map(work.arms.same_question, shown))
 
 
 def test_examples_that_do_not_fit_are_left_out(run, tmp_path):

@@ -1,11 +1,15 @@
 """evaluate/metrics.py: what each metric says of an answer, which are found for which rows, and what is refused."""
 
+import csv
+import itertools
 import json
 import sys
 
 import numpy as np
 import pytest
 
+from tunesmith.data.formats import conversation
+from tunesmith.data.sources import Refused, rows
 from tunesmith.errors import ConfigError, MissingExtra
 from tunesmith.evaluate import metrics
 from tunesmith.evaluate.metrics import METRICS, chosen, exact_match, find, number_of, predicted, token_f1
@@ -107,6 +111,26 @@ def test_regex_and_style(tmp_path):
 )
 def test_the_metrics_that_are_found(golds, names):
     assert [m.name for m in find(golds)] == names
+
+
+@pytest.mark.parametrize(
+    ("file", "names"),
+    [
+        ("gsm8k/test.jsonl", ["number"]),
+        ("medquad/medquad.jsonl", ["rouge_l", "chrf", "f1"]),
+        ("llama_factory/alpaca_zh_demo.json", ["chrf", "f1"]),
+    ],
+)
+def test_the_metrics_that_are_found_for_real_rows(shared_data, file, names):
+    read = (row for row in rows(shared_data / "sft" / file) if not isinstance(row, Refused))
+    golds = [conversation(row).messages[-1].content for row in itertools.islice(read, 300)]
+    assert [m.name for m in find(golds)] == names
+
+
+def test_the_classes_of_real_rows(shared_data):
+    with (shared_data / "sft/customer_support/banking77/test.csv").open(encoding="utf-8", newline="") as f:
+        golds = [row["category"] for row in csv.DictReader(f)][::6]
+    assert len(set(golds)) == 77 and [m.name for m in find(golds)] == ["accuracy", "macro_f1"]
 
 
 def test_what_does_not_fit_is_told_with_what_does():

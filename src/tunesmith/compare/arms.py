@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, Literal
 
 from tunesmith.data import formats, sources
@@ -157,7 +158,7 @@ def compose(
 
 
 def _numbered(passages: Sequence[Passage]) -> str:
-    listed = [f"[{i}] {p.document}\n{p.text.strip()}" for i, p in enumerate(passages, 1)]
+    listed = [f"[{i}] {PurePath(p.document).name}\n{p.text.strip()}" for i, p in enumerate(passages, 1)]
     return SEPARATOR.join([INSTRUCTION, *listed])
 
 

@@ -305,6 +305,7 @@ class _Work:
         self.console = console
         self.renderers: dict[str, Renderer] = {}
         self.prints: dict[str, Any] = {}
+        self.identities: dict[str, Any] = {}
         self.limit = plan_spec(source.base.path).reach
 
     def run(self) -> Comparison:
@@ -380,7 +381,7 @@ class _Work:
         if not questions:
             what = f"none of {counted(len(picked), 'held-out question')} fits the model's context of {self.limit:,} tokens"
             raise DataError(what, "give a smaller --max-tokens, a shorter --system, or a model with a longer context")
-        metrics = chosen(options.metrics, [q.gold for q in questions])
+        metrics = chosen(options.metrics, [q.gold for q in every])  # all rows: a few may lack most classes
         notes = []
         shots = self._shots(questions, every, kinds, notes)
         passages = self._passages(questions)
@@ -451,6 +452,11 @@ class _Work:
 
     def _identity(self, model: str) -> Any:
         """What the answers depend on beside the prompt."""
+        if model not in self.identities:
+            self.identities[model] = self._made_of(model)
+        return self.identities[model]
+
+    def _made_of(self, model: str) -> Any:
         source = self.source
         if model == "endpoint":
             assert self.endpoint is not None

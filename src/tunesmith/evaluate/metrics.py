@@ -24,7 +24,7 @@ from tunesmith.evaluate.style import Style
 from tunesmith.registry import did_you_mean
 
 MOST = 0.9  # share of the written answers that must be of a kind for the kind's metrics to be found
-LABEL_WORDS, LABELS = 5, 50  # a class label has at most so many words, and there are at most so many of them
+LABEL_WORDS, LABELS = 5, 200  # a class label has at most so many words, and there are at most so many of them
 SHORT_WORDS = 6  # words of a short answer
 
 Statistic = Callable[[np.ndarray], np.ndarray]
