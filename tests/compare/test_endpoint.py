@@ -51,6 +51,13 @@ def test_what_does_not_get_better_is_not_tried_again(server, monkeypatch):
     assert SECRET not in str(e.value) and "sk-abc" not in str(e.value)
 
 
+def test_a_short_key_is_hidden_too(server, monkeypatch):
+    monkeypatch.setenv(KEY, "q7z")
+    server.replies = [(403, {"error": "q7z may not"}, {})]
+    with pytest.raises(EndpointError, match=r"HTTP 403: \[redacted\] may not"):
+        endpoint(server)[0].ask(ASKED, max_tokens=1)
+
+
 def test_it_gives_up_and_says_the_last_reason(server):
     server.replies = [(502, {"error": "bad\x1b[31m gateway"}, {})] * 3
     made, waits = endpoint(server, tries=3)
