@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,20 @@ def test_answers_are_those_of_the_base_and_of_the_run(run, tmp_path):
         wanted = Talker.open(source).answer([q.shown for q in single], **CUT)
         assert [found[name, q.row] for q in single] == [a.strip() for a in wanted]
     assert [found["base", q.row] for q in single] != [found["tuned", q.row] for q in single]
+
+
+def test_one_model_is_loaded_at_a_time(run, tmp_path, monkeypatch):
+    load_, seen = work._Work._load, []
+
+    def watched(self, model):
+        assert not [ref for ref in seen if ref() is not None], "another model is still there"
+        talker = load_(self, model)
+        seen.append(weakref.ref(talker.model))
+        return talker
+
+    monkeypatch.setattr(work._Work, "_load", watched)
+    compare(run, tmp_path / "c", rows=3)
+    assert len(seen) == 2
 
 
 def test_killed_it_goes_on(run, tmp_path):
