@@ -66,6 +66,7 @@ def calls(monkeypatch):
             "prepare": SimpleNamespace(print=lambda console: console.print("prepared")),
             "plan": SimpleNamespace(print=lambda console: console.print("planned"), fits=True),
             "sweep": SimpleNamespace(print=lambda console: console.print("swept")),
+            "compare": SimpleNamespace(print=lambda console: console.print("compared")),
             "train": SimpleNamespace(path=Path("runs/a")),
             "generate": ["[bold]one[/bold]", "[/] two"],
             "merge": Path("out"),
@@ -138,6 +139,30 @@ def calls(monkeypatch):
                 "sweep",
                 ("run.yaml", "lora.rank=8,16", "train.epochs=1..3:int"),
                 {"trials": 9, "jobs": 2, "seeds": 1, "prune": False, "out": Path("o")},
+            ),
+            0,
+        ),
+        (
+            "compare runs/a --docs manuals --system Be --arms base,tuned --metric f1 --metric regex:x,y --endpoint http://a/v1 "
+            "--endpoint-model m --rows 9 --shots 2 --max-tokens 30 --out o --seed 4",
+            (
+                "compare",
+                ("runs/a",),
+                {
+                    "docs": Path("manuals"),
+                    "system": "Be",
+                    "shots": 2,
+                    "passages": 4,
+                    "rows": 9,
+                    "arms": ["base", "tuned"],
+                    "endpoint": "http://a/v1",
+                    "endpoint_model": "m",
+                    "metrics": ["f1", "regex:x,y"],
+                    "max_tokens": 30,
+                    "temperature": 0.0,
+                    "seed": 4,
+                    "out": Path("o"),
+                },
             ),
             0,
         ),
@@ -272,3 +297,11 @@ def test_help_lists_every_verb_in_one_screen(capsys):
     out = capsys.readouterr().out
     assert all(f" {name} " in out for name in set(tunesmith.__all__) - {"stream"})
     assert len(out.splitlines()) <= 40
+
+
+def test_a_system_prompt_may_be_a_file(calls, tmp_path, monkeypatch):
+    (tmp_path / "system.txt").write_text("\ufeffBe kind.\n", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    for said in ("system.txt", "Be kind.", "x" * 5000):
+        assert cli.main(["compare", "runs/a", "--system", said]) == 0
+    assert [kwargs["system"] for _, _, kwargs in calls.list] == ["Be kind.", "Be kind.", "x" * 5000]

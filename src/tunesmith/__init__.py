@@ -17,7 +17,22 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.api import chat, check, doctor, explain, generate, init, merge, plan, prepare, report, stream, sweep, train
+    from tunesmith.api import (
+        chat,
+        check,
+        compare,
+        doctor,
+        explain,
+        generate,
+        init,
+        merge,
+        plan,
+        prepare,
+        report,
+        stream,
+        sweep,
+        train,
+    )
 
 # Before torch brings OpenMP in: its threads wait asleep, not spinning. On two cores that others use too, a step of the demo took
 # 3.3 s with spinning threads and 0.6 s with sleeping ones.
@@ -26,6 +41,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 __all__ = [
     "chat",
     "check",
+    "compare",
     "doctor",
     "explain",
     "generate",

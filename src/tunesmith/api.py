@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.advice import Advice
+    from tunesmith.compare.result import Result as Compared
     from tunesmith.data.mend.folder import Mended
     from tunesmith.data.report import CheckReport
     from tunesmith.devices import Device
@@ -346,6 +347,45 @@ def sweep(
     return require_one(result)
 
 
+def compare(
+    run: Config,
+    *,
+    docs: str | Path | None = None,
+    system: str = "",
+    shots: int = 4,
+    passages: int = 4,
+    rows: int = 100,
+    arms: Sequence[str] = (),
+    endpoint: str = "",
+    endpoint_model: str = "",
+    metrics: Sequence[str] = (),
+    max_tokens: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    out: str | Path | None = None,
+    console: Console | None = None,
+) -> Compared:
+    """Ask the same held-out questions of the base model, with a system prompt, with examples, with retrieved passages (`docs`), of
+    the tuned one, and say which way is worth it. `run` is a run folder, or a run file (without a run nothing is tuned yet).
+
+    `arms` empty: all that can be had. `metrics` empty: those that fit the rows; the first decides. `max_tokens` None: half as many
+    again as the longest written answer has, 32 to 512. Answers are kept in `out` (`compare` in the run folder) as they come; the
+    same call goes on after a stop. Returns the result: `.recommended`, `.found` (compare.json), `.page`, `.print(console)`.
+    """
+    from tunesmith.compare.result import finish
+    from tunesmith.compare.work import Options, open_source
+    from tunesmith.compare.work import compare as ask
+
+    options = Options(
+        docs=Path(docs) if docs is not None else None, system=system, shots=shots, passages=passages, rows=rows, arms=tuple(arms),
+        endpoint=endpoint, endpoint_model=endpoint_model, metrics=tuple(metrics), max_tokens=max_tokens, temperature=temperature,
+        seed=seed,
+    )  # fmt: skip
+    screen = _console(console)
+    source = open_source(run, screen)
+    return finish(ask(source, options, Path(out) if out is not None else source.folder, screen))
+
+
 def generate(
     model: str | Path,
     prompts: Sequence[str],
@@ -422,6 +462,7 @@ def stream(model: str | Path, prompt: str, **settings: Any) -> Iterator[str]:
 __all__ = [
     "chat",
     "check",
+    "compare",
     "doctor",
     "explain",
     "generate",

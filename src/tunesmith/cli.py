@@ -243,6 +243,71 @@ def sweep(
 
 
 @verb
+def compare(
+    run: Annotated[str, Parameter(help="A run folder, or a run file: without a run of it nothing is tuned.")],
+    /,
+    *,
+    docs: Annotated[
+        Path | None, Parameter(help="Documents for retrieval: a folder, or an index of one.", show_default=False)
+    ] = None,
+    system: Annotated[
+        str | None, Parameter(help="A system prompt to try: the text, or a file with it.", show_default=False)
+    ] = None,
+    shots: Annotated[int, Parameter(help="Examples in the few-shot prompt: the training rows nearest by words.")] = 4,
+    passages: Annotated[int, Parameter(help="Passages in a retrieval prompt.")] = 4,
+    rows: Annotated[int, Parameter(help="Held-out rows to ask at most, spread over all.")] = 100,
+    arms: Annotated[
+        str,
+        Parameter(
+            help="Ways to compare, with commas between: base, system, few-shot, retrieval, tuned, tuned+retrieval, endpoint, "
+            "endpoint+system, endpoint+few-shot, endpoint+retrieval. Else all that can be had.",
+            show_default=False,
+        ),
+    ] = "",
+    endpoint: Annotated[
+        str, Parameter(help="An OpenAI-compatible address that ends in /v1; its key from TUNESMITH_API_KEY.", show_default=False)
+    ] = "",
+    endpoint_model: Annotated[str, Parameter(help="The model's name there.", show_default=False)] = "",
+    metric: Annotated[
+        list[str] | None,
+        Parameter(
+            help="exact_match, f1, rouge_l, chrf, accuracy, macro_f1, number, json, json_match, regex:PATTERN, style:FILE, "
+            "json_schema:FILE; give it again for more, the first decides. Else those that fit the rows.",
+            negative="",
+            show_default=False,
+        ),
+    ] = None,
+    max_tokens: Annotated[int | None, Parameter(help="Longest answer. Else half as many again as the longest written one.")] = None,
+    temperature: Temperature = 0.0,
+    seed: Annotated[int, Parameter(help="Decides draws and intervals.")] = 0,
+    out: Annotated[Path | None, Parameter(help="The folder to write. Else RUN/compare.", show_default=False)] = None,
+) -> None:
+    """Ask the same held-out questions with a prompt, examples, retrieval and tuning, and say which way is worth it.
+
+    tunesmith compare runs/first --system "Answer in one sentence." --docs manuals
+
+    tunesmith compare runs/first --arms base,few-shot,tuned --metric accuracy --rows 300
+    """
+    tunesmith.compare(
+        run,
+        docs=docs,
+        system=_text_or_file(system or ""),
+        shots=shots,
+        passages=passages,
+        rows=rows,
+        arms=[name.strip() for name in arms.split(",") if name.strip()],
+        endpoint=endpoint,
+        endpoint_model=endpoint_model,
+        metrics=metric or [],
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        out=out,
+        console=_console(),
+    ).print(_console())
+
+
+@verb
 def chat(
     model: Model, /, *, adapter: Adapter = None, system: System = None, max_tokens: MaxTokens = 512, temperature: Temperature = 0.7
 ) -> None:
@@ -483,6 +548,16 @@ def _hanging(text: str) -> str:
         fill(line, console.width, subsequent_indent=" " * indent, break_long_words=False)
         for line, indent in zip(text.splitlines(), columns, strict=True)
     )
+
+
+def _text_or_file(words: str) -> str:
+    """The text of a file of that name, where there is one; else the words themselves."""
+    try:
+        if len(words) > 255 or "\n" in words or not Path(words).is_file():
+            return words
+        return Path(words).read_text("utf-8-sig").strip()
+    except (OSError, ValueError) as fault:
+        raise TunesmithError(f"--system {words}: cannot be read: {fault}", "name a UTF-8 text file, or write the text") from None
 
 
 def _lines(file: Path) -> list[str]:

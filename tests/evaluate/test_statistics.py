@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from tunesmith.evaluate import statistics
 from tunesmith.evaluate.statistics import paired_bootstrap, t_quantile
 
 
@@ -54,3 +55,30 @@ def test_many_rows_in_bounded_memory():
     rows = 200_000
     difference, lo, hi = paired_bootstrap(np.zeros(rows), np.tile([0.0, 1.0], rows // 2), seed=0, n=60)
     assert difference == 0.5 and lo < 0.5 < hi < 0.505
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    """By hand: 1 of 6 changed rows, two-sided, is 2 * (1 + 6) / 64."""
+    before, after = [1, 0, 0, 0, 0, 0, 1, 0], [0, 1, 1, 1, 1, 1, 1, 0]
+    assert statistics.mcnemar(before, after) == (1, 5, 14 / 64)
+    assert statistics.mcnemar([1, 0], [1, 0]) == (0, 0, 1.0)
+    assert statistics.mcnemar([1, 0], [0, 1])[2] == 1.0  # both tails meet in the middle
+    lost, won, p = statistics.mcnemar(np.zeros(3000), np.ones(3000))
+    assert (lost, won) == (0, 3000) and p < 1e-300
+
+
+@pytest.mark.parametrize(
+    ("hits", "rows", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)]
+)
+def test_wilson_is_the_published_interval(hits, rows, low, high):
+    """The last is Newcombe's example (1998): 81 of 263."""
+    assert statistics.wilson(hits, rows) == pytest.approx((low, high), abs=2e-4)
+
+
+def test_the_bootstrap_of_a_mean_is_the_paired_one():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=40)
+    wanted = statistics.paired_bootstrap(np.zeros(40), values, seed=3)
+    found = statistics.bootstrap(lambda counts: counts @ values / counts.sum(1), 40, seed=3)
+    assert np.allclose(found, wanted)
+    assert statistics.bootstrap(lambda counts: counts @ values[:1], 1, seed=0)[1:] == (-math.inf, math.inf)

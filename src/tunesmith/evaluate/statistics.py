@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -43,9 +43,52 @@ def paired_bootstrap(
     for start in range(0, n, step):
         counts_NR = rng.multinomial(rows, even, size=min(step, n - start)) * weight
         means[start : start + len(counts_NR)] = counts_NR @ change / counts_NR.sum(1)
-    tail = _normal(-math.sqrt(rows / (rows - 1)) * t_quantile(level, rows - 1))
+    tail = _tail(level, rows)
     lo, hi = np.quantile(means, [tail, 1 - tail])
     return difference, float(lo), float(hi)
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray], rows: int, *, seed: int, n: int = 2000, level: float = 0.95
+) -> tuple[float, float, float]:
+    """(value, lo, hi) of what is no mean over rows, such as macro-F1 or a difference of two of them on the same rows.
+
+    `statistic` turns counts of rows [n, rows] into values [n]. Percentiles as in `paired_bootstrap`.
+    """
+    value = float(statistic(np.ones((1, rows)))[0])
+    if rows < 2:
+        return value, -math.inf, math.inf
+    rng, step = np.random.default_rng(seed), max(1, CELLS // rows)
+    even = np.full(rows, 1 / rows)
+    found = [statistic(rng.multinomial(rows, even, size=min(step, n - start))) for start in range(0, n, step)]
+    tail = _tail(level, rows)
+    lo, hi = np.quantile(np.concatenate(found), [tail, 1 - tail])
+    return value, float(lo), float(hi)
+
+
+def mcnemar(before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray) -> tuple[int, int, float]:
+    """(rows right only before, rows right only after, p) of values 0 and 1 on the same rows: McNemar's test in its exact form, a
+    two-sided binomial test over the rows that changed. Without such rows p is 1."""
+    right_before, right_after = np.asarray(before) > 0.5, np.asarray(after) > 0.5
+    lost, won = int((right_before & ~right_after).sum()), int((right_after & ~right_before).sum())
+    changed, fewer = lost + won, min(lost, won)
+    whole = 1 << changed  # integers: 2 ** -n is 0 as a float from 1,075 rows on
+    p = 2 * sum(math.comb(changed, k) for k in range(fewer + 1)) / whole if changed else 1.0
+    return lost, won, min(1.0, p)
+
+
+def wilson(hits: int, rows: int, level: float = 0.95) -> tuple[float, float]:
+    """The score interval of a share (Wilson 1927): also of none or all of few rows, where a bootstrap would claim certainty."""
+    z = _normal_quantile(0.5 + level / 2)
+    share, weight = hits / rows, 1 + z**2 / rows
+    middle = (share + z**2 / (2 * rows)) / weight
+    half = z / weight * math.sqrt(share * (1 - share) / rows + z**2 / (4 * rows**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _tail(level: float, rows: int) -> float:
+    """The percentile that is taken at each end for so many rows."""
+    return _normal(-math.sqrt(rows / (rows - 1)) * t_quantile(level, rows - 1))
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:

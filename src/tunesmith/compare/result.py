@@ -1,0 +1,365 @@
+"""What came of a comparison: every arm by every metric with its interval, which way is worth it, the page, the table. No torch.
+
+The recommendation is the cheapest arm that is not shown to be worse than the best. Shown means: McNemar's exact p below 0.05 where
+each row is right or wrong, else a paired bootstrap interval of 95 % without zero. A dearer arm must win; a tie goes to the prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tunesmith.compare.arms import ARMS, Arm, cited, uncited
+from tunesmith.compare.work import Comparison
+from tunesmith.evaluate import compare_page
+from tunesmith.evaluate.metrics import Metric, Scored
+from tunesmith.evaluate.statistics import FEW_ROWS, bootstrap, mcnemar, paired_bootstrap, wilson
+from tunesmith.files import write_atomic
+from tunesmith.redact import redact
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SHOWN_P = 0.05
+CASES = 6  # wins and as many losses on the page
+CUT = 0.1  # share of answers that ended at the limit from which it is told as a doubt
+
+
+@dataclass(frozen=True)
+class Result:
+    """`found` is compare.json; `page` its .html."""
+
+    folder: Path
+    found: Mapping[str, Any]
+
+    @property
+    def page(self) -> Path:
+        return self.folder / "compare.html"
+
+    @property
+    def recommended(self) -> str | None:
+        """The arm's name; None where nothing can be recommended."""
+        return self.found["recommended"]
+
+    def print(self, console: Console | None = None) -> None:
+        from rich.console import Console
+
+        _print(self, console or Console())
+
+
+def finish(work: Comparison) -> Result:
+    """Score the answers; write compare.json and compare.html."""
+    found = gather(work)
+    write_atomic(work.folder / "compare.json", json.dumps(_finite(found), indent=1, ensure_ascii=False) + "\n")
+    compare_page.write(found, work.folder / "compare.html")
+    return Result(work.folder, found)
+
+
+def gather(work: Comparison) -> dict[str, Any]:
+    golds = [q.gold for q in work.questions]
+    scored = {arm.name: {m.name: m.score(_texts(work, arm, m), golds) for m in work.metrics} for arm in work.arms}
+    first, seed = work.metrics[0], work.options.seed
+    own = [arm for arm in work.arms if arm.model != "endpoint"] or work.arms
+    means = {arm.name: scored[arm.name][first.name].whole for arm in work.arms}
+    best = max(own, key=lambda arm: (means[arm.name], -arm.order))
+    base = next((arm for arm in work.arms if arm.name == "base"), None)
+    rows = []
+    for arm in work.arms:
+        entry: dict[str, Any] = {"name": arm.name, "says": arm.says, "model": arm.model, **_cost(work, arm), "metrics": {}}
+        for metric in work.metrics:
+            value = scored[arm.name][metric.name]
+            mean, low, high = interval(value, metric, seed)
+            entry["metrics"][metric.name] = {"value": mean, "interval": [low, high]}
+            for word, other in (("best", best), ("base", base)):
+                if other is not None and other is not arm:
+                    entry["metrics"][metric.name][f"to_{word}"] = difference(scored[other.name][metric.name], value, metric, seed)
+        rows.append(entry)
+    found: dict[str, Any] = {
+        "format": 1, "name": work.source.name, "model": work.source.config.model, "method": work.source.config.method,
+        "rows": len(work.questions), "held_out": len(work.source.held_out), "left_out": work.left_out,
+        "metrics": [{"name": m.name, "says": m.says, "binary": m.binary, "form": m.form} for m in work.metrics],
+        "best": best.name, "arms": rows, "loss": _loss(work), "training": _training(work),
+        "settings": _settings(work), "notes": list(work.notes),
+    }  # fmt: skip
+    found |= recommend(found, own)
+    found["cases"] = _cases(work, scored, found, base)
+    return found
+
+
+def _texts(work: Comparison, arm: Arm, metric: Metric) -> list[str]:
+    answers = [row["answer"] for row in work.answers[arm.name]]
+    if not arm.passages or metric.marks:
+        return answers
+    return [uncited(text, len(p.passages)) for text, p in zip(answers, work.prompts[arm.name], strict=True)]
+
+
+def interval(value: Scored, metric: Metric, seed: int) -> tuple[float, float, float]:
+    """(value, lo, hi) over all rows, for 95 %: Wilson's of a share, else a bootstrap over rows."""
+    if metric.binary:
+        return value.whole, *wilson(round(value.values.sum()), len(value.values))
+    if value.statistic is not None:
+        return bootstrap(value.statistic, len(value.values), seed=seed)
+    return paired_bootstrap(np.zeros_like(value.values), value.values, seed=seed)
+
+
+def difference(other: Scored, value: Scored, metric: Metric, seed: int) -> dict[str, Any]:
+    """How much better `value` is than `other` on the same rows, and whether that is shown: -1 worse, 0 not shown, 1 better."""
+    if value.statistic is not None and other.statistic is not None:
+        mine, theirs = value.statistic, other.statistic
+        mean, low, high = bootstrap(lambda counts: mine(counts) - theirs(counts), len(value.values), seed=seed)
+    else:
+        mean, low, high = paired_bootstrap(other.values, value.values, seed=seed)
+    out: dict[str, Any] = {"difference": mean, "interval": [low, high]}
+    sure = low > 0 or high < 0
+    if metric.binary:
+        lost, won, p = mcnemar(other.values, value.values)
+        out |= {"lost": lost, "won": won, "p": p}
+        sure = p < SHOWN_P
+    few = len(value.values) < FEW_ROWS
+    return out | {"shown": 0 if few or not sure else 1 if mean > 0 else -1}
+
+
+def _cost(work: Comparison, arm: Arm) -> dict[str, Any]:
+    rows = work.answers[arm.name]
+
+    def mean(key: str) -> float | None:
+        numbers = [row[key] for row in rows if row[key] is not None]
+        return sum(numbers) / len(numbers) if numbers else None
+
+    out = {
+        "prompt_tokens": mean("prompt_tokens"), "answer_tokens": mean("answer_tokens"), "seconds": mean("seconds"),
+        "cut": sum(row["ended"] == "length" for row in rows) / len(rows),
+    }  # fmt: skip
+    if arm.passages:
+        pairs = list(zip(rows, work.prompts[arm.name], strict=True))
+        out["cites"] = sum(bool(cited(row["answer"], len(p.passages))) for row, p in pairs) / len(pairs)
+    return out
+
+
+def _loss(work: Comparison) -> dict[str, Any] | None:
+    """Held-out loss before and after, as the run measured it."""
+    path = work.source.run.path / "comparison.json" if work.source.run else None
+    try:
+        loss = json.loads(path.read_text("utf-8"))["loss"] if path else None
+        return {k: loss[k] for k in ("before", "after", "difference", "interval", "rows")} | {"overlap": loss.get("overlap", 0)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _training(work: Comparison) -> dict[str, Any] | None:
+    if work.source.run is None or not work.source.tuned:
+        return None
+    manifest = work.source.run.manifest
+    return {k: manifest.get(k) for k in ("seconds", "tokens", "device")}
+
+
+def _settings(work: Comparison) -> dict[str, Any]:
+    o = work.options
+    return {
+        "arms": [arm.name for arm in work.arms], "system": redact(o.system), "shots": o.shots, "passages": o.passages,
+        "docs": str(o.docs) if o.docs else "", "max_tokens": work.max_tokens, "temperature": o.temperature, "seed": o.seed,
+        "endpoint": redact(o.endpoint), "endpoint_model": o.endpoint_model,
+    }  # fmt: skip
+
+
+# ---- which way -------------------------------------------------------------------------------------------------------------------
+
+
+def recommend(found: Mapping[str, Any], own: Sequence[Arm]) -> dict[str, Any]:
+    """{recommended, verdict: [sentence, reason], doubts}: the cheapest of `own` that is not shown worse than the best."""
+    metric, rows = found["metrics"][0]["name"], found["rows"]
+    by_name = {arm["name"]: arm for arm in found["arms"]}
+    best = by_name[found["best"]]
+
+    def at(arm: Mapping[str, Any]) -> Mapping[str, Any]:
+        return arm["metrics"][metric]
+
+    doubts = _doubts(found, own)
+    top = f"{best['name']} has {say(at(best)['value'])} in {metric}"
+    if rows < FEW_ROWS:
+        head = f"No recommendation: {rows} held-out rows are too few to tell the ways apart (from {FEW_ROWS} on one is given)."
+        return {"recommended": None, "verdict": [head, f"The highest: {top}."], "doubts": doubts}
+    if at(best)["value"] <= 0:
+        return {
+            "recommended": None, "doubts": doubts,
+            "verdict": [f"No recommendation: no way scores above 0 in {metric}.", "Read the answers, or name another --metric."],
+        }  # fmt: skip
+    ordered = sorted(own, key=lambda arm: arm.order)
+    names = [arm.name for arm in ordered]
+    standing = [n for n in names if n == best["name"] or at(by_name[n])["to_best"]["shown"] >= 0]
+    pick = by_name[standing[0]]
+    head = f"Use {pick['says']}: {say(at(pick)['value'])} in {metric}, and every way that costs less is shown to be worse."
+    if len(names) == 1:
+        head = f"Only one way was tried, {pick['says']}: {say(at(pick)['value'])} in {metric}."
+    elif names[0] == pick["name"]:
+        head = f"Use {pick['says']}: {say(at(pick)['value'])} in {metric}, and no way that costs more is shown to be better."
+    reasons = []
+    if pick is not best:
+        gap = at(pick)["to_best"]
+        reasons.append(
+            f"{best['name']} has {say(at(best)['value'])}, a difference of {_signed(gap['difference'])} "
+            f"({_range(gap['interval'])}{_p(gap)}): no difference shown."
+        )
+    if worse := [n for n in names[: names.index(pick["name"])] if n not in standing]:
+        told = [
+            f"{n} by {_signed(at(by_name[n])['to_best']['difference'])} ({_range(at(by_name[n])['to_best']['interval'])})"
+            for n in worse
+        ]
+        reasons.append(f"Shown to be worse than {best['name']}: {', '.join(told)}.")
+    for arm in found["arms"]:
+        if arm["model"] == "endpoint" and arm["name"] not in names:
+            gap = at(arm)["to_best"]
+            word = {1: "better", 0: "no difference shown", -1: "worse"}[gap["shown"]]
+            reasons.append(
+                f"Beside {best['name']}, {arm['says']} has {say(at(arm)['value'])}, {_signed(gap['difference'])} "
+                f"({_range(gap['interval'])}): {word}. It is not weighed here: its price and its privacy are yours to judge."
+            )
+    return {"recommended": pick["name"], "verdict": [head, *reasons], "doubts": doubts}
+
+
+def _doubts(found: Mapping[str, Any], own: Sequence[Arm]) -> list[str]:
+    metric, rows = found["metrics"][0], found["rows"]
+    out = []
+    halves = []
+    for arm in found["arms"]:
+        if "to_best" in (entry := arm["metrics"][metric["name"]]):
+            low, high = entry["to_best"]["interval"]
+            halves.append((high - low) / 2)
+    if halves and metric["binary"]:
+        halves.append(3 / rows)  # where no row of n differs, up to 3 / n may (the rule of three)
+    if halves and math.isfinite(max(halves)):
+        out.append(
+            f"On {rows} rows a difference below about {say(max(halves))} would not show; four times as many show one half as large."
+        )
+    if len(own) > 3:
+        out.append(f"{len(own)} ways were compared, and the best was picked on these very rows: its lead is flattered a little.")
+    for arm in found["arms"]:
+        if arm["cut"] >= CUT:
+            limit = found["settings"]["max_tokens"]
+            out.append(
+                f"{arm['cut']:.0%} of {arm['name']}'s answers were cut at {limit} tokens: with a larger --max-tokens they may gain."
+            )
+    if overlap := (found["loss"] or {}).get("overlap"):
+        out.append(f"{overlap} of {found['held_out']} held-out rows are nearly training rows, which flatters the tuned model.")
+    if metric["form"]:
+        out.append(f"{metric['name']} sees an answer's form alone ({metric['says']}), not at whether it is right: read the rows.")
+    elif not metric["binary"]:
+        out.append(f"{metric['name']} counts: {metric['says']}. It does not know whether an answer is true; read the rows.")
+    return out
+
+
+def say(value: float) -> str:
+    return "-" if not math.isfinite(value) else f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _range(interval_: Sequence[float]) -> str:
+    low, high = interval_
+    return "95 % interval unknown" if not (math.isfinite(low) and math.isfinite(high)) else f"{_signed(low)} to {_signed(high)}"
+
+
+def _p(gap: Mapping[str, Any]) -> str:
+    return f", McNemar p {gap['p']:.2g}" if "p" in gap else ""
+
+
+# ---- rows side by side -----------------------------------------------------------------------------------------------------------
+
+
+def _cases(
+    work: Comparison, scored: Mapping[str, Mapping[str, Scored]], found: Mapping[str, Any], base: Arm | None
+) -> dict[str, Any]:
+    """Rows where the way that leads wins most over the base (or over the cheapest), and where it loses most."""
+    metric = found["metrics"][0]["name"]
+    others = sorted((a for a in work.arms if a.name != found["best"]), key=lambda a: a.order)
+    if not others:
+        return {"of": found["best"], "against": None, "wins": [], "losses": []}
+    of, against = found["best"], base if base in others else others[0]
+    if found["best"] == "base":
+        means = {a.name: scored[a.name][metric].whole for a in others}
+        of, against = max(others, key=lambda a: means[a.name]).name, base
+    assert against is not None
+    change = scored[of][metric].values - scored[against.name][metric].values
+
+    def case(i: int) -> dict[str, Any]:
+        question = work.questions[i]
+        answers = {
+            arm.name: {"answer": work.answers[arm.name][i]["answer"], "value": float(scored[arm.name][metric].values[i]),
+                       "passages": [p.document for p in work.prompts[arm.name][i].passages]}
+            for arm in work.arms
+        }  # fmt: skip
+        return {
+            "row": question.row,
+            "question": question.shown,
+            "gold": question.gold,
+            "change": float(change[i]),
+            "answers": answers,
+        }
+
+    order = sorted(range(len(change)), key=lambda i: (-change[i], i))
+    return {
+        "of": of, "against": against.name, "won": int((change > 0).sum()), "lost": int((change < 0).sum()),
+        "same": int((change == 0).sum()),
+        "wins": [case(i) for i in order if change[i] > 0][:CASES],
+        "losses": [case(i) for i in reversed(order) if change[i] < 0][:CASES],
+    }  # fmt: skip
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- the terminal ----------------------------------------------------------------------------------------------------------------
+
+
+def _print(result: Result, console: Console) -> None:
+    from rich.table import Table
+
+    found = result.found
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    shown.add_column("", no_wrap=True)
+    heads = [*(m["name"] for m in found["metrics"]), "prompt", "answer", "s/answer"]
+    for head in heads:
+        shown.add_column(head, justify="right", no_wrap=True)
+    for arm in found["arms"]:
+        cells = [
+            _cell(arm["metrics"][m["name"]], with_interval=i == 0 or console.width >= 120) for i, m in enumerate(found["metrics"])
+        ]
+        cost = [
+            compare_page.count(arm["prompt_tokens"]),
+            compare_page.count(arm["answer_tokens"]),
+            compare_page.count(arm["seconds"], 2),
+        ]
+        shown.add_row(arm["name"], *cells, *cost, style="bold" if arm["name"] == found["recommended"] else "")
+    console.print(shown)
+    rest = "prompt, answer: tokens" + (", a row's mean; 95 % intervals" if found["rows"] > 1 else "")
+    console.print(f"{found['rows']} rows; {rest}", style="dim", highlight=False)
+    if loss := found["loss"]:
+        before, after = (f"{loss[k]:.3f}" if loss[k] is not None else "-" for k in ("before", "after"))
+        console.print(f"held-out loss {before} before tuning, {after} after ({loss['rows']} rows)", style="dim", highlight=False)
+    for line in (*found["verdict"], *(f"doubt: {d}" for d in found["doubts"])):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\nPage   {result.page}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _cell(entry: Mapping[str, Any], with_interval: bool) -> str:
+    low, high = entry["interval"]
+    if not with_interval or not (math.isfinite(low) and math.isfinite(high)):
+        return say(entry["value"])
+    return f"{say(entry['value'])} ({low:.2f}-{high:.2f})"
+
+
+assert all(arm.order == i for i, arm in enumerate(ARMS.values())), "the table of arms is in the order of cost"
