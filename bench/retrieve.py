@@ -27,7 +27,7 @@ from tunesmith.retrieve.sqlite import driver
 
 OUT = Path(__file__).parent / "results" / "retrieve.json"
 KS = (1, 5, 10)
-WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of vectors beside words
+FUSIONS = [(60, 1.0), (60, 0.3), (60, 0.1), (10, 0.1), (5, 0.2), (5, 0.1), (2, 0.1)]  # RRF's k, the weight of vectors beside words
 
 
 def rows(path: Path) -> list[dict]:
@@ -91,20 +91,30 @@ def recall(data: Path, model: str | None, split_name: str, keep: Path | None = N
                 dense = [index.store.dense(v, depth) for v in vectors]
                 rankings["vectors"] = [[c for c, _ in r] for r in dense]
                 pairs = list(zip(words, dense, strict=True))
-                fused = {w: [[c for c, _ in fuse(pair, (1.0, w))[:depth]] for pair in pairs] for w in WEIGHTS}
-                rankings["hybrid"] = fused[MEANING]
+                fused = {f"RRF, k = {k}, {w}": [[c for c, _ in fuse(p, (1.0, w), k)[:depth]] for p in pairs] for k, w in FUSIONS}
+                fused |= {f"scores, {w}": [_by_scores(*pair, w)[:depth] for pair in pairs] for w in (0.1, 0.2, 0.3)}
+                rankings["hybrid"] = [[c for c, _ in fuse(pair, (1.0, MEANING))[:depth]] for pair in pairs]
     out = {"split": split_name, "stories": len(of_story), "chunks": len(ids), "questions": len(golds),
            "add_s": round(took, 1), "model": Path(model).name if model else None}  # fmt: skip
     for name, ranking in rankings.items():
         out[name] = _measured(ranking, golds)
     if model and not all(held_out):
-        out["weights"] = {}
-        for weight, ranking in {0.0: rankings["BM25 (FTS5)"], **fused}.items():
+        out["fusions"] = {}
+        for name, ranking in {"BM25 alone": rankings["BM25 (FTS5)"], **fused}.items():
             sides = [[(r, g) for r, g, h in zip(ranking, golds, held_out, strict=True) if h == side] for side in (False, True)]
             train, held = (_measured(*map(list, zip(*pairs, strict=True))) for pairs in sides)
-            out["weights"][weight] = {"train": {"recall": train["recall"], "mrr": train["mrr"]},
+            out["fusions"][name] = {"train": {"recall": train["recall"], "mrr": train["mrr"]},
                                       "held_out": {"recall": held["recall"], "mrr": held["mrr"]}}  # fmt: skip
     return out
+
+
+def _by_scores(words: list, dense: list, weight: float) -> list[int]:
+    """Scores in place of ranks: BM25's over its best, cosines from 0 at the last to 1 at the first (Bruch, Gai and Ingber 2023)."""
+    scores = {c: s / words[0][1] for c, s in words}
+    first, last = dense[0][1], dense[-1][1]
+    for c, s in dense:
+        scores[c] = scores.get(c, 0.0) + weight * (s - last) / max(first - last, 1e-9)
+    return sorted(scores, key=lambda c: (-scores[c], c))
 
 
 def _measured(rankings: list, golds: list) -> dict:

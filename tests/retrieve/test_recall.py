@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.retrieve.search import MEANING
+from tunesmith.retrieve.search import MEANING, RRF_K
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,13 +35,13 @@ def test_the_page_says_what_was_measured():
     found = json.loads((ROOT / "bench/results/retrieve.json").read_text())
     page = (ROOT / "docs/retrieval.md").read_text()
     for name, m in found["recall"].items():
-        if isinstance(m, dict) and name != "weights":
+        if isinstance(m, dict) and name != "fusions":
             numbers = [m["recall"]["1"], m["recall"]["5"], m["recall"]["10"], m["hit"]["5"], m["mrr"], m["ndcg"]["10"]]
             assert f"| {name} | " + " | ".join(f"{n:.3f}" for n in numbers) + " |" in page, name
-    for weight, sides in found["recall"]["weights"].items():
+    for name, sides in found["recall"]["fusions"].items():
         numbers = [n for side in sides.values() for n in (*side["recall"].values(), side["mrr"])]
-        assert f"| {weight} | " + " | ".join(f"{n:.3f}" for n in numbers) + " |" in page, weight
-    plain, chosen = (found["recall"]["weights"][w]["held_out"] for w in ("0.0", str(MEANING)))
+        assert f"| {name} | " + " | ".join(f"{n:.3f}" for n in numbers) + " |" in page, name
+    plain, chosen = (found["recall"]["fusions"][name]["held_out"] for name in ("BM25 alone", f"RRF, k = {RRF_K}, {MEANING}"))
     assert all(chosen["recall"][k] >= plain["recall"][k] for k in plain["recall"]) and chosen["mrr"] >= plain["mrr"], "hybrid"
     for name in ("BM25", "BM25, every word scored", "hybrid"):
         wall, cpu = (found["latency"][name][kind] for kind in ("wall", "cpu"))
