@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -165,3 +167,10 @@ def test_the_demo_ends_with_its_table_on_the_page_too(tiny, tmp_path, capsys, mo
         assert name in said and name in page
     assert len((run / "demo_answers.jsonl").read_text("utf-8").splitlines()) == 3
     assert [row[1:] for row in table["rows"] if row[0] == "keeps the house style"] == [["0 %"] * 3]
+
+
+@pytest.mark.parametrize(("load", "spin"), [(0.2, "20000"), (99.0, "None")])
+def test_threads_spin_a_little_only_where_the_cores_are_idle(load, spin):
+    code = f"import os; os.getloadavg = lambda: ({load}, 0, 0); import tunesmith; print(os.environ.get('GOMP_SPINCOUNT'))"
+    env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip() == spin
