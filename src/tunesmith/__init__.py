@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # two cores that others used took 3.3 s with spinning threads and 0.6 s with sleeping ones. On idle cores a short spin before the
 # sleep makes 2,290 tokens a second of 1,430 (and 960 where both cores get busy later).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if hasattr(os, "getloadavg") and os.getloadavg()[0] < 0.75 * (os.cpu_count() or 1):
+if hasattr(os, "getloadavg") and os.getloadavg()[0] < (os.cpu_count() or 1):
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 __all__ = [
