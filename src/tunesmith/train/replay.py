@@ -220,8 +220,8 @@ class Passes:
     def _roomy(self) -> bool:
         """Whether what an unrecorded pass took at most is there once more, with what a recording itself takes.
 
-        Running out while a pass is recorded cannot be mended: the capture ends in an error, its memory stays taken and random
-        numbers are refused from then on (an H100, torch 2.11).
+        Running out while a pass is recorded is best not met: where the capture then cannot end, its memory stays taken (BROKEN; an
+        H100, torch 2.11).
         """
         free, total = torch.cuda.mem_get_info()
         reserved = torch.cuda.memory_reserved()
