@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -335,3 +336,12 @@ def _full(e: Exception) -> int | None:
         return e.errno if e.errno in FULL else None
     match = re.search(r"\(os error (\d+)\)", str(e))
     return int(match[1]) if match and int(match[1]) in FULL else None
+
+
+def finite(value: Any) -> Any:
+    """JSON has no nan and no infinity: null stands for both."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

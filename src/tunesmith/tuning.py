@@ -35,7 +35,7 @@ from tunesmith.errors import AdapterError, DataError, DoesNotFit, Interrupted, M
 from tunesmith.evaluate import heldout, report
 from tunesmith.evaluate.heldout import Losses
 from tunesmith.evaluate.statistics import FEW_ROWS, paired_bootstrap
-from tunesmith.files import remove_folder, sha256, verify, write_atomic
+from tunesmith.files import finite, remove_folder, sha256, verify, write_atomic
 from tunesmith.generate import context
 from tunesmith.hub import ResolvedModel, resolve_model
 from tunesmith.models.fast import FastLayers, refusal
@@ -520,7 +520,7 @@ class _Session:
                 remove_folder(path)
 
     def _write(self, name: str, value: Any) -> None:
-        write_atomic(self.run.path / name, json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
+        write_atomic(self.run.path / name, json.dumps(finite(value), ensure_ascii=False, allow_nan=False))
 
 
 def summary(console: Console, run: Path) -> None:
@@ -593,15 +593,6 @@ def _short(text: str, most: int) -> str:
 def _plain(text: str) -> str:
     """A model's or a person's text must not control the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no nan and no infinity: null stands for both."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _keep_account(run: Run, prepared: Prepared) -> None:

@@ -20,7 +20,7 @@ from tunesmith.compare.work import Comparison
 from tunesmith.evaluate import compare_page
 from tunesmith.evaluate.metrics import Metric, Scored
 from tunesmith.evaluate.statistics import FEW_ROWS, bootstrap, mcnemar, paired_bootstrap, wilson
-from tunesmith.files import write_atomic
+from tunesmith.files import finite, write_atomic
 from tunesmith.redact import redact
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Result:
 def finish(work: Comparison) -> Result:
     """Score the answers; write compare.json and compare.html."""
     found = gather(work)
-    write_atomic(work.folder / "compare.json", json.dumps(_finite(found), indent=1, ensure_ascii=False) + "\n")
+    write_atomic(work.folder / "compare.json", json.dumps(finite(found), indent=1, ensure_ascii=False) + "\n")
     compare_page.write(found, work.folder / "compare.html")
     return Result(work.folder, found)
 
@@ -311,15 +311,6 @@ def _cases(
         "wins": [case(i) for i in order if change[i] > 0][:CASES],
         "losses": [case(i) for i in reversed(order) if change[i] < 0][:CASES],
     }  # fmt: skip
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: null."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- the terminal ----------------------------------------------------------------------------------------------------------------
