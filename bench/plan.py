@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -45,6 +46,7 @@ CONFIGS["1b"] = CONFIGS["llama"] | dict(
                   "original_max_position_embeddings": 8192},
 )  # fmt: skip
 FAMILIES = {"mistral": "Mistral-7B", "llama": "Llama-3.1-8B", "phi": "Phi-4-mini", "1b": "Llama-3.2-1B"}
+STEPS = 1000  # of the run that is planned
 BATCH = {"short": 16, "2048": 4, "8192": 1, "32768": 1}  # rows a step
 OPTIMIZER = {"full": "adamw_8bit_inside", "full32": "adamw", "qlora": "adamw", "lora": "adamw"}
 
@@ -101,16 +103,18 @@ def lengths_of(kind: str) -> np.ndarray:
 
 
 def steps_of(kind: str, batch: int, passes: int) -> list[list[int]]:
-    """Lengths of the examples of each step. Short rows: the fullest step of a shuffled epoch, the most usual one over and over,
-    and the fullest once more."""
+    """Lengths of the examples of each step. Short rows: the fullest step of a whole run's shuffled epochs, the most usual one over
+    and over, and the fullest once more."""
     from tunesmith.data.pack import steps
 
     lengths = lengths_of(kind)
     if kind != "short":
         return [[int(kind)] * batch] * passes
-    epoch = [lengths[s].tolist() for s in steps(np.random.default_rng(1).permutation(len(lengths)), batch)]
-    mean = np.mean([sum(s) for s in epoch])
-    fullest, usual = max(epoch, key=sum), min(epoch, key=lambda s: abs(sum(s) - mean))
+    draw = np.random.default_rng(1)
+    epochs = [steps(draw.permutation(len(lengths)), batch) for _ in range(math.ceil(STEPS * batch / len(lengths)))]
+    run = [lengths[step].tolist() for epoch in epochs for step in epoch]
+    mean = np.mean([sum(s) for s in run])
+    fullest, usual = max(run, key=sum), min(run, key=lambda s: abs(sum(s) - mean))
     return [fullest, usual, usual, usual, fullest]
 
 
@@ -119,7 +123,7 @@ def config_of(row: Row, budget: float) -> Any:
 
     kind = "full" if row.method == "full32" else row.method
     longest = int(lengths_of(row.lengths).max())
-    train = {"batch_size": BATCH[row.lengths], "optimizer": OPTIMIZER[row.method], "learning_rate": 1e-5, "max_steps": 1000}
+    train = {"batch_size": BATCH[row.lengths], "optimizer": OPTIMIZER[row.method], "learning_rate": 1e-5, "max_steps": STEPS}
     return RunConfig.model_validate({
         "model": FAMILIES.get(row.family, row.family), "method": kind, "output": "o", "lora": {"rank": RANK, "alpha": RANK},
         "data": {"train": "d.jsonl", "held_out": 0, "max_length": longest}, "eval": {"samples": 0},
@@ -422,7 +426,7 @@ def measured_rates(bench: Bench) -> dict[str, Any]:
     started = time.time()
     found = measure(bench.device, bench.where)
     rates.keep(found, bench.device)
-    return asdict(found) | {"took": round(time.time() - started, 1)}
+    return asdict(found) | {"took": round(time.time() - started, 1)} | bench.peaks()
 
 
 def show(row: Row, found: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ HOST = {"cuda": 3 * GIB, "mps": 0, "cpu": 0}  # main memory of a process that dr
 WORKSPACES = 100 << 20  # cuBLAS's: 32 MiB for each of the threads that multiply, and its light version's
 RECORDINGS = 280 << 20  # a second set of them, and the graphs' nodes: 0.2 to 0.4 GiB more than unrecorded passes had reserved
 HALF_FRAGMENTS = 0.01, 0.095  # of what is kept, of what comes and goes
+MOVED_FRAGMENTS = 0.35  # of what a layer moves away: its blocks come back only when the copy is seen to be done
 RESERVE = {"cuda": 0.02, "mps": 0.0, "cpu": 0.0}  # of a budget: no plan was further below what was held (docs/planning.md)
 HOST_SHARE = 0.5  # of main memory that may be pinned
 
@@ -321,7 +322,7 @@ class Sized(Job):
         transient = peak - resident
         answers = self.cache_bytes() + bool(self.samples) * self._decode_scratch
         beyond = np.maximum(0, answers - kept_bytes - transient)
-        share = HALF_FRAGMENTS[0] * kept_bytes + HALF_FRAGMENTS[1] * (transient + beyond)
+        share = HALF_FRAGMENTS[0] * kept_bytes + HALF_FRAGMENTS[1] * (transient + beyond) + MOVED_FRAGMENTS * max(sets_0, sets_1)
         workspaces = WORKSPACES + RECORDINGS * (recorded and self.device.kind == "cuda")
         return kept_bytes, transient, beyond, np.rint(share) + CONTEXT[self.device.kind] + workspaces
 
