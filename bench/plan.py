@@ -266,7 +266,7 @@ class Bench:
                 torch.cuda.reset_peak_memory_stats()
                 at_rest = torch.cuda.memory_allocated()
             recorded = plan.path == "half-blocks" and plan.micro_batch_tokens <= RECORDED
-            passes = 4 if recorded else 2 if row.lengths == "32768" else 3
+            passes = 2 if row.lengths == "32768" else 4
             shapes = steps_of(row.lengths, config.train.batch_size, passes)
             if self.args.tiny:
                 shapes = [[min(n, 24) for n in step] for step in shapes]
@@ -277,8 +277,9 @@ class Bench:
                 eval_every=1 << 30, save_every=1 << 30, early_stop=0, seed=0, device=self.where.device,
                 state=loop.State(micro_batch_tokens=plan.micro_batch_tokens),
             )  # fmt: skip
-            rates = [k["tokens"] / k["seconds"] for k in kept]
-            timed = rates[2:4] if len(rates) > 3 else rates[1:]
+            timed = [k["tokens"] / k["seconds"] for k in kept][
+                slice(2, 4) if recorded else slice(1, None)
+            ]  # the second is recorded
             found = {
                 "tokens_per_s": round(statistics.median(timed), 1), "seconds": [round(k["seconds"], 3) for k in kept],
                 "losses": [round(k["loss"], 3) for k in kept], "step_tokens": [k["tokens"] for k in kept],

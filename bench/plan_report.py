@@ -2,8 +2,8 @@
 
     python bench/plan_report.py
 
-The plans are made anew by this checkout for the layers and micro-batches that were run, uncalibrated, so that the picture is of the
-constants as they are now and not of those that chose the rows.
+What was foretold is the plan as it was written before its row ran, by the rates of the card's own probe. Beside it the plan is made
+anew by this checkout for the same layers and micro-batches: a constant that is changed must still hold for these rows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
@@ -30,26 +30,33 @@ COLOURS = {"qlora": "#3366aa", "lora": "#2a8a57", "full": "#b3541e", "full32": "
 class Point:
     row: Row
     held: float
+    foretold: float
     planned: float
     speed: float
+    foretold_speed: float
     planned_speed: float
 
 
 def points(file: Path) -> list[Point]:
     from tunesmith.devices import parse_device
     from tunesmith.plan.choice import Open, Way
+    from tunesmith.plan.rates import Rates
     from tunesmith.spec import spec_of
 
-    device, known, out = replace(parse_device("h100"), host=120 * GIB), {r.name: r for rows in SETS for r in rows}, []
-    for record in map(json.loads, file.read_text().splitlines()):
+    known, out = {r.name: r for rows in SETS for r in rows}, []
+    first, *records = map(json.loads, file.read_text().splitlines())
+    device = replace(parse_device(first["card"].split()[1].lower()), host=120 * GIB)  # NVIDIA H100 80GB HBM3
+    rates = Rates(**{f.name: first["rates"][f.name] for f in fields(Rates)})
+    for record in records:
         if "held" not in record or record.get("uncapped"):
             continue
         row, ran = known[record["row"]], record["plan"]
         spec = spec_of(CONFIGS[row.family])
-        job = Open.of(config_of(row, ran["budget"]), spec, lengths_of(row.lengths), device, None)
+        job = Open.of(config_of(row, ran["budget"]), spec, lengths_of(row.lengths), device, rates)
         layers = layers_of(ran["activations"], spec.layers, ran["tile"])
         way = Way(job, layers, ran["micro_batch_tokens"], bool(ran["weight_cache"]))
-        out.append(Point(row, record["held"], way.needs, record["tokens_per_s"], way.speed))
+        memory, speed = (record["held"], ran["needs"], way.needs), (record["tokens_per_s"], ran["tokens_per_s"], way.speed)
+        out.append(Point(row, *memory, *speed))
     return out
 
 
@@ -96,8 +103,8 @@ def panel(title: str, pairs: list[tuple[float, float, str, str]], band: float, a
 
 
 def picture(found: list[Point]) -> str:
-    memory = [(p.held, p.planned, COLOURS[p.row.method], p.row.name) for p in found]
-    speed = [(p.speed, p.planned_speed, COLOURS[p.row.method], p.row.name) for p in found]
+    memory = [(p.held, p.foretold, COLOURS[p.row.method], p.row.name) for p in found]
+    speed = [(p.speed, p.foretold_speed, COLOURS[p.row.method], p.row.name) for p in found]
     legend = ""
     for i, method in enumerate(("qlora", "lora", "full")):
         x = SIZE + 60 + 110 * i
@@ -109,7 +116,7 @@ def picture(found: list[Point]) -> str:
 
 
 def summary(found: list[Point]) -> str:
-    lines = ["| | rows | memory planned over held | speed planned over measured |", "|---|---|---|---|"]
+    lines = ["| | rows | memory foretold over held | speed foretold over measured |", "|---|---|---|---|"]
 
     def said(values: list[float], most: float) -> str:
         inside = sum(abs(v) <= most for v in values)
@@ -117,7 +124,7 @@ def summary(found: list[Point]) -> str:
 
     groups = {m: [p for p in found if p.row.method.startswith(m)] for m in ("qlora", "lora", "full")} | {"all": found}
     for name, some in groups.items():
-        memory, speed = [p.planned / p.held - 1 for p in some], [p.planned_speed / p.speed - 1 for p in some]
+        memory, speed = [p.foretold / p.held - 1 for p in some], [p.foretold_speed / p.speed - 1 for p in some]
         lines.append(f"| {name} | {len(some)} | {said(memory, 0.05)} | {said(speed, 0.15)} |")
     return "\n".join(lines)
 

@@ -33,7 +33,7 @@ HOST = {"cuda": 3 * GIB, "mps": 0, "cpu": 0}  # main memory of a process that dr
 WORKSPACES = 100 << 20  # cuBLAS's: 32 MiB for each of the threads that multiply, and its light version's
 RECORDINGS = 280 << 20  # a second set of them, and the graphs' nodes: 0.2 to 0.4 GiB more than unrecorded passes had reserved
 HALF_FRAGMENTS = 0.01, 0.095  # of what is kept, of what comes and goes
-MOVED_FRAGMENTS = 0.35  # of what a layer moves away: its blocks come back only when the copy is seen to be done
+MOVED_FRAGMENTS = 0.4  # of what a layer moves away: its blocks come back only when the copy is seen to be done
 RESERVE = {"cuda": 0.02, "mps": 0.0, "cpu": 0.0}  # of a budget: no plan was further below what was held (docs/planning.md)
 HOST_SHARE = 0.5  # of main memory that may be pinned
 
