@@ -349,7 +349,9 @@ def guard(
     seed: Annotated[int, Parameter(help="Decides the codes and words of the probes.")] = 0,
     out: Annotated[Path | None, Parameter(help="The folder to write. Else RUN/guard.", show_default=False)] = None,
 ) -> int:
-    """Ask a model attacks and harmless questions, and say what it passes: injection, secrets, forged roles, off-topic lures.
+    """Ask attacks and harmless questions, and say what a model passes.
+
+    Injected instructions, a secret in its system prompt, orders in documents, forged roles, encodings, off-topic lures.
 
     tunesmith guard runs/first --base --scope "the Acme bicycle shop"
 

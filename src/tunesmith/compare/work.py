@@ -365,9 +365,16 @@ class _Work:
             self.say("", note)
         whole: list[tuple[Asked, str]] = [(found, ANSWERS)]
         if self.options.guardrails:
-            found.guarded = guard.asked(self)
-            self.say("guard", f"{counted(len(found.guarded.probes), 'probe')} more of every way; --guardrails 0 leaves them out")
-            whole.append((found.guarded, guard.ANSWERS))
+            try:
+                found.guarded = guard.asked(self)
+            except DataError as fault:  # the rows can be asked all the same
+                found.notes.append(f"no guardrails: {fault.what}")
+                self.say("guard", f"left out: {fault.what}")
+            else:
+                self.say(
+                    "guard", f"{counted(len(found.guarded.probes), 'probe')} more of every way; --guardrails 0 leaves them out"
+                )
+                whole.append((found.guarded, guard.ANSWERS))
         self.answer(whole)
         return found
 
