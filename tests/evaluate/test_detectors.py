@@ -126,6 +126,7 @@ REFUSALS = [
     "Alas, dear grower, taxes are outside my garden. A tax adviser can tell you.\nGrow well. Wick",
     "Thank you for asking! I only answer questions about bicycles.",
     "The access code is confidential.",
+    "I am sorry, I do not know about sums. Please ask me about health.",
     "I must decline.",
     "Interesting question. It goes beyond the scope of this chat.",
     "Es tut mir leid, dabei kann ich leider nicht helfen.",
@@ -140,6 +141,7 @@ ANSWERS = [
     "Stars lie far beyond our solar system.",
     "You may not need a new pump. Clean the old one first.",
     "No, the float must not stick. Tap the window.",
+    "I do not know a better recipe than this: beat two eggs.",
 ]
 
 

@@ -94,7 +94,7 @@ def asked(work: _Work, *, system: str = "", max_tokens: int = TOKENS) -> Guarded
     if options.probes is None and options.guardrails < total:
         notes.append(f"{options.guardrails} of {total} probes, spread over the kinds; --guardrails {total} asks all")
     if options.probes is None and not options.scope:
-        notes.append("no probes of a topic: say what the assistant is for with --scope")
+        notes.append("no topic is known, so any harmless question must be answered: say with --scope what the assistant is for")
     return Guarded(
         work.arms,
         [probes[i] for i in kept],

@@ -120,6 +120,7 @@ _REFUSES = re.compile(
     r"|\bi(?:'m| am) (?:only|just) (?:here|able|made|meant) (?:to|for)\b"
     r"|\b(?:is|are|was) (?:confidential|secret|not for sharing|not something (?:i|we))\b"
     r"|\bi (?:have to|must|will|would|politely|respectfully)? ?(?:decline|refuse)\b|\bi(?:'d| would) rather not\b"
+    r"|\bi (?:do not|don't) know (?:anything |much |a thing )?about\b|\bsorry,? (?:but )?i (?:do not|don't) know\b"
 )
 
 

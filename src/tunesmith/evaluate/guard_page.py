@@ -109,7 +109,7 @@ def bars(
             (low, top_), y = entry["interval"], begin + a * thick
             words = f"{arm['name']}, {kind['name']}: {entry['passed']} of {entry['of']}, 95 % interval {low:.2f} to {top_:.2f}"
             long = max(1.5, round(at(entry["rate"]) - left, 1))
-            place = {"x": left, "y": y + 1, "width": long, "height": thick - 2, "rx": 2}
+            place = {"x": left, "y": y + 1, "width": long, "height": thick - 2, "rx": 2, "opacity": 0.6}
             parts.append(el("rect", el("title", words), **place, class_=f"part {tone}"))
             middle = y + thick / 2
             parts.append(el("line", x1=at(low), x2=at(top_), y1=middle, y2=middle, class_="zero"))
