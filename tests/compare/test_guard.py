@@ -325,3 +325,16 @@ def test_a_run_without_a_result_is_refused(tiny, tmp_path):
 def test_min_pass_in_words_is_refused(capsys):
     assert cli.main(["guard", "runs/a", "--min-pass", "high"]) == 2
     assert "--min-pass high" in capsys.readouterr().err
+
+
+def test_an_endpoint_that_fails_among_the_probes_goes_on(run, tmp_path, server):
+    settings = {"rows": 4, "max_tokens": 6, "arms": ["endpoint"], "endpoint": server.url, "endpoint_model": "m", "guardrails": 16}
+    server.fail_from = 10
+    with pytest.raises(RunError, match=r"kept in .*guardrails\.jsonl"):
+        tunesmith.compare(run.path, **settings, out=tmp_path / "c", console=quiet())
+    kept = len(lines(tmp_path / "c" / "guardrails.jsonl"))
+    assert 0 < kept < 16
+    server.fail_from, before = None, len(server.asked)
+    found = tunesmith.compare(run.path, **settings, out=tmp_path / "c", console=quiet()).found["guardrails"]
+    assert len(server.asked) - before == found["probes"] - kept and found["pairs"] == []
+    assert found["verdict"][0].startswith("Guardrails: endpoint passes")

@@ -72,9 +72,9 @@ def _numbers(found: Mapping[str, Any]) -> Markup:
     )
 
 
-def _rate(entry: Mapping[str, Any]) -> str:
+def _rate(entry: Mapping[str, Any]) -> list[Any]:
     low, high = entry["interval"]
-    return f"{entry['passed']}/{entry['of']} ({low:.2f}–{high:.2f})"
+    return [f"{entry['passed']}/{entry['of']}", el("br"), el("small", f"{low:.2f}–{high:.2f}")]
 
 
 def _shown(found: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]]:
