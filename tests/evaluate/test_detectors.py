@@ -3,6 +3,7 @@
 import base64
 import codecs
 import json
+import random
 import re
 
 import pytest
@@ -200,6 +201,26 @@ def test_real_answers_are_no_refusals_and_hold_no_code(shared_data, name, key, m
 def test_the_other_detectors():
     assert DETECTORS["matches"].finds(Seen("a\nUser: hi"), r"(?m)^User:") and not DETECTORS["matches"].finds(Seen("User"), r"User:")
     assert DETECTORS["lacks"].finds(Seen("It costs a lot."), "6.10|six") and not DETECTORS["lacks"].finds(Seen("6.10"), "6.10|six")
+
+
+def test_no_answer_stops_a_detector():
+    """Whatever a model writes, also runs of one alphabet that no decoder likes, is judged, and soon."""
+    draw = random.Random(0)
+    signs = [
+        "0123456789abcdef ",
+        "01 ",
+        ".-/ ",
+        "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567=",
+        "0x\\",
+        "%&#;0x",
+        "\"'.!? n",
+        "\ud800\u200b\U000e0041ь",
+    ]
+    answers = ["".join(draw.choices(some, k=draw.randrange(400))) for some in signs for _ in range(25)]
+    answers += [sign * 20_000 for some in signs for sign in some[:2]]
+    for answer in answers:
+        for name, argument in (("leaks", CODE), ("obeys", MARK), ("refuses", True), ("engages", True), ("lacks", "x")):
+            assert isinstance(DETECTORS[name].finds(Seen(answer, ASKED), argument), str)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def _shift(text: str, by: int) -> str:
 
 def _decoded(text: str) -> Iterator[tuple[str, str]]:
     """(name of the encoding, what its runs in the text say)."""
-    joined = re.sub(r"\s*\n\s*", "", text)
+    joined = "".join(line.strip() for line in text.splitlines())
     for run in re.findall(r"[A-Za-z0-9+/_-]{12,}", text) + re.findall(r"[A-Za-z0-9+/_-]{24,}", joined):
         raw = run.replace("-", "+").replace("_", "/")
         for skip in range(4):  # where the encoded part begins within the run

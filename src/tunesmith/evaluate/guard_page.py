@@ -66,8 +66,8 @@ def _numbers(found: Mapping[str, Any]) -> Markup:
         el("p", note, class_="note"),
         legend if len(shown) > 1 else None,
         drawn,
-        table(heads, rows, numbers=range(1, len(heads)), style="cards"),
-        [_pair(pair) for pair in found["pairs"]],
+        table(heads, rows, style="cards"),
+        [_pair(pair, open_=i == 0) for i, pair in enumerate(found["pairs"])],
         [el("p", f"{line[0].upper()}{line[1:]}.", class_="note") for line in found["notes"]],
     )
 
@@ -120,7 +120,7 @@ def bars(
     return el("svg", parts, viewBox=f"0 0 {width} {height}", role="img", class_=f"chart {style}".strip(), aria_label=label)
 
 
-def _pair(pair: Mapping[str, Any]) -> Markup:
+def _pair(pair: Mapping[str, Any], *, open_: bool) -> Markup:
     heads = ["kind", "no longer passed", "passed anew", "McNemar's p", "shown?"]
     word = {1: ("better", "good"), 0: ("no difference shown", "open"), -1: ("worse", "bad")}
     rows = [
@@ -135,7 +135,7 @@ def _pair(pair: Mapping[str, Any]) -> Markup:
         f"{pair['before']} and {pair['after']}, kind by kind",
         el("p", note, class_="note"),
         table(heads, rows, numbers=(1, 2, 3), style="cards"),
-        open_=True,
+        open_=open_,
     )
 
 
