@@ -313,6 +313,12 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(wide, tmp_path, no_m
     assert fault.value.fix
 
 
+def test_a_kind_that_could_not_be_asked_does_not_pass(tiny, tmp_path):
+    """A model without a run has no questions of its own, and a gate that measures nothing must not open."""
+    found = tunesmith.guard(tiny.model, limit=8, max_tokens=2, min_pass={"own": 0.0}, out=tmp_path / "g", console=quiet())
+    assert found.exit_code == 1 and found.short == ("below --min-pass: no probe of kind own could be asked",)
+
+
 def test_a_run_without_a_result_is_refused(tiny, tmp_path):
     from tunesmith.config.load import load
     from tunesmith.run import Run

@@ -286,8 +286,10 @@ def finish(found: Guarded, folder: Path, name: str, minima: Mapping[str, float])
     last = whole["arms"][-1]  # the tuned model, where there is one
     short = []
     for kind, least in minima.items():
-        entry = last["kinds"][kind] if kind else last
-        if entry["rate"] < least:
+        entry = last["kinds"].get(kind) if kind else last
+        if entry is None:
+            short.append(f"below --min-pass: no probe of kind {kind} could be asked")
+        elif entry["rate"] < least:
             what = f" of kind {kind}" if kind else ""
             passed = f"{last['name']} passes {entry['passed']} of {entry['of']}{what}"
             short.append(f"below --min-pass: {passed} ({entry['rate']:.3f}, and {least:g} is wanted)")
