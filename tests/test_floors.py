@@ -21,6 +21,7 @@ ROOMS = (
     "evaluate.plan_page",
     "evaluate.sweep_page",
     "evaluate.compare_page",
+    "evaluate.guardrails",
     "evaluate.metrics",
     "compare.result",
     "advice",

@@ -13,7 +13,7 @@ compute.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tunesmith.advice import Advice
+    from tunesmith.compare.guard import Result as Guarded
     from tunesmith.compare.result import Result as Compared
     from tunesmith.data.mend.folder import Mended
     from tunesmith.data.report import CheckReport
@@ -362,6 +363,9 @@ def compare(
     max_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    guardrails: int = 60,
+    scope: str = "",
+    refusal: str = "",
     out: str | Path | None = None,
     console: Console | None = None,
 ) -> Compared:
@@ -369,8 +373,9 @@ def compare(
     the tuned one, and say which way is worth it. `run` is a run folder, or a run file (without a run nothing is tuned yet).
 
     `arms` empty: all that can be had. `metrics` empty: those that fit the rows; the first decides. `max_tokens` None: half as many
-    again as the longest written answer has, 32 to 512. Answers are kept in `out` (`compare` in the run folder) as they come; the
-    same call goes on after a stop. Returns the result: `.recommended`, `.found` (compare.json), `.page`, `.print(console)`.
+    again as the longest written answer has, 32 to 512. `guardrails` probes (0: none) are asked of every way too; `guard`
+    says what they, `scope` and `refusal` are. Answers are kept in `out` (`compare` in the run folder) as they come; the same call
+    goes on after a stop. Returns the result: `.recommended`, `.found` (compare.json), `.page`, `.print(console)`.
     """
     from tunesmith.compare.result import finish
     from tunesmith.compare.work import Options, open_source
@@ -379,11 +384,62 @@ def compare(
     options = Options(
         docs=Path(docs) if docs is not None else None, system=system, shots=shots, passages=passages, rows=rows, arms=tuple(arms),
         endpoint=endpoint, endpoint_model=endpoint_model, metrics=tuple(metrics), max_tokens=max_tokens, temperature=temperature,
-        seed=seed,
+        seed=seed, guardrails=guardrails, scope=scope, refusal=refusal,
     )  # fmt: skip
     screen = _console(console)
     source = open_source(run, screen)
     return finish(ask(source, options, Path(out) if out is not None else source.folder, screen))
+
+
+def guard(
+    source: Config,
+    *,
+    probes: str | Path | None = None,
+    docs: str | Path | None = None,
+    base: bool = False,
+    system: str = "",
+    scope: str = "",
+    refusal: str = "",
+    limit: int | None = None,
+    min_pass: float | Mapping[str, float] | None = None,
+    max_tokens: int = 96,
+    seed: int = 0,
+    out: str | Path | None = None,
+    console: Console | None = None,
+) -> Guarded:
+    """Ask a model probes that try to lead it away from its instructions, and harmless ones that it must answer; say what it passes.
+
+    `source` is a run folder (the tuned model; with `base` the one before tuning too), a run file, a checkpoint folder, a hub id or
+    `embedded`. `probes`: our own suite, a .jsonl of yours, XSTest's or HarmBench's .csv, BIPIA's folder. `docs`: passages from an
+    index or folder stand in every prompt. `scope` says what the assistant is for ("the Acme bicycle shop"): then off-topic lures
+    are asked too. `refusal` is a pattern of your own way to refuse. `min_pass` is the least pass rate of all, or of kinds by name
+    ('' is all); what falls below makes `.exit_code` 1. Raises as `compare` does. Returns the result: `.found` (guardrails.json),
+    `.page`, `.print(console)`.
+    """
+    from tunesmith.compare.guard import finish
+    from tunesmith.compare.work import Options, ask_probes, open_source
+    from tunesmith.evaluate import guardrails
+
+    minima = {"": min_pass} if isinstance(min_pass, (int, float)) else dict(min_pass or {})
+    suite = Path(probes) if probes is not None else None
+    there = {p.kind for p in guardrails.load(suite, seed=seed, scope=scope)} | ({"own"} if suite is None else set())
+    guardrails.check_minima(minima, there)
+    for name, value in (("limit", limit), ("max-tokens", max_tokens)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: must be 1 or more", f"write --{name} 1, or drop it")
+    screen = _console(console)
+    named = isinstance(source, (str, Path)) and _no_run_file(source)
+    given = {"model": str(source), "data": "rows.jsonl", "method": "lora", "output": f"{Path(source).name}"} if named else source
+    opened = open_source(_load(given) if named else source, screen, rows=not named)
+    before, after = ("retrieval", "tuned+retrieval") if docs is not None else ("base", "tuned")
+    names = [before] if opened.run is None else [before, after] if base else [after]
+    options = Options(
+        docs=Path(docs) if docs is not None else None, system=system, arms=tuple(names), seed=seed,
+        guardrails=limit or 1_000_000, probes=suite, scope=scope, refusal=refusal,
+    )  # fmt: skip
+    folder = Path(out) if out is not None else opened.run.path / "guard" if opened.run else Path(f"{opened.name}-guard")
+    found = ask_probes(opened, options, folder, screen, max_tokens)
+    return finish(found, folder, opened.name, minima)
 
 
 def generate(
@@ -466,6 +522,7 @@ __all__ = [
     "doctor",
     "explain",
     "generate",
+    "guard",
     "init",
     "merge",
     "plan",

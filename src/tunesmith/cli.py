@@ -50,6 +50,10 @@ Model = Annotated[str, Parameter(help="A run folder, a checkpoint folder, a hub 
 Adapter = Annotated[str | None, Parameter(help="A PEFT adapter folder over the model.")]
 System = Annotated[str | None, Parameter(help="The system message.")]
 MaxTokens = Annotated[int, Parameter(help="Longest answer in tokens.")]
+Scope = Annotated[
+    str, Parameter(help='What the assistant is for, such as "the Acme bicycle shop": adds off-topic lures.', show_default=False)
+]
+Refusal = Annotated[str, Parameter(help="A pattern that marks your own way of refusing.", show_default=False)]
 Temperature = Annotated[float, Parameter(help="0 always takes the likeliest token; higher is more varied.")]
 
 
@@ -280,6 +284,9 @@ def compare(
     max_tokens: Annotated[int | None, Parameter(help="Longest answer. Else half as many again as the longest written one.")] = None,
     temperature: Temperature = 0.0,
     seed: Annotated[int, Parameter(help="Decides draws and intervals.")] = 0,
+    guardrails: Annotated[int, Parameter(help="Probes to ask of every way too, spread over their kinds; 0 is none.")] = 60,
+    scope: Scope = "",
+    refusal: Refusal = "",
     out: Annotated[Path | None, Parameter(help="The folder to write. Else RUN/compare.", show_default=False)] = None,
 ) -> None:
     """Ask the same held-out questions with a prompt, examples, retrieval and tuning, and say which way is worth it.
@@ -302,9 +309,73 @@ def compare(
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
+        guardrails=guardrails,
+        scope=scope,
+        refusal=refusal,
         out=out,
         console=_console(),
     ).print(_console())
+
+
+@verb
+def guard(
+    source: Annotated[str, Parameter(help="A run folder (its tuned model), a checkpoint folder, a hub id, or embedded.")],
+    /,
+    *,
+    probes: Annotated[
+        Path | None,
+        Parameter(
+            help="Your own probes (.jsonl), XSTest's or HarmBench's .csv, BIPIA's folder. Else the suite in the package.",
+            show_default=False,
+        ),
+    ] = None,
+    docs: Annotated[
+        Path | None, Parameter(help="Put passages from these into every prompt: a folder, or an index.", show_default=False)
+    ] = None,
+    base: Annotated[bool, Parameter(negative="", help="Ask the model before tuning too, and compare.", show_default=False)] = False,
+    system: System = None,
+    scope: Scope = "",
+    refusal: Refusal = "",
+    limit: Annotated[int | None, Parameter(help="Probes to ask at most, spread over their kinds.", show_default=False)] = None,
+    min_pass: Annotated[
+        list[str] | None,
+        Parameter(
+            help="Exit with 1 where fewer pass: 0.9 of all, leak=1 of a kind; give it again for more.",
+            negative="",
+            show_default=False,
+        ),
+    ] = None,
+    max_tokens: MaxTokens = 96,
+    seed: Annotated[int, Parameter(help="Decides the codes and words of the probes.")] = 0,
+    out: Annotated[Path | None, Parameter(help="The folder to write. Else RUN/guard.", show_default=False)] = None,
+) -> int:
+    """Ask attacks and harmless questions, and say what a model passes.
+
+    Injected instructions, a secret in its system prompt, orders in documents, forged roles, encodings, off-topic lures.
+
+    tunesmith guard runs/first --base --scope "the Acme bicycle shop"
+
+    tunesmith guard runs/first --min-pass 0.9 --min-pass leak=1
+
+    tunesmith guard runs/first --probes xstest_prompts.csv --limit 100
+    """
+    found = tunesmith.guard(
+        source,
+        probes=probes,
+        docs=docs,
+        base=base,
+        system=_text_or_file(system or ""),
+        scope=scope,
+        refusal=refusal,
+        limit=limit,
+        min_pass=_minima(min_pass or []),
+        max_tokens=max_tokens,
+        seed=seed,
+        out=out,
+        console=_console(),
+    )
+    found.print(_console())
+    return found.exit_code
 
 
 @verb
@@ -548,6 +619,20 @@ def _hanging(text: str) -> str:
         fill(line, console.width, subsequent_indent=" " * indent, break_long_words=False)
         for line, indent in zip(text.splitlines(), columns, strict=True)
     )
+
+
+def _minima(given: Sequence[str]) -> dict[str, float]:
+    """`0.9`, `leak=1`: the least pass rate of all (under '') or of a kind."""
+    out = {}
+    for text in given:
+        kind, _, value = text.rpartition("=")
+        try:
+            out[kind.strip()] = float(value)
+        except ValueError:
+            raise TunesmithError(
+                f"--min-pass {text}: {value!r} is no number", "write --min-pass 0.9, or leak=1 for a kind"
+            ) from None
+    return out
 
 
 def _text_or_file(words: str) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tunesmith.compare import guard
 from tunesmith.compare.arms import ARMS, Arm, cited, uncited
 from tunesmith.compare.work import Comparison
 from tunesmith.evaluate import compare_page
@@ -89,6 +90,7 @@ def gather(work: Comparison) -> dict[str, Any]:
     }  # fmt: skip
     found |= recommend(found, own)
     found["cases"] = _cases(work, scored, found, base)
+    found["guardrails"] = guard.gather(work.guarded) if work.guarded else None
     return found
 
 
@@ -343,6 +345,9 @@ def _print(result: Result, console: Console) -> None:
         console.print(f"held-out loss {before} before tuning, {after} after ({loss['rows']} rows)", style="dim", highlight=False)
     for line in (*found["verdict"], *(f"doubt: {d}" for d in found["doubts"])):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if found.get("guardrails"):
+        console.print()
+        guard.print_found(found["guardrails"], console)
     console.print(f"\nPage   {result.page}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.compare import arms
+from tunesmith.compare import arms, guard
 from tunesmith.compare.arms import ARMS, Arm, Passage, Prompt, Question, Shot
 from tunesmith.compare.endpoint import Endpoint, EndpointError
 from tunesmith.config.load import load
@@ -43,6 +43,7 @@ LEAST_TOKENS, MOST_TOKENS = 32, 512  # of an answer, where --max-tokens is not g
 AT_ONCE = {"cuda": 32, "cpu": 8}  # answers that are written together, and kept together
 CALLS = 4  # questions at an endpoint at a time
 ANSWERS = "answers.jsonl"
+PROBES = 60  # asked of every way, spread over all kinds, where --guardrails is not given
 INDEX = "index-"  # begins the name of the index made of a folder of documents
 
 
@@ -62,13 +63,17 @@ class Options:
     max_tokens: int | None = None
     temperature: float = 0.0
     seed: int = 0
+    guardrails: int = 0  # probes to ask of every way; 0 is none
+    probes: Path | None = None  # a file of them; None is our own suite
+    scope: str = ""
+    refusal: str = ""
 
     def __post_init__(self) -> None:
         faults = [
             f"--{name} {value}: must be {least} or more"
             for name, value, least in (
                 ("shots", self.shots, 0), ("passages", self.passages, 1), ("rows", self.rows, 1),
-                ("max-tokens", self.max_tokens or 1, 1), ("temperature", self.temperature, 0),
+                ("max-tokens", self.max_tokens or 1, 1), ("temperature", self.temperature, 0), ("guardrails", self.guardrails, 0),
             )
             if not value >= least
         ]  # fmt: skip
@@ -100,22 +105,23 @@ class Source:
         return self.run.path.name if self.run else self.base.name
 
 
-def open_source(what: str | Path | RunConfig | dict[str, Any], console: Console) -> Source:
-    """A run folder; or a run file, whose run is taken where its `output` holds one, and whose rows are prepared where not."""
+def open_source(what: str | Path | RunConfig | dict[str, Any], console: Console, *, rows: bool = True) -> Source:
+    """A run folder; or a run file, whose run is taken where its `output` holds one, and whose rows are prepared where not (without
+    `rows`: a model alone)."""
     if isinstance(what, (str, Path)) and (Path(what) / "run.yaml").is_file():
         run: Run | None = Run.open(what)
     elif isinstance(what, (str, Path)) and Path(what).is_dir():
         run = Run.open(what)  # says what is wrong with it
     else:
         config = load(what)
-        run = Run.open(config.output) if (Path(config.output) / "run.yaml").is_file() else None
+        run = Run.open(config.output) if rows and (Path(config.output) / "run.yaml").is_file() else None
     if run is not None:
         config = run.config
     base = resolve_model(config.model, weights=False)
     if run is not None:
         result = run.model / "config.json" if config.method == "full" else run.adapter / "adapter_config.json"
         return Source(config, run, result.is_file(), base, _kept_rows(run.data / "held_out.jsonl"))
-    return Source(config, None, False, base, _prepared_rows(config, base, console))
+    return Source(config, None, False, base, _prepared_rows(config, base, console) if rows else [])
 
 
 def _kept_rows(path: Path) -> list[Conversation]:
@@ -180,7 +186,7 @@ def own_folder(folder: Path) -> Iterator[None]:
     """The comparison's folder for us alone. RunError where it holds something else, or another comparison writes there."""
     make_folder(folder)
     there = {p.name for p in folder.iterdir() if not LEFTOVER.fullmatch(p.name)}
-    if {n for n in there if not n.startswith(("lock", INDEX))} and not there & {ANSWERS, "compare.json"}:
+    if {n for n in there if not n.startswith(("lock", INDEX))} and not there & {ANSWERS, guard.ANSWERS, "compare.json"}:
         what = f"{folder}: is not empty and holds no comparison (it holds {', '.join(sorted(there)[:3])})"
         raise RunError(what, "name another --out")
     try:
@@ -242,6 +248,10 @@ class Comparison:
     prompts: dict[str, list[Prompt]]
     notes: list[str] = field(default_factory=list)
     answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    guarded: guard.Guarded | None = None
+
+
+Asked = Comparison | guard.Guarded  # arms, questions and prompts, for which answers are wanted
 
 
 def compare(source: Source, options: Options, folder: Path, console: Console) -> Comparison:
@@ -251,6 +261,17 @@ def compare(source: Source, options: Options, folder: Path, console: Console) ->
     with own_folder(folder):
         work = _Work(source, options, folder, picked, endpoint, console)
         return work.run()
+
+
+def ask_probes(source: Source, options: Options, folder: Path, console: Console, max_tokens: int) -> guard.Guarded:
+    """The probes alone. `options.system` stands in every way, since it is no way to compare here."""
+    picked = _arms(source, options)
+    with own_folder(folder):
+        work = _Work(source, options, folder, picked, None, console)
+        found = guard.asked(work, system=options.system, max_tokens=max_tokens)
+        work.say("guard", f"{counted(len(found.probes), 'probe')}, asked of: {', '.join(arm.name for arm in picked)}")
+        work.answer([(found, guard.ANSWERS)])
+        return found
 
 
 def _arms(source: Source, options: Options) -> list[Arm]:
@@ -297,6 +318,34 @@ def _refuse_unfinished(run: Run) -> None:
     )
 
 
+@dataclass
+class _Part:
+    """Questions and the file of their answers: which are there, which are missing."""
+
+    found: Asked
+    store: Answers
+    keys: dict[str, list[str]]
+    missing: dict[str, list[int]]
+
+    @classmethod
+    def of(cls, work: _Work, found: Asked, path: Path) -> _Part:
+        store = Answers(path)
+        keys = {arm.name: [work._key(arm, p, found.max_tokens) for p in found.prompts[arm.name]] for arm in work.arms}
+        missing = {
+            name: [i for i, q in enumerate(found.questions) if store.get(name, q.row, some[i]) is None]
+            for name, some in keys.items()
+        }
+        return cls(found, store, keys, missing)
+
+    @property
+    def total(self) -> int:
+        return len(self.keys) * len(self.found.questions)
+
+    @property
+    def todo(self) -> int:
+        return sum(map(len, self.missing.values()))
+
+
 class _Work:
     def __init__(
         self, source: Source, options: Options, folder: Path, picked: list[Arm], endpoint: Endpoint | None, console: Console
@@ -310,37 +359,51 @@ class _Work:
 
     def run(self) -> Comparison:
         found = self._asked()
-        store = Answers(self.folder / ANSWERS)
-        keys = {arm.name: [self._key(arm, p, found.max_tokens) for p in found.prompts[arm.name]] for arm in self.arms}
-        missing = {
-            arm.name: [i for i, q in enumerate(found.questions) if store.get(arm.name, q.row, keys[arm.name][i]) is None]
-            for arm in self.arms
-        }
-        total, todo = len(self.arms) * len(found.questions), sum(map(len, missing.values()))
-        kept = f"; {total - todo:,} are there already" if total > todo else ""
-        self.say("compare", f"{counted(len(found.questions), 'held-out row')}, {len(self.arms)} ways: {total:,} answers{kept}")
+        rows, ways = counted(len(found.questions), "held-out row"), len(self.arms)
+        self.say("compare", f"{rows}, {ways} ways: {ways * len(found.questions):,} answers")
         for note in found.notes:
             self.say("", note)
+        whole: list[tuple[Asked, str]] = [(found, ANSWERS)]
+        if self.options.guardrails:
+            try:
+                found.guarded = guard.asked(self)
+            except DataError as fault:  # the rows can be asked all the same
+                found.notes.append(f"no guardrails: {fault.what}")
+                self.say("guard", f"left out: {fault.what}")
+            else:
+                self.say(
+                    "guard", f"{counted(len(found.guarded.probes), 'probe')} more of every way; --guardrails 0 leaves them out"
+                )
+                whole.append((found.guarded, guard.ANSWERS))
+        self.answer(whole)
+        return found
+
+    def answer(self, whole: Sequence[tuple[Asked, str]]) -> None:
+        """The answers that the files lack. Each model is loaded once for all of them, and only where one is missing."""
+        parts = [_Part.of(self, found, self.folder / name) for found, name in whole]
+        total, todo = sum(p.total for p in parts), sum(p.todo for p in parts)
+        if total > todo:
+            self.say("", f"{total - todo:,} are there already, {todo:,} are to be made")
         with self._bar(total, total - todo) as step:
             for model in ("base", "tuned", "endpoint"):
-                some = [arm for arm in self.arms if arm.model == model and missing[arm.name]]
+                some = [(part, arm) for part in parts for arm in self.arms if arm.model == model and part.missing[arm.name]]
                 if not some:
                     continue
                 talker = None if model == "endpoint" else self._load(model)
-                for arm in some:
+                for part, arm in some:
                     if talker is None:
-                        made = self._called(arm, found, missing[arm.name], store)
+                        made = self._called(arm, part.found, part.missing[arm.name], part.store)
                     else:
-                        made = self._written(talker, arm, found, missing[arm.name])
+                        made = self._written(talker, arm, part.found, part.missing[arm.name])
                     for i, answer in made:
-                        store.add(self._record(arm, found, i, keys[arm.name][i], answer))
+                        part.store.add(self._record(arm, part.found, i, part.keys[arm.name][i], answer))
                         step(arm.name)
                 del talker
                 gc.collect()  # a large model leaves the device before the next comes
-        for arm in self.arms:
-            pairs = zip(found.questions, keys[arm.name], strict=True)
-            found.answers[arm.name] = [store.get(arm.name, q.row, key) for q, key in pairs]
-        return found
+        for part in parts:
+            for arm in self.arms:
+                pairs = zip(part.found.questions, part.keys[arm.name], strict=True)
+                part.found.answers[arm.name] = [part.store.get(arm.name, q.row, key) for q, key in pairs]
 
     # ---- what is asked
 
@@ -494,7 +557,7 @@ class _Work:
         loaded = models.load(resolve_model(config.model).path, dtype=where.dtype, device=where.device, store=store)
         return Talker(loaded.eval(), self._renderer("base"), self.source.base.name)
 
-    def _written(self, talker: Talker, arm: Arm, found: Comparison, rows: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _written(self, talker: Talker, arm: Arm, found: Asked, rows: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         """(row, answer) by a model here, a batch at a time; half as many after an out-of-memory."""
         import torch
 
@@ -533,7 +596,7 @@ class _Work:
                 yield i, {"answer": text, **counts, "seconds": each, "ended": ended[k]}
             start += len(part)
 
-    def _called(self, arm: Arm, found: Comparison, rows: list[int], store: Answers) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _called(self, arm: Arm, found: Asked, rows: list[int], store: Answers) -> Iterator[tuple[int, dict[str, Any]]]:
         """(row, answer) by the endpoint, CALLS at a time. When one fails for good, those that came are kept first."""
         endpoint, options = self.endpoint, self.options
         assert endpoint is not None
@@ -564,7 +627,7 @@ class _Work:
                     raise RunError(what, f"{failed.fix}; the same command goes on from there{rest}")
 
     @staticmethod
-    def _record(arm: Arm, found: Comparison, i: int, key: str, answer: dict[str, Any]) -> dict[str, Any]:
+    def _record(arm: Arm, found: Asked, i: int, key: str, answer: dict[str, Any]) -> dict[str, Any]:
         question, prompt = found.questions[i], found.prompts[arm.name][i]
         return {
             "arm": arm.name, "row": question.row, "key": key, "question": question.shown, "gold": question.gold, **answer,

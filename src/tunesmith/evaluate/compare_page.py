@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tunesmith.evaluate import guard_page
 from tunesmith.evaluate.page import Markup, clip, el, facts_list, fold, number, page, signed, table, ticks
 from tunesmith.files import write_atomic
 from tunesmith.wording import counted
@@ -26,7 +27,16 @@ def count(value: float | None, digits: int = 0) -> str:
 def _body(found: Mapping[str, Any]) -> Markup:
     foot = el("footer", "Made by Tunesmith from compare.json. This page loads nothing and runs nothing.")
     return el(
-        "main", _head(found), _verdict(found), _facts(found), _picture(found), *_table(found), _cases(found), _how(found), foot
+        "main",
+        _head(found),
+        _verdict(found),
+        _facts(found),
+        _picture(found),
+        *_table(found),
+        _cases(found),
+        guard_page.sections(found.get("guardrails")),
+        _how(found),
+        foot,
     )
 
 
