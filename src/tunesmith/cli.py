@@ -113,7 +113,7 @@ def check(
     model: Annotated[str | None, Parameter(help="Whose tokenizer and chat template to use.")] = None,
     page: Annotated[str | None, Parameter(help="The .html file to write; beside the prepared data without it.")] = None,
 ) -> int:
-    """Say what is in the data, what is wrong with it, what will be learned; the page has all of it."""
+    """Say what is in the data, what is wrong, what will be learned."""
     report = tunesmith.check(config, *overrides, show=show, model=model, page=page)
     report.print(_console())
     return report.exit_code
@@ -186,7 +186,7 @@ def plan(
     page: Annotated[str | None, Parameter(help="The .html file to write.")] = None,
     probe: Annotated[bool, Parameter(help="Measure this machine first: a few seconds, kept for every later plan here.")] = False,
 ) -> int:
-    """Say whether it will fit, how long it will take, and what to lower; of a model alone, what fits on which card.
+    """Say whether it fits, how long it takes, and what to lower.
 
     tunesmith plan run.yaml --gpu 4090 --page plan.html
 
@@ -235,7 +235,7 @@ def sweep(
     ] = True,
     out: Annotated[Path | None, Parameter(help="The sweep's folder. Else <output>-sweep.", show_default=False)] = None,
 ) -> None:
-    """Train with many settings, rank them by held-out loss, draw what each setting does. The same command goes on after a stop.
+    """Train with many settings, rank them, draw what each does.
 
     tunesmith sweep run.yaml lora.rank=8,16,64 train.learning_rate=1e-4..1e-3
 
@@ -289,7 +289,7 @@ def compare(
     refusal: Refusal = "",
     out: Annotated[Path | None, Parameter(help="The folder to write. Else RUN/compare.", show_default=False)] = None,
 ) -> None:
-    """Ask the same held-out questions with a prompt, examples, retrieval and tuning, and say which way is worth it.
+    """Ask the same questions by prompt, retrieval and tuning.
 
     tunesmith compare runs/first --system "Answer in one sentence." --docs manuals
 
@@ -427,7 +427,7 @@ def merge(
     *,
     onto: Annotated[str, Parameter(help="auto; nf4, the 4-bit base it was trained over; or dense, the original weights.")] = "auto",
 ) -> None:
-    """Fold the adapter into the weights: a Hugging Face folder for other tools."""
+    """Fold the adapter into the weights: a Hugging Face folder."""
     _say(f"Written to {tunesmith.merge(run, out, onto=onto)}")
 
 
@@ -526,7 +526,7 @@ def show(*, index: IndexFile = Path("documents.sqlite")) -> None:
 
 @verb
 def doctor() -> int:
-    """Say what this machine can do, and which kernels a run takes and why."""
+    """Say what this machine can do, and which kernels a run takes."""
     found = tunesmith.doctor()
     found.print()
     return 0 if found.healthy else 2
