@@ -1,7 +1,7 @@
 """What came of a comparison: every arm by every metric with its interval, which way is worth it, the page, the table. No torch.
 
-The recommendation is the cheapest arm that is not shown to be worse than the best. Shown means: McNemar's exact p below 0.05 where
-each row is right or wrong, else a paired bootstrap interval of 95 % without zero. A dearer arm must win; a tie goes to the prompt.
+The recommendation is the cheapest arm that is not shown to be worse than the best (scoring.py says what shown means). A dearer arm
+must win; a tie goes to the prompt.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from tunesmith.compare.arms import ARMS, Arm, cited, uncited
+from tunesmith.compare import citing, scoring, told
+from tunesmith.compare.arms import ARMS, Arm, cited
+from tunesmith.compare.scoring import difference, interval
 from tunesmith.compare.work import Comparison
 from tunesmith.evaluate import compare_page
-from tunesmith.evaluate.metrics import Metric, Scored
-from tunesmith.evaluate.statistics import FEW_ROWS, bootstrap, mcnemar, paired_bootstrap, wilson
+from tunesmith.evaluate.metrics import Scored
+from tunesmith.evaluate.statistics import FEW_ROWS
 from tunesmith.files import finite, write_atomic
 from tunesmith.redact import redact
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-SHOWN_P = 0.05
 CASES = 6  # wins and as many losses on the page
 CUT = 0.1  # share of answers that ended at the limit from which it is told as a doubt
 
@@ -62,12 +61,9 @@ def finish(work: Comparison) -> Result:
 
 
 def gather(work: Comparison) -> dict[str, Any]:
-    golds = [q.gold for q in work.questions]
-    scored = {arm.name: {m.name: m.score(_texts(work, arm, m), golds) for m in work.metrics} for arm in work.arms}
+    scored, own = scoring.scores(work), scoring.weighed(work.arms)
     first, seed = work.metrics[0], work.options.seed
-    own = [arm for arm in work.arms if arm.model != "endpoint"] or work.arms
-    means = {arm.name: scored[arm.name][first.name].whole for arm in work.arms}
-    best = max(own, key=lambda arm: (means[arm.name], -arm.order))
+    best = scoring.leading(own, scored, first.name)
     base = next((arm for arm in work.arms if arm.name == "base"), None)
     rows = []
     for arm in work.arms:
@@ -75,7 +71,7 @@ def gather(work: Comparison) -> dict[str, Any]:
         for metric in work.metrics:
             value = scored[arm.name][metric.name]
             mean, low, high = interval(value, metric, seed)
-            entry["metrics"][metric.name] = {"value": mean, "interval": [low, high]}
+            entry["metrics"][metric.name] = {"value": mean, "interval": [low, high], "rows": len(value.counted)}
             for word, other in (("best", best), ("base", base)):
                 if other is not None and other is not arm:
                     entry["metrics"][metric.name][f"to_{word}"] = difference(scored[other.name][metric.name], value, metric, seed)
@@ -85,44 +81,14 @@ def gather(work: Comparison) -> dict[str, Any]:
         "rows": len(work.questions), "held_out": len(work.source.held_out), "left_out": work.left_out,
         "metrics": [{"name": m.name, "says": m.says, "binary": m.binary, "form": m.form} for m in work.metrics],
         "best": best.name, "arms": rows, "loss": _loss(work), "training": _training(work),
-        "settings": _settings(work), "notes": list(work.notes),
+        "settings": _settings(work), "notes": list(work.notes), "winners": scoring.winners(work, own, scored, seed),
+        "citations": citing.measured(work), "adherence": work.adherence, "forgetting": work.forgetting, "judge": work.judged,
     }  # fmt: skip
+    if by := work.options.by:
+        found["groups"] = scoring.groups(work, by, lambda part, metric: interval(part, metric, seed), scored)
     found |= recommend(found, own)
     found["cases"] = _cases(work, scored, found, base)
     return found
-
-
-def _texts(work: Comparison, arm: Arm, metric: Metric) -> list[str]:
-    answers = [row["answer"] for row in work.answers[arm.name]]
-    if not arm.passages or metric.marks:
-        return answers
-    return [uncited(text, len(p.passages)) for text, p in zip(answers, work.prompts[arm.name], strict=True)]
-
-
-def interval(value: Scored, metric: Metric, seed: int) -> tuple[float, float, float]:
-    """(value, lo, hi) over all rows, for 95 %: Wilson's of a share, else a bootstrap over rows."""
-    if metric.binary:
-        return value.whole, *wilson(round(value.values.sum()), len(value.values))
-    if value.statistic is not None:
-        return bootstrap(value.statistic, len(value.values), seed=seed)
-    return paired_bootstrap(np.zeros_like(value.values), value.values, seed=seed)
-
-
-def difference(other: Scored, value: Scored, metric: Metric, seed: int) -> dict[str, Any]:
-    """How much better `value` is than `other` on the same rows, and whether that is shown: -1 worse, 0 not shown, 1 better."""
-    if value.statistic is not None and other.statistic is not None:
-        mine, theirs = value.statistic, other.statistic
-        mean, low, high = bootstrap(lambda counts: mine(counts) - theirs(counts), len(value.values), seed=seed)
-    else:
-        mean, low, high = paired_bootstrap(other.values, value.values, seed=seed)
-    out: dict[str, Any] = {"difference": mean, "interval": [low, high]}
-    sure = low > 0 or high < 0
-    if metric.binary:
-        lost, won, p = mcnemar(other.values, value.values)
-        out |= {"lost": lost, "won": won, "p": p}
-        sure = p < SHOWN_P
-    few = len(value.values) < FEW_ROWS
-    return out | {"shown": 0 if few or not sure else 1 if mean > 0 else -1}
 
 
 def _cost(work: Comparison, arm: Arm) -> dict[str, Any]:

@@ -118,6 +118,7 @@ def to_dict(c: Conversation) -> dict[str, Any]:
     for m in c.messages:
         weight = {} if m.learn is None else {"weight": int(m.learn)}
         value["messages"].append({"role": m.role, "content": m.content, **weight, **dict(m.extra)})
+    value |= {"fields": dict(c.fields)} if c.fields else {}
     return value | ({"tools": list(c.tools)} if c.tools else {})
 
 
@@ -127,7 +128,21 @@ def from_dict(value: dict[str, Any]) -> Conversation:
     for m in value["messages"]:
         rest = {k: v for k, v in m.items() if k not in ("role", "content", "weight")}
         messages.append(Message(m["role"], m["content"], {0: False, 1: True}.get(m.get("weight")), tuple(rest.items())))
-    return Conversation(tuple(messages), Origin(value["file"], value["line"]), value["kind"], tuple(value.get("tools", ())))
+    origin, tools, fields = Origin(value["file"], value["line"]), tuple(value.get("tools", ())), value.get("fields", {})
+    return Conversation(tuple(messages), origin, value["kind"], tools, fields=fields)
+
+
+FIELD_CHARS = 4000  # of a field as JSON: what is longer is text, no mark on the row
+
+
+def fields(row: Row) -> dict[str, Any]:
+    """What a row carries beside what its format reads: `topic`, `expect` ... Not trained on; checks and groups of the comparison
+    read it."""
+    if isinstance(row.value, str):
+        return {}
+    present = {k: v for k, v in row.value.items() if v is not None}
+    read = {key for name in matches(tuple(present)) for keys in FORMATS[name].keys for key in keys} | {"tools"}
+    return {k: v for k, v in present.items() if k not in read and len(json.dumps(v, default=str)) <= FIELD_CHARS}
 
 
 # ---- which format --------------------------------------------------------------------------------------------------------------
