@@ -136,8 +136,7 @@ def ranking(golds: Sequence[tuple[int, Gold] | None], ranked: Sequence[Sequence[
     if not rankings:
         return None
     found = measures.ranked(rankings, right, KS)
-    each = np.array([measures.hit(r, g, work_k) for r, g in zip(rankings, right, strict=True) for work_k in KS]).reshape(-1, len(KS))
-    hits = {str(k): {"value": found.hit[k], "interval": list(wilson(round(each[:, i].sum()), len(each)))} for i, k in enumerate(KS)}
+    hits = {str(k): _share(round(found.hit[k] * found.questions), found.questions) for k in KS}
     reciprocal = np.array([measures.reciprocal_rank(r, g) for r, g in zip(rankings, right, strict=True)])
     _, low, high = bootstrap(lambda counts: counts @ reciprocal / counts.sum(1), len(reciprocal), seed=seed)
     known = math.isfinite(low) and math.isfinite(high)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tunesmith.compare import citing, scoring, told
 from tunesmith.compare.arms import ARMS, Arm, cited
 from tunesmith.compare.scoring import difference, interval
@@ -85,7 +87,7 @@ def gather(work: Comparison) -> dict[str, Any]:
         "citations": citing.measured(work), "adherence": work.adherence, "forgetting": work.forgetting, "judge": work.judged,
     }  # fmt: skip
     if by := work.options.by:
-        found["groups"] = scoring.groups(work, by, lambda part, metric: interval(part, metric, seed), scored)
+        found["groups"] = scoring.groups(work, by, scored, seed)
     found |= recommend(found, own)
     found["cases"] = _cases(work, scored, found, base)
     return found
@@ -130,7 +132,8 @@ def _settings(work: Comparison) -> dict[str, Any]:
     return {
         "arms": [arm.name for arm in work.arms], "system": redact(o.system), "shots": o.shots, "passages": o.passages,
         "docs": str(o.docs) if o.docs else "", "max_tokens": work.max_tokens, "temperature": o.temperature, "seed": o.seed,
-        "endpoint": redact(o.endpoint), "endpoint_model": o.endpoint_model,
+        "endpoint": redact(o.endpoint), "endpoint_model": o.endpoint_model, "by": o.by, "gold": work.gold or "",
+        "judge": redact(o.judge), "judge_model": o.judge_model, "forgetting": list(o.forgetting),
     }  # fmt: skip
 
 
@@ -139,19 +142,20 @@ def _settings(work: Comparison) -> dict[str, Any]:
 
 def recommend(found: Mapping[str, Any], own: Sequence[Arm]) -> dict[str, Any]:
     """{recommended, verdict: [sentence, reason], doubts}: the cheapest of `own` that is not shown worse than the best."""
-    metric, rows = found["metrics"][0]["name"], found["rows"]
+    metric = found["metrics"][0]["name"]
     by_name = {arm["name"]: arm for arm in found["arms"]}
     best = by_name[found["best"]]
 
     def at(arm: Mapping[str, Any]) -> Mapping[str, Any]:
         return arm["metrics"][metric]
 
-    doubts = _doubts(found, own)
+    doubts, rows = _doubts(found, own), at(best)["rows"]
     top = f"{best['name']} has {say(at(best)['value'])} in {metric}"
     if rows < FEW_ROWS:
-        head = f"No recommendation: {rows} held-out rows are too few to tell the ways apart (from {FEW_ROWS} on one is given)."
+        which = f"{rows} held-out rows" + ("" if rows == found["rows"] else f" with what {metric} looks at")
+        head = f"No recommendation: {which} are too few to tell the ways apart (from {FEW_ROWS} on one is given)."
         return {"recommended": None, "verdict": [head, f"The highest: {top}."], "doubts": doubts}
-    if at(best)["value"] <= 0:
+    if not at(best)["value"] > 0:
         return {
             "recommended": None, "doubts": doubts,
             "verdict": [f"No recommendation: no way scores above 0 in {metric}.", "Read the answers, or name another --metric."],
@@ -186,11 +190,14 @@ def recommend(found: Mapping[str, Any], own: Sequence[Arm]) -> dict[str, Any]:
                 f"Beside {best['name']}, {arm['says']} has {say(at(arm)['value'])}, {_signed(gap['difference'])} "
                 f"({_range(gap['interval'])}): {word}. It is not weighed here: its price and its privacy are yours to judge."
             )
+    if others := [w["says"] for w in found["winners"][1:] if w["best"] != best["name"] or w["level"]]:
+        reasons.append(f"By another measure it may be otherwise. {' '.join(others)}")
     return {"recommended": pick["name"], "verdict": [head, *reasons], "doubts": doubts}
 
 
 def _doubts(found: Mapping[str, Any], own: Sequence[Arm]) -> list[str]:
-    metric, rows = found["metrics"][0], found["rows"]
+    metric = found["metrics"][0]
+    rows = found["arms"][0]["metrics"][metric["name"]]["rows"]
     out = []
     halves = []
     for arm in found["arms"]:
@@ -217,7 +224,20 @@ def _doubts(found: Mapping[str, Any], own: Sequence[Arm]) -> list[str]:
         out.append(f"{metric['name']} sees an answer's form alone ({metric['says']}), not at whether it is right: read the rows.")
     elif not metric["binary"]:
         out.append(f"{metric['name']} counts: {metric['says']}. It does not know whether an answer is true; read the rows.")
+    if judge := found.get("judge"):
+        out += judge["doubts"]
+        out += [
+            f"The judge contradicts {metric['name']}: it prefers {other} to {judge['best']}."
+            for other, e in judge["against"].items()
+            if e["shown"] < 0
+        ]
+    out += [say_ for e, say_ in _forgotten(found) if e["shown"] < 0]
     return out
+
+
+def _forgotten(found: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]]:
+    told_ = found.get("forgetting")
+    return list(zip(told_["tasks"], told_["says"], strict=True)) if told_ else []
 
 
 def say(value: float) -> str:
@@ -253,13 +273,17 @@ def _cases(
         means = {a.name: scored[a.name][metric].whole for a in others}
         of, against = max(others, key=lambda a: means[a.name]).name, base
     assert against is not None
-    change = scored[of][metric].values - scored[against.name][metric].values
+    mine, theirs = scored[of][metric], scored[against.name][metric]
+    used = np.ones(len(mine.values), bool) if mine.used is None else mine.used
+    change = np.where(used, mine.values - theirs.values, 0.0)
+    cited_rows = (found["citations"] or {"arms": {}})["arms"]
 
     def case(i: int) -> dict[str, Any]:
         question = work.questions[i]
         answers = {
             arm.name: {"answer": work.answers[arm.name][i]["answer"], "value": float(scored[arm.name][metric].values[i]),
-                       "passages": [p.document for p in work.prompts[arm.name][i].passages]}
+                       "passages": [p.document for p in work.prompts[arm.name][i].passages],
+                       **({"citations": citing.note(cited_rows[arm.name]["rows"][i])} if arm.name in cited_rows else {})}
             for arm in work.arms
         }  # fmt: skip
         return {
@@ -273,7 +297,7 @@ def _cases(
     order = sorted(range(len(change)), key=lambda i: (-change[i], i))
     return {
         "of": of, "against": against.name, "won": int((change > 0).sum()), "lost": int((change < 0).sum()),
-        "same": int((change == 0).sum()),
+        "same": int((used & (change == 0)).sum()),
         "wins": [case(i) for i in order if change[i] > 0][:CASES],
         "losses": [case(i) for i in reversed(order) if change[i] < 0][:CASES],
     }  # fmt: skip
@@ -307,6 +331,7 @@ def _print(result: Result, console: Console) -> None:
     if loss := found["loss"]:
         before, after = (f"{loss[k]:.3f}" if loss[k] is not None else "-" for k in ("before", "after"))
         console.print(f"held-out loss {before} before tuning, {after} after ({loss['rows']} rows)", style="dim", highlight=False)
+    told.parts(found, console)
     for line in (*found["verdict"], *(f"doubt: {d}" for d in found["doubts"])):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"\nPage   {result.page}", highlight=False, markup=False, soft_wrap=True)

@@ -6,7 +6,7 @@ Shown means: McNemar's exact p below 0.05 where each row is right or wrong, else
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,7 +110,7 @@ def _says(entry: Mapping[str, Any], arms: int) -> str:
     return f"{head}; not shown better than {', '.join(level)}, better than the rest."
 
 
-def groups(work: Comparison, key: str, own: Callable[[Scored, Metric], tuple[float, float, float]], scored: Scores) -> dict[str, Any]:
+def groups(work: Comparison, key: str, scored: Scores, seed: int) -> dict[str, Any]:
     """Every metric and arm by the value that rows have under `key`; the commonest values first, the rarest together."""
     values = [label(q.fields.get(key)) for q in work.questions]
     counts = {v: values.count(v) for v in dict.fromkeys(values)}
@@ -124,7 +124,7 @@ def groups(work: Comparison, key: str, own: Callable[[Scored, Metric], tuple[flo
             entry["arms"][arm.name] = {}
             for metric in work.metrics:
                 part = scored[arm.name][metric.name].among(rows)
-                mean, low, high = own(part, metric)
+                mean, low, high = interval(part, metric, seed)
                 entry["arms"][arm.name][metric.name] = {"value": mean, "interval": [low, high], "rows": len(part.counted)}
         out.append(entry)
     return {"by": key, "groups": out}

@@ -13,19 +13,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.compare import arms
+from tunesmith.compare import arms, citing, contrast, forgetting, scoring
+from tunesmith.compare import judge as judging
 from tunesmith.compare.arms import ARMS, Arm, Passage, Prompt, Question, Shot
 from tunesmith.compare.endpoint import Endpoint, EndpointError
 from tunesmith.config.load import load
 from tunesmith.config.schema import RunConfig
 from tunesmith.data import formats
 from tunesmith.data.render import Renderer, RowRefused, build_renderer
+from tunesmith.data.sources import TEXT_SUFFIXES
 from tunesmith.errors import ConfigError, DataError, MissingExtra, RunError
-from tunesmith.evaluate.metrics import Metric, chosen
+from tunesmith.evaluate.metrics import METRICS, Metric, chosen, find
 from tunesmith.files import LEFTOVER, append, make_folder, sha256, sha256_file, write_atomic
 from tunesmith.hub import ResolvedModel, resolve_model
 from tunesmith.run import Run, base_fingerprint
@@ -38,11 +40,12 @@ if TYPE_CHECKING:
 
     from tunesmith.chat import Talker
 
-ROWS, SHOTS, PASSAGES = 100, 4, 4
+ROWS, SHOTS, PASSAGES, JUDGE_ROWS = 100, 4, 4, 50
 LEAST_TOKENS, MOST_TOKENS = 32, 512  # of an answer, where --max-tokens is not given
 AT_ONCE = {"cuda": 32, "cpu": 8}  # answers that are written together, and kept together
 CALLS = 4  # questions at an endpoint at a time
 ANSWERS = "answers.jsonl"
+UNREAD = 5  # documents that could not be read are named, so many of them
 INDEX = "index-"  # begins the name of the index made of a folder of documents
 
 
@@ -62,13 +65,19 @@ class Options:
     max_tokens: int | None = None
     temperature: float = 0.0
     seed: int = 0
+    by: str = ""
+    gold: str = ""
+    forgetting: tuple[str, ...] = ()
+    judge: str = ""
+    judge_model: str = ""
+    judge_rows: int = JUDGE_ROWS
 
     def __post_init__(self) -> None:
         faults = [
             f"--{name} {value}: must be {least} or more"
             for name, value, least in (
                 ("shots", self.shots, 0), ("passages", self.passages, 1), ("rows", self.rows, 1),
-                ("max-tokens", self.max_tokens or 1, 1), ("temperature", self.temperature, 0),
+                ("max-tokens", self.max_tokens or 1, 1), ("temperature", self.temperature, 0), ("judge-rows", self.judge_rows, 1),
             )
             if not value >= least
         ]  # fmt: skip
@@ -77,6 +86,10 @@ class Options:
         if bool(self.endpoint) != bool(self.endpoint_model):
             missing = "--endpoint-model NAME" if self.endpoint else "--endpoint URL"
             faults.append(f"an endpoint takes an address and a model's name: {missing} is missing")
+        if self.judge_model and not self.judge:
+            faults.append(f"--judge-model {self.judge_model}: --judge is missing")
+        if self.judge.startswith(("http://", "https://")) and not self.judge_model:
+            faults.append(f"--judge {self.judge}: an address takes a model's name: --judge-model NAME is missing")
         if faults:
             raise ConfigError("\n".join(faults), "correct these")
 
@@ -180,7 +193,7 @@ def own_folder(folder: Path) -> Iterator[None]:
     """The comparison's folder for us alone. RunError where it holds something else, or another comparison writes there."""
     make_folder(folder)
     there = {p.name for p in folder.iterdir() if not LEFTOVER.fullmatch(p.name)}
-    if {n for n in there if not n.startswith(("lock", INDEX))} and not there & {ANSWERS, "compare.json"}:
+    if {n for n in there if not n.startswith(("lock", INDEX))} and not there & {ANSWERS, forgetting.FILE, "compare.json"}:
         what = f"{folder}: is not empty and holds no comparison (it holds {', '.join(sorted(there)[:3])})"
         raise RunError(what, "name another --out")
     try:
@@ -198,9 +211,9 @@ def own_folder(folder: Path) -> Iterator[None]:
 Search = Callable[[str, int], list[Passage]]
 
 
-def searcher(docs: Path, folder: Path) -> Search:
-    """A search over `docs`: an index (a file), or a folder of documents, which are read into an index of theirs in `folder`.
-    DataError where nothing is there.
+def searcher(docs: Path, folder: Path, notes: list[str]) -> Search:
+    """A search over `docs`: an index (a file), or a folder of documents, or one of them, which are read into an index of theirs in
+    `folder`. DataError where nothing is there. Documents that cannot be read are named in `notes`.
 
     Raises MissingExtra where this installation has no retrieval.
     """
@@ -212,14 +225,18 @@ def searcher(docs: Path, folder: Path) -> Search:
         from tunesmith.retrieve import Index
     except ImportError as fault:
         raise MissingExtra(f"--docs needs retrieval, which is not installed: {fault}", "drop --docs, or install it") from None
-    if docs.is_dir():
+    if docs.is_dir() or docs.suffix in TEXT_SUFFIXES:
         found = Index.create_or_open(folder / f"{INDEX}{sha256(str(docs.resolve()))[:12]}.sqlite")
-        found.add(docs)  # what has not changed since is not read again
+        added = found.add(docs)  # what has not changed since is not read again
+        if unread := getattr(added, "unread", []):
+            named = "; ".join(f"{name}: {why}" for name, why in unread[:UNREAD])
+            more = f"; and {len(unread) - UNREAD} more" if len(unread) > UNREAD else ""
+            notes.append(f"{counted(len(unread), 'document')} could not be read, the rest is searched: {named}{more}")
     else:
         found = Index.open(docs)
 
     def search(query: str, count: int) -> list[Passage]:
-        return [Passage(str(p.id), str(p.document), p.text) for p in found.search(query, count)]
+        return [Passage(str(p.id), str(p.document), p.text, getattr(p, "context", "")) for p in found.search(query, count)]
 
     return search
 
@@ -242,15 +259,33 @@ class Comparison:
     prompts: dict[str, list[Prompt]]
     notes: list[str] = field(default_factory=list)
     answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    ranked: list[list[Passage]] = field(default_factory=list)
+    """The passages found for each question, best first: as many as prompts hold, or citing.DEPTH where the right ones are known."""
+    gold: str | None = None
+    contrast: contrast.Contrast | None = None
+    adherence: dict[str, Any] | None = None
+    forgetting: dict[str, Any] | None = None
+    judged: dict[str, Any] | None = None
 
 
 def compare(source: Source, options: Options, folder: Path, console: Console) -> Comparison:
     """All that can be wrong is found out here, before a model is loaded; then every arm answers every row."""
     picked = _arms(source, options)
+    tasks = _tasks(source, options, picked)
     endpoint = Endpoint(options.endpoint, options.endpoint_model) if options.endpoint else None
     with own_folder(folder):
-        work = _Work(source, options, folder, picked, endpoint, console)
+        work = _Work(source, options, folder, picked, endpoint, console, tasks)
         return work.run()
+
+
+def _tasks(source: Source, options: Options, picked: Sequence[Arm]) -> list[forgetting.Task]:
+    """What both models are measured on beside the rows; nothing where one of them is not in the comparison."""
+    if {"base", "tuned"} <= {arm.model for arm in picked}:
+        return forgetting.tasks(options.forgetting)
+    if [name for name in options.forgetting if name != forgetting.NONE]:
+        what = "--forgetting compares the base with the tuned model, and this comparison lacks one of them"
+        raise ConfigError(what, "compare a finished run, with a base and a tuned way among --arms")
+    return []
 
 
 def _arms(source: Source, options: Options) -> list[Arm]:
@@ -299,9 +334,11 @@ def _refuse_unfinished(run: Run) -> None:
 
 class _Work:
     def __init__(
-        self, source: Source, options: Options, folder: Path, picked: list[Arm], endpoint: Endpoint | None, console: Console
-    ):
+        self, source: Source, options: Options, folder: Path, picked: list[Arm], endpoint: Endpoint | None, console: Console,
+        tasks: list[forgetting.Task],
+    ):  # fmt: skip
         self.source, self.options, self.folder, self.arms, self.endpoint = source, options, folder, picked, endpoint
+        self.tasks = tasks
         self.console = console
         self.renderers: dict[str, Renderer] = {}
         self.prints: dict[str, Any] = {}
@@ -310,7 +347,10 @@ class _Work:
 
     def run(self) -> Comparison:
         found = self._asked()
+        judge = self._judge()
         store = Answers(self.folder / ANSWERS)
+        forgot = forgetting.Forgetting(self.tasks, Answers(self.folder / forgetting.FILE), self._identity)
+        others = self._contrasted(found, store)
         keys = {arm.name: [self._key(arm, p, found.max_tokens) for p in found.prompts[arm.name]] for arm in self.arms}
         missing = {
             arm.name: [i for i, q in enumerate(found.questions) if store.get(arm.name, q.row, keys[arm.name][i]) is None]
@@ -324,7 +364,7 @@ class _Work:
         with self._bar(total, total - todo) as step:
             for model in ("base", "tuned", "endpoint"):
                 some = [arm for arm in self.arms if arm.model == model and missing[arm.name]]
-                if not some:
+                if not (some or forgot.missing(model) or (model == "base" and others)):
                     continue
                 talker = None if model == "endpoint" else self._load(model)
                 for arm in some:
@@ -335,12 +375,82 @@ class _Work:
                     for i, answer in made:
                         store.add(self._record(arm, found, i, keys[arm.name][i], answer))
                         step(arm.name)
+                if talker is not None:
+                    if model == "base" and others:
+                        self._write_contrast(talker, found, others, store)
+                    forgot.measure(model, talker, lambda what: self.say("", f"what was forgotten: {what}"))
                 del talker
                 gc.collect()  # a large model leaves the device before the next comes
         for arm in self.arms:
             pairs = zip(found.questions, keys[arm.name], strict=True)
             found.answers[arm.name] = [store.get(arm.name, q.row, key) for q, key in pairs]
+        if found.contrast is not None:
+            self._hear(found, store)
+        if self.tasks:
+            found.forgetting = forgot.found(self.options.seed)
+        if judge is not None:
+            self._ask_judge(found, judge)
         return found
+
+    # ---- adherence: the base's answers to training rows (contrast.py)
+
+    def _contrasted(self, found: Comparison, store: Answers) -> list[int]:
+        """The training questions that the base has not answered yet; none where adherence is not measured."""
+        if found.contrast is None:
+            return []
+        rows, prompts = found.contrast.questions, found.contrast.prompts
+        found.contrast.keys = [self._key(contrast.ARM, p, found.max_tokens) for p in prompts]
+        pairs = zip(rows, found.contrast.keys, strict=True)
+        return [i for i, (q, key) in enumerate(pairs) if store.get(contrast.ARM.name, q.row, key) is None]
+
+    def _write_contrast(self, talker: Talker, found: Comparison, missing: list[int], store: Answers) -> None:
+        assert found.contrast is not None
+        self.say("", f"{counted(len(missing), 'training row')} answered by the base, to learn what the house's style is")
+        some = replace(found, questions=found.contrast.questions, prompts={contrast.ARM.name: found.contrast.prompts})
+        for i, answer in self._written(talker, contrast.ARM, some, missing):
+            store.add(self._record(contrast.ARM, some, i, found.contrast.keys[i], answer))
+
+    def _hear(self, found: Comparison, store: Answers) -> None:
+        """Put the classifier in the place of its metric, or take the metric out and say why."""
+        assert found.contrast is not None
+        pairs = zip(found.contrast.questions, found.contrast.keys, strict=True)
+        answers = [store.get(contrast.ARM.name, q.row, key)["answer"] for q, key in pairs]
+        metric, found.adherence, why = contrast.metric_of(found.contrast, answers, [q.gold for q in found.questions])
+        kept = [metric if m.name == contrast.NAME else m for m in found.metrics]
+        found.metrics = [m for m in kept if m is not None] or find([q.gold for q in found.questions])
+        if why:
+            found.notes.append(f"adherence is not measured: {why}")
+
+    # ---- the judge
+
+    def _judge(self) -> judging.Judge | None:
+        """Found out before a model is loaded; a local one is loaded when all answers are there."""
+        options = self.options
+        if not options.judge:
+            return None
+        if len(self.arms) < 2:
+            raise ConfigError("--judge compares ways, and there is one", "name two or more: --arms base,tuned")
+        if options.judge.startswith(("http://", "https://")):
+            return judging.EndpointJudge(Endpoint(options.judge, options.judge_model), options.seed)
+        folder = Path(options.judge)
+        if (folder / "run.yaml").is_file():
+            run = Run.open(folder)
+            if not (run.adapter / "adapter_config.json").is_file() and not (run.model / "config.json").is_file():
+                raise RunError(f"--judge {folder}: this run has no result", "finish it, or name another judge")
+            weights = sorted([*run.adapter.glob("*.safetensors"), *run.model.glob("*.safetensors")])
+            identity: Any = [sha256_file(p) for p in weights]
+        else:
+            identity = base_fingerprint(resolve_model(options.judge).path)
+        return judging.LocalJudge(options.judge, identity, self.source.config.memory)
+
+    def _ask_judge(self, found: Comparison, judge: judging.Judge) -> None:
+        scored, own = scoring.scores(found), scoring.weighed(found.arms)
+        best = scoring.leading(own, scored, found.metrics[0].name).name
+        store, rows = Answers(self.folder / judging.FILE), min(self.options.judge_rows, len(found.questions))
+        total = 2 * rows * (len(found.arms) - 1)
+        self.say("", f"judge {judge.name}: {best} beside each other way on {counted(rows, 'row')}, both orders: {total} verdicts")
+        with self._bar(total, 0) as step:
+            found.judged = judging.judged(found, judge, best, rows, store, step)
 
     # ---- what is asked
 
@@ -381,10 +491,19 @@ class _Work:
         if not questions:
             what = f"none of {counted(len(picked), 'held-out question')} fits the model's context of {self.limit:,} tokens"
             raise DataError(what, "give a smaller --max-tokens, a shorter --system, or a model with a longer context")
-        metrics = chosen(options.metrics, [q.gold for q in every])  # all rows: a few may lack most classes
-        notes = []
+        fields = [q.fields for q in every]
+        if options.by and not any(options.by in row for row in fields):
+            have = sorted({key for row in fields for key in row})
+            what = f"--by {options.by}: no held-out row carries {options.by!r}"
+            raise ConfigError(what, f"the rows carry {', '.join(have)}" if have else "the rows carry nothing beside their messages")
+        gold = citing.gold_key(fields, options.gold) if any(arm.passages for arm in self.arms) else None
+        if options.gold and gold is None:
+            raise ConfigError("--gold says which passages are right, and no way has passages", "add --docs FOLDER")
+        notes: list[str] = []
+        metrics, contrasted = self._metrics(every, fields, fits if "base" in renderers else None, notes)
         shots = self._shots(questions, every, kinds, notes)
-        passages = self._passages(questions)
+        ranked = self._passages(questions, citing.DEPTH if gold else 0, notes)
+        passages = [found[: options.passages] for found in ranked]
         prompts, short = {}, 0
         for arm in self.arms:
             made = []
@@ -407,7 +526,34 @@ class _Work:
         left_out = len(picked) - len(questions)
         if left_out:
             notes.append(f"{counted(left_out, 'row')} left out: the question alone is too long for the model's context")
-        return Comparison(self.source, options, self.folder, self.arms, questions, metrics, max_tokens, left_out, prompts, notes)
+        return Comparison(
+            self.source, options, self.folder, self.arms, questions, metrics, max_tokens, left_out, prompts, notes,
+            ranked=ranked, gold=gold, contrast=contrasted,
+        )  # fmt: skip
+
+    def _metrics(
+        self, every: list[Question], fields: list[Any], fits: Callable[[str], Callable[[Prompt], bool]] | None, notes: list[str]
+    ) -> tuple[list[Metric], contrast.Contrast | None]:
+        """The metrics, by all rows (a few may lack most classes), and what the style's classifier is to learn from: where it is
+        asked for, or where text is compared with a tuned model's and nothing else was named."""
+        names, golds = list(self.options.metrics), [q.gold for q in every]
+        plain = [name for name in names if name != contrast.NAME]
+        metrics = chosen(plain, golds, fields) if plain or not names else []
+        text = {"rouge_l", "chrf"} & {m.name for m in metrics}
+        asked = contrast.NAME in names
+        if not asked and (names or not text or not self.source.tuned or fits is None):
+            return metrics, None
+        why = "no way has the base model" if fits is None else contrast.choose(self.source.config.data, every, fits("base"))
+        if isinstance(why, str):
+            if asked and not metrics:
+                raise ConfigError(f"--metric {contrast.NAME} cannot be had: {why}", "leave it out, or add another --metric")
+            if asked:
+                notes.append(f"adherence is not measured: {why}")
+            return metrics, None
+        place = names.index(contrast.NAME) if asked else len(metrics)
+        until = replace(METRICS["exact_match"], name=contrast.NAME)  # the classifier comes with the base's answers
+        metrics.insert(min(place, len(metrics)), until)
+        return metrics, why
 
     def _shots(self, questions: list[Question], every: list[Question], kinds: set[bool], notes: list[str]) -> list[list[Shot]]:
         if not any(arm.shots for arm in self.arms):
@@ -422,12 +568,12 @@ class _Work:
         notes.append(f"few-shot: the {self.options.shots} training rows nearest to the question by words (BM25)")
         return chosen_
 
-    def _passages(self, questions: list[Question]) -> list[list[Passage]]:
+    def _passages(self, questions: list[Question], depth: int, notes: list[str]) -> list[list[Passage]]:
         if not any(arm.passages for arm in self.arms):
             return [[] for _ in questions]
         assert self.options.docs is not None
-        search = searcher(self.options.docs, self.folder)
-        found = [search(q.shown, self.options.passages) for q in questions]
+        search = searcher(self.options.docs, self.folder, notes)
+        found = [search(q.shown, max(depth, self.options.passages)) for q in questions]
         if not any(found):
             raise DataError(f"--docs {self.options.docs}: no passage was found for any question", "does it hold text?")
         return found
@@ -569,7 +715,7 @@ class _Work:
         return {
             "arm": arm.name, "row": question.row, "key": key, "question": question.shown, "gold": question.gold, **answer,
             "prompt": prompt.messages[0].content if prompt.raw else prompt.as_dicts(), "shots": [s.origin for s in prompt.shots],
-            "passages": [{k: v for k, v in asdict(p).items() if k != "text"} for p in prompt.passages],
+            "passages": [{k: v for k, v in asdict(p).items() if k in ("id", "document")} for p in prompt.passages],
         }  # fmt: skip
 
     # ---- what is told
