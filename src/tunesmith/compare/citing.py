@@ -21,6 +21,7 @@ from tunesmith.evaluate import checks
 from tunesmith.evaluate.statistics import bootstrap, wilson
 
 if TYPE_CHECKING:
+    from tunesmith.compare.scoring import Scores
     from tunesmith.compare.work import Comparison
 
 DEPTH = 10  # passages that are ranked where gold is known
@@ -69,7 +70,7 @@ def _said(passage: Passage) -> str:
     return f"{passage.context}\n{passage.text}"
 
 
-def measured(work: Comparison) -> dict[str, Any] | None:
+def measured(work: Comparison, scored: Scores) -> dict[str, Any] | None:
     """For compare.json; None where no arm has passages."""
     some = [arm for arm in work.arms if arm.passages]
     if not some:
@@ -79,18 +80,19 @@ def measured(work: Comparison) -> dict[str, Any] | None:
 
     key, seed = work.gold, work.options.seed
     golds = [gold_of(q.fields.get(key)) if key else None for q in work.questions]
-    out: dict[str, Any] = {"gold": key, "ranking": ranking(golds, work.ranked, seed) if key else None, "arms": {}}
+    out: dict[str, Any] = {"gold": key, "ranking": ranking(golds, work.ranked, seed) if key else None, "arms": {}, "says": []}
     for arm in some:
         rows, prompts = work.answers[arm.name], work.prompts[arm.name]
         checked = [check(row["answer"], p.passages) for row, p in zip(rows, prompts, strict=True)]
         cites = [bool(c.citations) for c in checked]
         given = [(sum(x.supports for x in c.citations), len(c.citations)) for c in checked if c.citations]
         total = sum(n for _, n in given)
+        held = [s.supported for c in checked for s in c.sentences]
         told = silences(checked, [g is not None for g in golds]) if key else None
         out["arms"][arm.name] = {
             "cites": _share(sum(cites), len(cites)), "citations": total,
             "exist": sum(x.exists for c in checked for x in c.citations) / total if total else None,
-            "precision": _precision(given, seed), "supported": silences(checked, [True] * len(checked)).citation_recall,
+            "precision": _precision(given, seed), "supported": sum(held) / len(held) if held else None,
             "withheld": _share(sum(c.abstains for c in checked), len(checked)),
             "abstained": told.abstained if told else None, "refused": told.refused if told else None,
             "rows": [
@@ -99,7 +101,23 @@ def measured(work: Comparison) -> dict[str, Any] | None:
                 for c in checked
             ],
         }  # fmt: skip
+        if key:
+            out["says"] += _with_the_right_one(work, arm.name, golds, scored)
     return out
+
+
+def _with_the_right_one(work: Comparison, arm: str, golds: Sequence[tuple[int, Gold] | None], scored: Scores) -> list[str]:
+    """What an arm comes to where a right passage was in its prompt: whether the search failed, or the model."""
+    prompts = work.prompts[arm]
+    answerable = np.array([g is not None for g in golds])
+    there = np.array([g is not None and any(g[1](p) for p in prompt.passages) for g, prompt in zip(golds, prompts, strict=True)])
+    if not there.any():
+        return [f"{arm}: no prompt held a right passage."] if answerable.any() else []
+    metric = next((m for m in work.metrics if not m.form), work.metrics[0])
+    metric = next((m for m in work.metrics if m.name == work.gold), metric)
+    value = scored[arm][metric.name].among(there)
+    told = f"{value.whole:.3f} in {metric.name} on those" if len(value.counted) else f"{metric.name} does not concern those"
+    return [f"{arm}: a right passage was in the prompt of {there.sum()} of {answerable.sum()} questions that have one; {told}."]
 
 
 def _share(hits: int, of: int) -> dict[str, Any]:

@@ -60,19 +60,21 @@ def choose(data: Any, held_out: Sequence[Question], fits: Callable[[Prompt], boo
 def metric_of(contrast: Contrast, answers: Sequence[str], golds: Sequence[str]) -> tuple[Metric | None, dict[str, Any], str]:
     """(the metric, what is told of it, why there is none)."""
     heard = learn([q.gold for q in contrast.questions], answers)
+    others, damaged = ({"accuracy": h.accuracy, "interval": list(h.interval), "of": h.of} for h in (heard.others, heard.damaged))
     told = {
-        "accuracy": heard.accuracy, "interval": list(heard.interval), "of": heard.of, "rows": len(contrast.questions),
-        "written": float(heard.keeps(golds).mean()), "measured": heard.hears,
+        "rows": len(contrast.questions), "others": others, "damaged": damaged, "written": float(heard.keeps(golds).mean()),
+        "measured": heard.others.enough, "whole": heard.damaged.enough,
     }  # fmt: skip
-    if not heard.hears:
-        right = f"{heard.accuracy:.0%} of {heard.of} cases (at least {heard.interval[0]:.0%})"
+    if not told["measured"]:
+        right = f"{heard.others.accuracy:.0%} of cases (at least {heard.others.interval[0]:.0%})"
         return None, told, f"a classifier tells the training answers from the base's in {right}, and {LEAST:.0%} are needed"
-    return Metric(NAME, _says(heard), _score(heard), lambda golds: "", binary=True, form=True), told, ""
+    says = f"a classifier takes it for one of the training answers, not the base's{' or a piece of one' if told['whole'] else ''}"
+    says += f"; right on {heard.others.accuracy:.1%} of unseen ones"
+    return Metric(NAME, says, _score(heard), _any, binary=True, form=True), told, ""
 
 
-def _says(heard: Adherence) -> str:
-    right = f"{heard.accuracy:.1%}" if heard.accuracy < 1 else "all"
-    return f"a classifier takes it for one of the training answers, not the base's; right on {right} of {heard.of} it had not seen"
+def _any(golds: Sequence[str]) -> str:
+    return ""
 
 
 def _score(heard: Adherence) -> Callable[[Sequence[str], Sequence[str]], Scored]:

@@ -84,7 +84,8 @@ def gather(work: Comparison) -> dict[str, Any]:
         "metrics": [{"name": m.name, "says": m.says, "binary": m.binary, "form": m.form} for m in work.metrics],
         "best": best.name, "arms": rows, "loss": _loss(work), "training": _training(work),
         "settings": _settings(work), "notes": list(work.notes), "winners": scoring.winners(work, own, scored, seed),
-        "citations": citing.measured(work), "adherence": work.adherence, "forgetting": work.forgetting, "judge": work.judged,
+        "citations": citing.measured(work, scored), "adherence": work.adherence, "forgetting": work.forgetting,
+        "judge": work.judged,
     }  # fmt: skip
     if by := work.options.by:
         found["groups"] = scoring.groups(work, by, scored, seed)

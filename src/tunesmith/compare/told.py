@@ -34,10 +34,20 @@ def _training(found: Mapping[str, Any]) -> list[str]:
 
 
 def adherence(heard: Mapping[str, Any]) -> str:
-    low, high = heard["interval"]
-    head = f"adherence: its classifier is right on {heard['accuracy']:.1%} ({low:.1%} to {high:.1%}) of {heard['of']} answers that "
-    tail = f"it had not seen, and takes {heard['written']:.0%} of the written held-out answers for the house's"
-    return head + tail + ("" if heard["measured"] else "; too little to measure with")
+    parts = [
+        f"{share(_with(heard[kind]), 1)} for {words}" for kind, words in (("others", "the base's"), ("damaged", "damaged ones"))
+    ]
+    text = (
+        f"adherence: its classifier tells written training answers from others, unseen ones: right in {', '.join(parts)}; "
+        f"it takes {heard['written']:.0%} of the written held-out answers for the house's"
+    )
+    if not heard["measured"]:
+        return f"{text}; too little to measure with"
+    return text if heard["whole"] else f"{text}; a piece of such an answer counts as one, since it cannot tell them"
+
+
+def _with(heard: Mapping[str, Any]) -> dict[str, Any]:
+    return {"value": heard["accuracy"], "interval": heard["interval"]}
 
 
 def agreement(judge: Mapping[str, Any]) -> str:
@@ -106,6 +116,7 @@ def _citations(cites: Mapping[str, Any], console: Console) -> None:
         hits = ", ".join(f"hit@{k} {share(v)}" for k, v in ranking["hit"].items())
         more = f"MRR {ranking['mrr']['value']:.3f}, nDCG@10 {ranking['ndcg']['10']:.3f}"
         _line(console, f"search, {ranking['questions']} questions with right passages by {cites['gold']}: {hits}; {more}")
+    _line(console, *cites["says"])
 
 
 def _forgotten(forgot: Mapping[str, Any], console: Console) -> None:

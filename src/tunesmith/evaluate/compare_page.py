@@ -145,8 +145,8 @@ def _table(found: Mapping[str, Any]) -> list[Markup]:
         "endpoint's are those of one question, on its way and back. Prompt tokens are read anew for each question."
     )
     differences = [el("p", note, class_="note"), table(head, beside, numbers=range(1, 2 + binary), style="cards")] if beside else []
-    values = table(["way", *names], rows, numbers=range(1, 1 + len(names)), style="cards")
-    costs = table(cost_head, cost, numbers=range(1, 5 + cites + trained), style="cards")
+    values = parts.tight(table(["way", *names], rows, numbers=range(1, 1 + len(names)), style="cards"))
+    costs = parts.tight(table(cost_head, cost, numbers=range(1, 5 + cites + trained), style="cards"))
     return [
         el("section", el("h2", "All numbers"), values, differences),
         el("section", el("h2", "What each costs"), el("p", spent, class_="note"), costs),

@@ -14,6 +14,11 @@ from tunesmith.evaluate.page import Markup, clip, el, fold, number, signed, stac
 Found = Mapping[str, Any]
 
 
+def tight(shown: Markup) -> Markup:
+    """A table of many numbers: an interval may stand below its value."""
+    return el("div", shown, class_="tight")
+
+
 def share(entry: Any, digits: int = 0) -> str:
     """A share of {value, interval}, or of a number; `-` where there is none."""
     if entry is None:
@@ -54,22 +59,21 @@ def winners(found: Found) -> Markup | None:
     heard = found["adherence"]
     return el(
         "section", el("h2", "Which way wins what"), el("p", note, class_="note"),
-        table(["measure", *arms], rows, numbers=range(1, 1 + len(arms)), style="cards"), says,
+        tight(table(["measure", *arms], rows, numbers=range(1, 1 + len(arms)), style="cards")), says,
         el("p", _heard(heard), class_="note") if heard else None,
     )  # fmt: skip
 
 
 def _heard(heard: Found) -> str:
+    others, damaged = (share({"value": heard[k]["accuracy"], "interval": heard[k]["interval"]}, 1) for k in ("others", "damaged"))
     text = (
         f"adherence: a classifier learned {heard['rows']} written training answers against the base's answers to the same "
-        f"questions. Of {heard['of']} answers that it had not seen it is right on {share(_with(heard), 1)}; of the written "
-        f"held-out answers it takes {heard['written']:.0%} for the house's."
+        f"questions, and against the written ones damaged (a piece, words shuffled). Unseen ones of the base it tells "
+        f"in {others}, damaged ones in {damaged}. It takes {heard['written']:.0%} of the written held-out answers for the house's."
     )
-    return text if heard["measured"] else f"{text} That is too little to measure with, so adherence is left out."
-
-
-def _with(heard: Found) -> dict[str, Any]:
-    return {"value": heard["accuracy"], "interval": heard["interval"]}
+    if not heard["measured"]:
+        return f"{text} That is too little to measure with, so adherence is left out."
+    return text if heard["whole"] else f"{text} It cannot tell damaged ones and learned without them: a piece counts as an answer."
 
 
 # ---- groups ----------------------------------------------------------------------------------------------------------------------
@@ -89,7 +93,7 @@ def groups(found: Found) -> Markup | None:
             count = max((c["rows"] for c in cells), default=0)
             if count:
                 rows.append([f"{clip(group['value'], 60)} ({count})", *(_cell(c) for c in cells)])
-        return table([f"{grouped['by']} (rows)", *arms], rows, numbers=range(1, 1 + len(arms)), style="cards")
+        return tight(table([f"{grouped['by']} (rows)", *arms], rows, numbers=range(1, 1 + len(arms)), style="cards"))
 
     head = el("h2", f"By {grouped['by']}")
     note = "Means over the rows of each group; hold a few rows' numbers for little. compare.json has the intervals."
@@ -126,7 +130,8 @@ def citations(found: Found) -> Markup | None:
     searched = _search(cites)
     return el(
         "section", el("h2", "Passages and citations"), searched, el("p", note, class_="note"),
-        table(head, rows, numbers=range(1, len(head)), style="cards"),
+        tight(table(head, rows, numbers=range(1, len(head)), style="cards")),
+        el("ul", [el("li", line) for line in cites["says"]], class_="plain") if cites["says"] else None,
     )  # fmt: skip
 
 
@@ -141,7 +146,7 @@ def _search(cites: Found) -> list[Markup]:
     note = f"Was a right passage among the first k? {ranking['questions']} questions, by the rows' {cites['gold']}."
     return [
         el("p", note, class_="note"),
-        table(["", *head], [["search", *row]], numbers=range(1, 1 + len(head)), style="cards"),
+        tight(table(["", *head], [["search", *row]], numbers=range(1, 1 + len(head)), style="cards")),
     ]
 
 
