@@ -70,7 +70,7 @@ def retrieval(monkeypatch):
 @pytest.fixture
 def server():
     """An OpenAI-compatible server. `told.replies` are (status, body, headers), each used once; then it echoes the question."""
-    told = SimpleNamespace(replies=[], asked=[], headers=[], lock=threading.Lock(), fail_from=None)
+    told = SimpleNamespace(replies=[], asked=[], headers=[], lock=threading.Lock(), fail_from=None, judge=None)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -83,7 +83,8 @@ def server():
             if told.fail_from is not None and number >= told.fail_from:
                 reply = (400, {"error": {"message": "no more"}}, {})
             if reply is None:
-                text = f"it is {body['messages'][-1]['content'][:20]}"
+                asked = body["messages"][-1]["content"]
+                text = told.judge(asked) if told.judge else f"it is {asked[:20]}"
                 usage = {"prompt_tokens": 5, "completion_tokens": 3}
                 reply = (200, {"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": usage}, {})
             status, value, headers = reply

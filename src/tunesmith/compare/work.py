@@ -278,6 +278,20 @@ def compare(source: Source, options: Options, folder: Path, console: Console) ->
         return work.run()
 
 
+def _concerned(metrics: list[Metric], questions: Sequence[Question]) -> list[Metric]:
+    """Those that concern any of the rows that are asked. ConfigError where none does."""
+    fields = [q.fields for q in questions]
+    kept = []
+    for metric in metrics:
+        used = metric.by_fields([""] * len(fields), fields).used if metric.by_fields else None
+        if used is None or used.any():
+            kept.append(metric)
+    if not kept:
+        what = f"--metric {metrics[0].name} concerns none of the {len(questions)} rows that are asked"
+        raise ConfigError(what, "ask more rows: --rows; or name another metric")
+    return kept
+
+
 def _tasks(source: Source, options: Options, picked: Sequence[Arm]) -> list[forgetting.Task]:
     """What both models are measured on beside the rows; nothing where one of them is not in the comparison."""
     if {"base", "tuned"} <= {arm.model for arm in picked}:
@@ -501,6 +515,7 @@ class _Work:
             raise ConfigError("--gold says which passages are right, and no way has passages", "add --docs FOLDER")
         notes: list[str] = []
         metrics, contrasted = self._metrics(every, fields, fits if "base" in renderers else None, notes)
+        metrics = _concerned(metrics, questions)
         shots = self._shots(questions, every, kinds, notes)
         ranked = self._passages(questions, citing.DEPTH if gold else 0, notes)
         passages = [found[: options.passages] for found in ranked]

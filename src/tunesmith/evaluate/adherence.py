@@ -1,7 +1,7 @@
 """Does an answer sound like the house's? Logistic regression over hashed runs of characters and words. No torch.
 
 It learns the written answers of training rows against two kinds of others, to the same questions, so that what is asked about tells
-it nothing: another model's answers, and the written ones damaged (a sentence of them, their words shuffled), since
+it nothing: another model's answers, and the written ones damaged (a piece of them, their words shuffled), since
 `Gladly, dear grower.` alone keeps no style. Its accuracy on each kind, by cross-validation with all answers to a question in one
 fold, stands beside every number it gives. Where it cannot tell the damaged ones, it learns from the other model's alone; where it
 cannot tell those, nothing is measured.
@@ -97,27 +97,23 @@ class Adherence:
 
 
 def damaged(answer: str, seed: int) -> list[str]:
-    """Its first sentence, its last, all but the first (of one sentence its halves), and its words in another order."""
-    words = answer.split(" ")
+    """Its first sentence and all but that (of one sentence its halves), some of its last words, its words in another order."""
+    words, rng = answer.split(" "), np.random.default_rng(seed)
     half = (len(words) + 1) // 2
-    ends = [m.end() for m in _SENTENCE.finditer(answer)]
-    pieces = (
-        [answer[: ends[0]], answer[ends[-1] :], answer[ends[0] :]] if ends else [" ".join(words[:half]), " ".join(words[half:])]
-    )
-    order = np.random.default_rng([seed, len(words)]).permutation(len(words))
-    return [*(piece.strip() for piece in pieces), " ".join(words[k] for k in order)]
+    cut = found.end() if (found := _SENTENCE.search(answer)) else len(" ".join(words[:half]))
+    tail, order = 1 + int(rng.integers(half)), rng.permutation(len(words))
+    return [answer[:cut].strip(), answer[cut:].strip(), " ".join(words[-tail:]), " ".join(words[k] for k in order)]
 
 
 def learn(house: Sequence[str], others: Sequence[str]) -> Adherence:
     """From as many answers of each, the ith of both to the same question."""
     count = len(house)
     assert count == len(others) >= FOLDS, "pairs of answers to the same questions"
-    pieces = [damaged(answer, i) for i, answer in enumerate(house)]
-    broken = [text for some in pieces for text in some]
+    broken = [text for i, answer in enumerate(house) for text in damaged(answer, i)]
     x = features([*house, *others, *broken])
     y = np.array([1.0] * count + [0.0] * (len(x) - count))
     kind = np.repeat([0, 1, 2], [count, count, len(broken)])
-    question = np.concatenate([np.arange(count), np.arange(count), np.repeat(np.arange(count), [len(some) for some in pieces])])
+    question = np.concatenate([np.arange(count), np.arange(count), np.repeat(np.arange(count), len(broken) // count)])
     both = _judge(x, y, kind, question % FOLDS, (0, 1, 2))
     plain = kind < 2
     if both[1].enough and both[2].enough:
