@@ -161,11 +161,11 @@ def _name(arm: Mapping[str, Any], found: Mapping[str, Any]) -> Any:
     return [arm["name"], " ", el("span", "recommended", class_="tag good")] if arm["name"] == found["recommended"] else arm["name"]
 
 
-def _value(entry: Mapping[str, Any]) -> str:
+def _value(entry: Mapping[str, Any]) -> Any:
     low, high = entry["interval"]
     if low is None or not math.isfinite(low) or not math.isfinite(high):
         return f"{entry['value']:.3f}"
-    return f"{entry['value']:.3f} ({low:.3f} to {high:.3f})"
+    return parts.ranged(f"{entry['value']:.3f}", f"{low:.3f} to {high:.3f}")
 
 
 def _gap(gap: Mapping[str, Any]) -> str:

@@ -19,6 +19,11 @@ def tight(shown: Markup) -> Markup:
     return el("div", shown, class_="tight")
 
 
+def ranged(value: str, interval: str) -> list[Any]:
+    """A value and its interval, which may stand below it but is not torn."""
+    return [value, " ", el("span", f"({interval})", class_="nb")]
+
+
 def share(entry: Any, digits: int = 0) -> str:
     """A share of {value, interval}, or of a number; `-` where there is none."""
     if entry is None:
@@ -27,6 +32,15 @@ def share(entry: Any, digits: int = 0) -> str:
         return f"{entry:.{digits}%}"
     text = f"{entry['value']:.{digits}%}"
     return f"{text} ({entry['interval'][0]:.{digits}%} to {entry['interval'][1]:.{digits}%})" if _known(entry["interval"]) else text
+
+
+def _shares(*entries: Any) -> list[Any]:
+    """Cells of a table."""
+    cells: list[Any] = []
+    for entry in entries:
+        value, bracket, interval = share(entry).partition(" (")
+        cells.append(ranged(value, interval.rstrip(")")) if bracket else value)
+    return cells
 
 
 def _known(interval: Sequence[float | None] | None) -> bool:
@@ -117,8 +131,8 @@ def citations(found: Found) -> Markup | None:
     head = ["way", "answers that cite", "citations", "exist", "support their sentence", "sentences supported", "withheld"]
     head += ["of unanswerable", "of answerable"] * silent
     rows = [
-        [name, share(a["cites"]), str(a["citations"]), share(a["exist"]), share(a["precision"]), share(a["supported"]),
-         share(a["withheld"]), *([share(a["abstained"]), share(a["refused"])] if silent else [])]
+        [name, *_shares(a["cites"]), str(a["citations"]), *_shares(a["exist"], a["precision"], a["supported"], a["withheld"]),
+         *(_shares(a["abstained"], a["refused"]) if silent else [])]
         for name, a in cites["arms"].items()
     ]  # fmt: skip
     note = (
@@ -141,8 +155,10 @@ def _search(cites: Found) -> list[Markup]:
         return []
     head = [*(f"hit@{k}" for k in ranking["hit"]), "MRR", "nDCG@10"]
     mrr = ranking["mrr"]
-    value = f"{mrr['value']:.3f}" + (f" ({mrr['interval'][0]:.3f} to {mrr['interval'][1]:.3f})" if _known(mrr["interval"]) else "")
-    row = [*(share(v) for v in ranking["hit"].values()), value, f"{ranking['ndcg']['10']:.3f}"]
+    value: Any = f"{mrr['value']:.3f}"
+    if _known(mrr["interval"]):
+        value = ranged(value, f"{mrr['interval'][0]:.3f} to {mrr['interval'][1]:.3f}")
+    row = [*_shares(*ranking["hit"].values()), value, f"{ranking['ndcg']['10']:.3f}"]
     note = f"Was a right passage among the first k? {ranking['questions']} questions, by the rows' {cites['gold']}."
     return [
         el("p", note, class_="note"),
@@ -205,7 +221,7 @@ def changes(entry: Found, shown: Sequence[Found], *, width: int, style: str = ""
         parts.append(el("line", x1=at(x), x2=at(x), y1=4, y2=height - bottom, class_=kind))
         parts.append(el("text", signed(x), x=at(x), y=height - bottom + 16, text_anchor="middle", class_="tick"))
     side = "right of 0: worse after tuning" if entry["lower_is_better"] else "left of 0: worse after tuning"
-    parts.append(el("text", side, x=at(0), y=height - 4, text_anchor="middle", class_="tick"))
+    parts.append(el("text", side, x=(left + width - right) / 2, y=height - 4, text_anchor="middle", class_="tick"))
     told = []
     for i, s in enumerate(shown):
         y, (low, top) = i * high + high / 2, s["interval"]
