@@ -169,8 +169,8 @@ def test_it_is_measured_only_where_both_models_are(run, tmp_path):
 def test_questions_and_texts_of_ones_own_stand_beside_the_neutral_text(run, tmp_path):
     path = write(tmp_path / "q.jsonl", [{"question": f"what is {i}?", "answer": f"it is {i}"} for i in range(25)])
     found = compare(run, tmp_path / "c", forgetting=[str(path)]).found["forgetting"]
-    assert [(e["task"], e["measure"], e["documents"]) for e in found["tasks"]][1] == ("q.jsonl", "F1 of words", 25)
-    assert len(found["says"]) == 2
+    told = [(e["task"], e["measure"], e["documents"]) for e in found["tasks"]]
+    assert told[1:] == [("q.jsonl", "F1 of words", 25), ("q.jsonl", "words of the answer held", 25)] and len(found["says"]) == 3
 
 
 # ---- what is said ----------------------------------------------------------------------------------------------------------------
@@ -198,6 +198,11 @@ def test_it_says_plainly_what_is_shown(change, lower, shown, words):
     e = entry(change, lower=lower)
     [said] = forgetting.verdict([e])
     assert e["shown"] == shown and words in said and "95 % interval" in said
+
+
+def test_a_style_around_the_answer_costs_no_words_held():
+    assert forgetting.holding("Gladly, dear grower. The old man did it.\nGrow well.", ("nobody", "the old man")) == 1
+    assert forgetting.holding("a man", ("the old man",)) == 0.5 and forgetting.holding("", ("the",)) == 0
 
 
 def test_few_documents_and_tasks_beyond_the_base_tell_nothing():

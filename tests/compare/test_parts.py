@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 import tunesmith
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, DataError
 from tunesmith.run import Run
 
 EVIL = "<script>alert(1)</script>"
@@ -133,6 +133,14 @@ def test_documents_that_cannot_be_read_are_named_and_the_rest_is_searched(marked
     assert "expect.says" not in [m["name"] for m in found["metrics"]]  # none of these rows carries checks
     [told] = [note for note in found["notes"] if "could not be read" in note]
     assert told.startswith("2 documents could not be read, the rest is searched") and "broken.pdf" in told and "old.doc" in told
+
+
+def test_documents_none_of_which_can_be_read_are_named_in_the_error(marked, tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
+    with pytest.raises(DataError) as e:
+        compare(marked, tmp_path / "c", arms=["base", "retrieval"], docs=tmp_path / "docs")
+    assert "no passage was found" in e.value.what and "broken.pdf" in e.value.what
 
 
 def test_one_document_is_enough(marked, tmp_path):

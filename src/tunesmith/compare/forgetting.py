@@ -4,7 +4,7 @@ Three kinds of task, each a list of documents that both models get:
 
     text      bits per byte of a text as it stands, without a template; lower is better
     answers   a question, with the passage it is about where there is one, answered greedily; F1 of words (SQuAD's) with the nearest
-              of the written answers
+              of the written answers, and the share of its words that the answer holds, which no style around it lowers
     lm-eval   a task of lm-evaluation-harness, by its own rules (harness.py)
 
 The neutral text of assets/neutral is always read where the base and a tuned model are compared. Each document's value is kept in
@@ -26,7 +26,7 @@ import numpy as np
 from tunesmith.compare.arms import spread
 from tunesmith.data import sources
 from tunesmith.errors import ConfigError, DataError
-from tunesmith.evaluate.metrics import token_f1
+from tunesmith.evaluate.metrics import normalised, token_f1
 from tunesmith.evaluate.statistics import FEW_ROWS, paired_bootstrap
 from tunesmith.files import sha256
 
@@ -41,6 +41,7 @@ MOST = 100  # documents of a task, spread over all
 WINDOW = 1024  # tokens of a text that are read at a time
 ANSWER = 32  # tokens of a short answer
 READ_AT_ONCE = 4096  # tokens of texts in a micro-batch
+HELD = "words of the answer held"
 SUFFIXES = (".jsonl", ".txt", ".md")
 
 
@@ -300,13 +301,24 @@ def _harness(talker: Talker, task: Task, rows: Sequence[int]) -> Iterator[tuple[
 # ---- before and after ------------------------------------------------------------------------------------------------------------
 
 
+def holding(answer: str, golds: Sequence[str]) -> float:
+    """The share of a written answer's words that stand in the answer, of the nearest one: words around it, a style's or a
+    greeting's, cost nothing here, while F1 counts them."""
+    said = set(normalised(answer).split())
+    shares = [sum(w in said for w in words) / len(words) for g in golds if (words := normalised(g).split())]
+    return max(shares, default=0.0)
+
+
 def _compared(task: Task, before: list[Any], after: list[Any], seed: int) -> list[dict[str, Any]]:
     if task.kind == "text":
         weights = np.array([v["bytes"] for v in before], float)
         bits = [np.array([v["nats"] / v["bytes"] / math.log(2) for v in side]) for side in (before, after)]
         return [_entry(task, task.measure, *bits, seed, weights=weights, groups=[d.group for d in task.documents])]
     if task.kind == "answers":
-        return [_entry(task, task.measure, *(np.array([v["f1"] for v in side]) for side in (before, after)), seed)]
+        f1 = [np.array([v["f1"] for v in side]) for side in (before, after)]
+        pairs = [list(zip(side, task.documents, strict=True)) for side in (before, after)]
+        held = [np.array([holding(v["answer"], d.answers) for v, d in side]) for side in pairs]
+        return [_entry(task, task.measure, *f1, seed), _entry(task, HELD, *held, seed)]
     first, second = before[0]["metrics"], after[0]["metrics"]
     return [
         _entry(task, name, np.array(first[name]["values"], float), np.array(second[name]["values"], float), seed,

@@ -590,7 +590,8 @@ class _Work:
         search = searcher(self.options.docs, self.folder, notes)
         found = [search(q.shown, max(depth, self.options.passages)) for q in questions]
         if not any(found):
-            raise DataError(f"--docs {self.options.docs}: no passage was found for any question", "does it hold text?")
+            what = f"--docs {self.options.docs}: no passage was found for any question"
+            raise DataError("\n".join([what, *(note for note in notes if "could not be read" in note)]), "does it hold text?")
         return found
 
     def _renderer(self, model: str) -> Renderer:
