@@ -168,7 +168,7 @@ def judged(work: Comparison, judge: Judge, best: str, rows: int, store: Any, ste
         for n, reply in judge.replies([prompts[k] for k in missing]) if missing else ():
             k = missing[n]
             store.add({"arm": asked[k].name, "row": places[k], "key": keys[k], "reply": reply, "verdict": verdict(reply)})
-            step(f"judge: {asked[k].against}")
+            step(f"{best} and {asked[k].against}")
     except EndpointError as fault:
         done = sum(store.get(p.name, places[k], keys[k]) is not None for k, p in enumerate(asked))
         what = f"{fault.what}\nthe judge: {done} of {len(asked)} verdicts are kept in {store.path}"

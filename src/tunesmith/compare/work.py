@@ -463,7 +463,7 @@ class _Work:
         store, rows = Answers(self.folder / judging.FILE), min(self.options.judge_rows, len(found.questions))
         total = 2 * rows * (len(found.arms) - 1)
         self.say("", f"judge {judge.name}: {best} beside each other way on {counted(rows, 'row')}, both orders: {total} verdicts")
-        with self._bar(total, 0) as step:
+        with self._bar(total, 0, "judging") as step:
             found.judged = judging.judged(found, judge, best, rows, store, step)
 
     # ---- what is asked
@@ -740,7 +740,7 @@ class _Work:
         self.console.print(f"{name:<9}{text}", markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def _bar(self, total: int, done: int) -> Iterator[Callable[[str], None]]:
+    def _bar(self, total: int, done: int, doing: str = "answering") -> Iterator[Callable[[str], None]]:
         """A bar on a terminal; elsewhere a line when an arm begins."""
         if not self.console.is_terminal:
             told: set[str] = set()
@@ -748,7 +748,7 @@ class _Work:
             def tell(arm: str) -> None:
                 if arm not in told:
                     told.add(arm)
-                    self.say("", f"answering: {arm}")
+                    self.say("", f"{doing}: {arm}")
 
             yield tell
             return
