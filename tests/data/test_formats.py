@@ -302,10 +302,8 @@ def test_fields_are_what_a_row_carries_beside_what_its_format_reads():
         return formats.fields(Row(value, Origin("f.jsonl", 1)))
 
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    assert fields({"messages": chat, "topic": "on", "expect": [["a"]], "none": None, "tools": []}) == {
-        "topic": "on",
-        "expect": [["a"]],
-    }
+    marks = {"topic": "on", "expect": [["a"]]}
+    assert fields({"messages": chat, **marks, "none": None, "tools": []}) == marks
     assert fields({"instruction": "q", "input": "", "output": "a", "n": 3}) == {"n": 3}
     assert fields({"messages": chat, "long": "x" * 5000}) == {} and fields("plain text") == {}
     c = formats.conversation(Row({"messages": chat, "topic": "on"}, Origin("f.jsonl", 1)))

@@ -6,11 +6,10 @@ The package is an extra and is imported only when such a task is named. Prompts 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from tunesmith.errors import DataError, MissingExtra, install
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from tunesmith.chat import Talker
 
 YAMLS = (".yaml", ".yml")
+_NAME = re.compile(r"""^task:[ \t]*["']?([^\s"'#]+)""", re.MULTILINE)  # the file itself is read by the harness alone
 
 
 def _package() -> Any:
@@ -46,22 +46,18 @@ def _manager(task: str) -> tuple[Any, str]:
     path = Path(task)
     if path.suffix in YAMLS:
         try:
-            name = yaml.load(path.read_text("utf-8"), Loader=_Lenient)["task"]
-        except (OSError, yaml.YAMLError, KeyError, TypeError) as fault:
+            named = _NAME.search(path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as fault:
             raise DataError(f"--forgetting lm-eval:{task}: no task file: {fault}", "name a YAML with the key `task`") from None
+        if named is None:
+            raise DataError(f"--forgetting lm-eval:{task}: no task file: it has no `task:`", "name a YAML with the key `task`")
+        name = named[1]
         manager = TaskManager(include_path=str(path.parent.absolute()), include_defaults=False)
     else:
         name, manager = task, TaskManager()
     if name not in manager.all_tasks:
         raise DataError(f"--forgetting lm-eval:{task}: the harness has no such task", "lm-eval ls tasks names them; or name a YAML")
     return manager, name
-
-
-class _Lenient(yaml.SafeLoader):
-    """`!function` in a task file is the harness's affair."""
-
-
-_Lenient.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def evaluate(talker: Talker, task: str, most: int) -> dict[str, dict[str, Any]]:

@@ -231,6 +231,8 @@ def searcher(docs: Path, folder: Path, notes: list[str]) -> Search:
         if unread := getattr(added, "unread", []):
             named = "; ".join(f"{name}: {why}" for name, why in unread[:UNREAD])
             more = f"; and {len(unread) - UNREAD} more" if len(unread) > UNREAD else ""
+            if not (added.documents or added.unchanged):
+                raise DataError(f"--docs {docs}: none of its documents can be read: {named}{more}", "name documents that can be")
             notes.append(f"{counted(len(unread), 'document')} could not be read, the rest is searched: {named}{more}")
     else:
         found = Index.open(docs)
@@ -590,8 +592,7 @@ class _Work:
         search = searcher(self.options.docs, self.folder, notes)
         found = [search(q.shown, max(depth, self.options.passages)) for q in questions]
         if not any(found):
-            what = f"--docs {self.options.docs}: no passage was found for any question"
-            raise DataError("\n".join([what, *(note for note in notes if "could not be read" in note)]), "does it hold text?")
+            raise DataError(f"--docs {self.options.docs}: no passage was found for any question", "does it hold text?")
         return found
 
     def _renderer(self, model: str) -> Renderer:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from tunesmith.data import exports
-from tunesmith.data.sources import Row, from_json
+from tunesmith.data.sources import COLUMNS, Row, from_json
 from tunesmith.errors import DataError
 from tunesmith.registry import Registry
 from tunesmith.types import Conversation, Message, Origin
@@ -136,13 +136,12 @@ FIELD_CHARS = 4000  # of a field as JSON: what is longer is text, no mark on the
 
 
 def fields(row: Row) -> dict[str, Any]:
-    """What a row carries beside what its format reads: `topic`, `expect` ... Not trained on; checks and groups of the comparison
-    read it."""
+    """What a row carries beside what formats read: `topic`, `expect` ... Not trained on; checks and groups of the comparison read
+    it."""
     if isinstance(row.value, str):
         return {}
-    present = {k: v for k, v in row.value.items() if v is not None}
-    read = {key for name in matches(tuple(present)) for keys in FORMATS[name].keys for key in keys} | {"tools"}
-    return {k: v for k, v in present.items() if k not in read and len(json.dumps(v, default=str)) <= FIELD_CHARS}
+    rest = {k: v for k, v in row.value.items() if v is not None and k not in COLUMNS}
+    return {k: v for k, v in rest.items() if len(json.dumps(v, default=str)) <= FIELD_CHARS}
 
 
 # ---- which format --------------------------------------------------------------------------------------------------------------
