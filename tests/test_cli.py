@@ -145,7 +145,8 @@ def calls(monkeypatch):
         ),
         (
             "compare runs/a --docs manuals --system Be --arms base,tuned --metric f1 --metric regex:x,y --endpoint http://a/v1 "
-            "--endpoint-model m --rows 9 --shots 2 --max-tokens 30 --out o --seed 4",
+            "--endpoint-model m --rows 9 --shots 2 --max-tokens 30 --out o --seed 4 "
+            "--by topic --gold sources --forgetting a.jsonl --forgetting b.txt --judge http://b/v1 --judge-model n --judge-rows 7",
             (
                 "compare",
                 ("runs/a",),
@@ -165,6 +166,12 @@ def calls(monkeypatch):
                     "guardrails": 60,
                     "scope": "",
                     "refusal": "",
+                    "by": "topic",
+                    "gold": "sources",
+                    "forgetting": ["a.jsonl", "b.txt"],
+                    "judge": "http://b/v1",
+                    "judge_model": "n",
+                    "judge_rows": 7,
                     "out": Path("o"),
                 },
             ),

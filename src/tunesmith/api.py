@@ -366,11 +366,21 @@ def compare(
     guardrails: int = 60,
     scope: str = "",
     refusal: str = "",
+    by: str = "",
+    gold: str = "",
+    forgetting: Sequence[str] = (),
+    judge: str = "",
+    judge_model: str = "",
+    judge_rows: int = 50,
     out: str | Path | None = None,
     console: Console | None = None,
 ) -> Compared:
     """Ask the same held-out questions of the base model, with a system prompt, with examples, with retrieved passages (`docs`), of
     the tuned one, and say which way is worth it. `run` is a run folder, or a run file (without a run nothing is tuned yet).
+
+    `by` is a field of the rows that tables are made by; `gold` one that says which passages are right. `forgetting`: files or
+    folders of texts or questions, or lm-eval:TASK, that the base and the tuned model are measured on beside the neutral text.
+    `judge`: an address (with `judge_model`), a run or checkpoint folder, or a hub id; its preferences are told beside the metrics.
 
     `arms` empty: all that can be had. `metrics` empty: those that fit the rows; the first decides. `max_tokens` None: half as many
     again as the longest written answer has, 32 to 512. `guardrails` probes (0: none) are asked of every way too; `guard`
@@ -384,7 +394,8 @@ def compare(
     options = Options(
         docs=Path(docs) if docs is not None else None, system=system, shots=shots, passages=passages, rows=rows, arms=tuple(arms),
         endpoint=endpoint, endpoint_model=endpoint_model, metrics=tuple(metrics), max_tokens=max_tokens, temperature=temperature,
-        seed=seed, guardrails=guardrails, scope=scope, refusal=refusal,
+        seed=seed, guardrails=guardrails, scope=scope, refusal=refusal, by=by, gold=gold,
+        forgetting=tuple(map(str, forgetting)), judge=str(judge), judge_model=judge_model, judge_rows=judge_rows,
     )  # fmt: skip
     screen = _console(console)
     source = open_source(run, screen)

@@ -275,8 +275,9 @@ def compare(
     metric: Annotated[
         list[str] | None,
         Parameter(
-            help="exact_match, f1, rouge_l, chrf, accuracy, macro_f1, number, json, json_match, regex:PATTERN, style:FILE, "
-            "json_schema:FILE; give it again for more, the first decides. Else those that fit the rows.",
+            help="exact_match, f1, rouge_l, chrf, accuracy, macro_f1, number, json, json_match, adherence (a classifier of style), "
+            "regex:PATTERN, style:FILE, json_schema:FILE, expect:KEY (checks that rows carry), when:KEY=VALUE:PATTERN; give it "
+            "again for more, the first decides. Else those that fit the rows.",
             negative="",
             show_default=False,
         ),
@@ -287,6 +288,25 @@ def compare(
     guardrails: Annotated[int, Parameter(help="Probes to ask of every way too, spread over their kinds; 0 is none.")] = 60,
     scope: Scope = "",
     refusal: Refusal = "",
+    by: Annotated[str, Parameter(help="A field of the rows (topic, kind): every number for each of its values too.")] = "",
+    gold: Annotated[
+        str, Parameter(help="A field of the rows that says which passages are right: names of documents or sections, or checks.")
+    ] = "",
+    forgetting: Annotated[
+        list[str] | None,
+        Parameter(
+            help="What the base knew, before and after: a file or folder of texts, or of questions and answers; lm-eval:TASK; "
+            "again for more. The neutral text is always read; none reads nothing.",
+            negative="",
+            show_default=False,
+        ),
+    ] = None,
+    judge: Annotated[
+        str,
+        Parameter(help="A model as judge, in both orders: an address that ends in /v1, a run or checkpoint folder, a hub id."),
+    ] = "",
+    judge_model: Annotated[str, Parameter(help="The judge's name at its address.")] = "",
+    judge_rows: Annotated[int, Parameter(help="Rows that the judge sees of each pair of ways.")] = 50,
     out: Annotated[Path | None, Parameter(help="The folder to write. Else RUN/compare.", show_default=False)] = None,
 ) -> None:
     """Ask the same questions by prompt, retrieval and tuning.
@@ -294,6 +314,8 @@ def compare(
     tunesmith compare runs/first --system "Answer in one sentence." --docs manuals
 
     tunesmith compare runs/first --arms base,few-shot,tuned --metric accuracy --rows 300
+
+    tunesmith compare runs/first --by topic --judge http://localhost:8000/v1 --judge-model NAME --forgetting questions.jsonl
     """
     tunesmith.compare(
         run,
@@ -312,6 +334,12 @@ def compare(
         guardrails=guardrails,
         scope=scope,
         refusal=refusal,
+        by=by,
+        gold=gold,
+        forgetting=forgetting or [],
+        judge=judge,
+        judge_model=judge_model,
+        judge_rows=judge_rows,
         out=out,
         console=_console(),
     ).print(_console())

@@ -5,7 +5,8 @@ Shape letters: T tokens in the flat stream, N documents in it, L labelled rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -54,6 +55,7 @@ class Conversation:
     kind: Literal["chat", "completion", "text"] = "chat"
     tools: tuple[dict[str, Any], ...] = ()
     fixes: tuple[str, ...] = ()  # what was mended on the way, e.g. "merged same-role turns"
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of a held-out row: what else it carries, for checks and groups
 
 
 @dataclass(frozen=True, slots=True)

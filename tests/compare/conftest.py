@@ -11,6 +11,8 @@ import pytest
 from rich.console import Console
 
 import tunesmith
+import tunesmith.retrieve as retrieve
+from tunesmith.retrieve import cite, measures
 
 
 def quiet():
@@ -59,6 +61,8 @@ def retrieval(monkeypatch):
 
     module = ModuleType("tunesmith.retrieve")
     module.Index = Index
+    module.__path__ = retrieve.__path__  # its check of citations and its measures are the real ones
+    module.cite, module.measures = cite, measures
     monkeypatch.setitem(sys.modules, "tunesmith.retrieve", module)
     return made
 
@@ -66,7 +70,7 @@ def retrieval(monkeypatch):
 @pytest.fixture
 def server():
     """An OpenAI-compatible server. `told.replies` are (status, body, headers), each used once; then it echoes the question."""
-    told = SimpleNamespace(replies=[], asked=[], headers=[], lock=threading.Lock(), fail_from=None)
+    told = SimpleNamespace(replies=[], asked=[], headers=[], lock=threading.Lock(), fail_from=None, judge=None)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -79,7 +83,8 @@ def server():
             if told.fail_from is not None and number >= told.fail_from:
                 reply = (400, {"error": {"message": "no more"}}, {})
             if reply is None:
-                text = f"it is {body['messages'][-1]['content'][:20]}"
+                asked = body["messages"][-1]["content"]
+                text = told.judge(asked) if told.judge else f"it is {asked[:20]}"
                 usage = {"prompt_tokens": 5, "completion_tokens": 3}
                 reply = (200, {"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": usage}, {})
             status, value, headers = reply

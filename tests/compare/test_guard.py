@@ -118,7 +118,7 @@ def prompts(source, tmp_path, **options):
     """(probes, prompts by arm), without a model."""
     source = work.open_source(source, quiet())
     given = work.Options(guardrails=1000, **options)
-    made = work._Work(source, given, tmp_path, work._arms(source, given), None, quiet())
+    made = work._Work(source, given, tmp_path, work._arms(source, given), None, quiet(), [])
     found = guard.asked(made)
     return found.probes, found.prompts
 

@@ -292,3 +292,19 @@ def test_train_false_is_a_weight_of_nothing():
     ]  # fmt: skip
     found = conversation(Row({"messages": turns}, Origin("f", 1)))
     assert [m.learn for m in found.messages] == [None, False, None, True]
+
+
+def test_fields_are_what_a_row_carries_beside_what_its_format_reads():
+    from tunesmith.data.sources import Row
+    from tunesmith.types import Origin
+
+    def fields(value):
+        return formats.fields(Row(value, Origin("f.jsonl", 1)))
+
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    marks = {"topic": "on", "expect": [["a"]]}
+    assert fields({"messages": chat, **marks, "none": None, "tools": []}) == marks
+    assert fields({"instruction": "q", "input": "", "output": "a", "n": 3}) == {"n": 3}
+    assert fields({"messages": chat, "long": "x" * 5000}) == {} and fields("plain text") == {}
+    c = formats.conversation(Row({"messages": chat, "topic": "on"}, Origin("f.jsonl", 1)))
+    assert c.fields == {} and "fields" not in formats.to_dict(c)  # only what is held out carries them

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -77,6 +77,7 @@ class Passage:
     id: str
     document: str
     text: str
+    context: str = ""  # the headings above it
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class Question:
     completion: bool  # a prompt that is continued as it stands, without a template
     origin: str
     tools: tuple[dict[str, Any], ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """What else the row carries: `topic`, `expect` ..."""
 
     @property
     def shown(self) -> str:
@@ -126,8 +129,8 @@ def question_of(row: int, conversation: Conversation) -> Question | None:
         return None
     if conversation.kind == "chat" and messages[-1].role != "assistant":
         return None
-    tools = conversation.tools
-    return Question(row, messages[:-1], messages[-1].content, conversation.kind == "completion", str(conversation.origin), tools)
+    c = conversation
+    return Question(row, messages[:-1], messages[-1].content, c.kind == "completion", str(c.origin), c.tools, c.fields)
 
 
 def spread(count: int, wanted: int) -> list[int]:

@@ -70,7 +70,7 @@ def asked(work: _Work, *, system: str = "", max_tokens: int = TOKENS) -> Guarded
     told = system or common_system(every)
     questions = [Question(i, p.messages, "", completion, p.id) for i, p in enumerate(probes)]
     shots = work._shots(questions, every, {completion}, [])
-    passages = work._passages(questions)
+    passages = work._passages(questions, 0, [])
     renderers = {arm.model: work._renderer(arm.model) for arm in work.arms if arm.model != "endpoint"}
     room = min(max_tokens, work.limit // 4)
     prompts: dict[str, list[Prompt | None]] = {arm.name: [] for arm in work.arms}

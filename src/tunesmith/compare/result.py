@@ -1,7 +1,7 @@
 """What came of a comparison: every arm by every metric with its interval, which way is worth it, the page, the table. No torch.
 
-The recommendation is the cheapest arm that is not shown to be worse than the best. Shown means: McNemar's exact p below 0.05 where
-each row is right or wrong, else a paired bootstrap interval of 95 % without zero. A dearer arm must win; a tie goes to the prompt.
+The recommendation is the cheapest arm that is not shown to be worse than the best (scoring.py says what shown means). A dearer arm
+must win; a tie goes to the prompt.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tunesmith.compare import guard
-from tunesmith.compare.arms import ARMS, Arm, cited, uncited
+from tunesmith.compare import citing, guard, scoring, told
+from tunesmith.compare.arms import ARMS, Arm, cited
+from tunesmith.compare.scoring import difference, interval
 from tunesmith.compare.work import Comparison
 from tunesmith.evaluate import compare_page
-from tunesmith.evaluate.metrics import Metric, Scored
-from tunesmith.evaluate.statistics import FEW_ROWS, bootstrap, mcnemar, paired_bootstrap, wilson
+from tunesmith.evaluate.metrics import Scored
+from tunesmith.evaluate.statistics import FEW_ROWS
 from tunesmith.files import finite, write_atomic
 from tunesmith.redact import redact
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-SHOWN_P = 0.05
 CASES = 6  # wins and as many losses on the page
 CUT = 0.1  # share of answers that ended at the limit from which it is told as a doubt
 
@@ -63,12 +63,9 @@ def finish(work: Comparison) -> Result:
 
 
 def gather(work: Comparison) -> dict[str, Any]:
-    golds = [q.gold for q in work.questions]
-    scored = {arm.name: {m.name: m.score(_texts(work, arm, m), golds) for m in work.metrics} for arm in work.arms}
+    scored, own = scoring.scores(work), scoring.weighed(work.arms)
     first, seed = work.metrics[0], work.options.seed
-    own = [arm for arm in work.arms if arm.model != "endpoint"] or work.arms
-    means = {arm.name: scored[arm.name][first.name].whole for arm in work.arms}
-    best = max(own, key=lambda arm: (means[arm.name], -arm.order))
+    best = scoring.leading(own, scored, first.name)
     base = next((arm for arm in work.arms if arm.name == "base"), None)
     rows = []
     for arm in work.arms:
@@ -76,7 +73,7 @@ def gather(work: Comparison) -> dict[str, Any]:
         for metric in work.metrics:
             value = scored[arm.name][metric.name]
             mean, low, high = interval(value, metric, seed)
-            entry["metrics"][metric.name] = {"value": mean, "interval": [low, high]}
+            entry["metrics"][metric.name] = {"value": mean, "interval": [low, high], "rows": len(value.counted)}
             for word, other in (("best", best), ("base", base)):
                 if other is not None and other is not arm:
                     entry["metrics"][metric.name][f"to_{word}"] = difference(scored[other.name][metric.name], value, metric, seed)
@@ -86,45 +83,16 @@ def gather(work: Comparison) -> dict[str, Any]:
         "rows": len(work.questions), "held_out": len(work.source.held_out), "left_out": work.left_out,
         "metrics": [{"name": m.name, "says": m.says, "binary": m.binary, "form": m.form} for m in work.metrics],
         "best": best.name, "arms": rows, "loss": _loss(work), "training": _training(work),
-        "settings": _settings(work), "notes": list(work.notes),
+        "settings": _settings(work), "notes": list(work.notes), "winners": scoring.winners(work, own, scored, seed),
+        "citations": citing.measured(work, scored), "adherence": work.adherence, "forgetting": work.forgetting,
+        "judge": work.judged,
     }  # fmt: skip
+    if by := work.options.by:
+        found["groups"] = scoring.groups(work, by, scored, seed)
     found |= recommend(found, own)
     found["cases"] = _cases(work, scored, found, base)
     found["guardrails"] = guard.gather(work.guarded) if work.guarded else None
     return found
-
-
-def _texts(work: Comparison, arm: Arm, metric: Metric) -> list[str]:
-    answers = [row["answer"] for row in work.answers[arm.name]]
-    if not arm.passages or metric.marks:
-        return answers
-    return [uncited(text, len(p.passages)) for text, p in zip(answers, work.prompts[arm.name], strict=True)]
-
-
-def interval(value: Scored, metric: Metric, seed: int) -> tuple[float, float, float]:
-    """(value, lo, hi) over all rows, for 95 %: Wilson's of a share, else a bootstrap over rows."""
-    if metric.binary:
-        return value.whole, *wilson(round(value.values.sum()), len(value.values))
-    if value.statistic is not None:
-        return bootstrap(value.statistic, len(value.values), seed=seed)
-    return paired_bootstrap(np.zeros_like(value.values), value.values, seed=seed)
-
-
-def difference(other: Scored, value: Scored, metric: Metric, seed: int) -> dict[str, Any]:
-    """How much better `value` is than `other` on the same rows, and whether that is shown: -1 worse, 0 not shown, 1 better."""
-    if value.statistic is not None and other.statistic is not None:
-        mine, theirs = value.statistic, other.statistic
-        mean, low, high = bootstrap(lambda counts: mine(counts) - theirs(counts), len(value.values), seed=seed)
-    else:
-        mean, low, high = paired_bootstrap(other.values, value.values, seed=seed)
-    out: dict[str, Any] = {"difference": mean, "interval": [low, high]}
-    sure = low > 0 or high < 0
-    if metric.binary:
-        lost, won, p = mcnemar(other.values, value.values)
-        out |= {"lost": lost, "won": won, "p": p}
-        sure = p < SHOWN_P
-    few = len(value.values) < FEW_ROWS
-    return out | {"shown": 0 if few or not sure else 1 if mean > 0 else -1}
 
 
 def _cost(work: Comparison, arm: Arm) -> dict[str, Any]:
@@ -166,7 +134,8 @@ def _settings(work: Comparison) -> dict[str, Any]:
     return {
         "arms": [arm.name for arm in work.arms], "system": redact(o.system), "shots": o.shots, "passages": o.passages,
         "docs": str(o.docs) if o.docs else "", "max_tokens": work.max_tokens, "temperature": o.temperature, "seed": o.seed,
-        "endpoint": redact(o.endpoint), "endpoint_model": o.endpoint_model,
+        "endpoint": redact(o.endpoint), "endpoint_model": o.endpoint_model, "by": o.by, "gold": work.gold or "",
+        "judge": redact(o.judge), "judge_model": o.judge_model, "forgetting": list(o.forgetting),
     }  # fmt: skip
 
 
@@ -175,19 +144,20 @@ def _settings(work: Comparison) -> dict[str, Any]:
 
 def recommend(found: Mapping[str, Any], own: Sequence[Arm]) -> dict[str, Any]:
     """{recommended, verdict: [sentence, reason], doubts}: the cheapest of `own` that is not shown worse than the best."""
-    metric, rows = found["metrics"][0]["name"], found["rows"]
+    metric = found["metrics"][0]["name"]
     by_name = {arm["name"]: arm for arm in found["arms"]}
     best = by_name[found["best"]]
 
     def at(arm: Mapping[str, Any]) -> Mapping[str, Any]:
         return arm["metrics"][metric]
 
-    doubts = _doubts(found, own)
+    doubts, rows = _doubts(found, own), at(best)["rows"]
     top = f"{best['name']} has {say(at(best)['value'])} in {metric}"
     if rows < FEW_ROWS:
-        head = f"No recommendation: {rows} held-out rows are too few to tell the ways apart (from {FEW_ROWS} on one is given)."
+        which = f"{rows} held-out rows" + ("" if rows == found["rows"] else f" with what {metric} looks at")
+        head = f"No recommendation: {which} are too few to tell the ways apart (from {FEW_ROWS} on one is given)."
         return {"recommended": None, "verdict": [head, f"The highest: {top}."], "doubts": doubts}
-    if at(best)["value"] <= 0:
+    if not at(best)["value"] > 0:
         return {
             "recommended": None, "doubts": doubts,
             "verdict": [f"No recommendation: no way scores above 0 in {metric}.", "Read the answers, or name another --metric."],
@@ -222,11 +192,14 @@ def recommend(found: Mapping[str, Any], own: Sequence[Arm]) -> dict[str, Any]:
                 f"Beside {best['name']}, {arm['says']} has {say(at(arm)['value'])}, {_signed(gap['difference'])} "
                 f"({_range(gap['interval'])}): {word}. It is not weighed here: its price and its privacy are yours to judge."
             )
+    if others := [w["says"] for w in found["winners"][1:] if w["best"] != best["name"] or w["level"]]:
+        reasons.append(f"By another measure it may be otherwise. {' '.join(others)}")
     return {"recommended": pick["name"], "verdict": [head, *reasons], "doubts": doubts}
 
 
 def _doubts(found: Mapping[str, Any], own: Sequence[Arm]) -> list[str]:
-    metric, rows = found["metrics"][0], found["rows"]
+    metric = found["metrics"][0]
+    rows = found["arms"][0]["metrics"][metric["name"]]["rows"]
     out = []
     halves = []
     for arm in found["arms"]:
@@ -253,7 +226,20 @@ def _doubts(found: Mapping[str, Any], own: Sequence[Arm]) -> list[str]:
         out.append(f"{metric['name']} sees an answer's form alone ({metric['says']}), not at whether it is right: read the rows.")
     elif not metric["binary"]:
         out.append(f"{metric['name']} counts: {metric['says']}. It does not know whether an answer is true; read the rows.")
+    if judge := found.get("judge"):
+        out += judge["doubts"]
+        out += [
+            f"The judge contradicts {metric['name']}: it prefers {other} to {judge['best']}."
+            for other, e in judge["against"].items()
+            if e["shown"] < 0
+        ]
+    out += [say_ for e, say_ in _forgotten(found) if e["shown"] < 0]
     return out
+
+
+def _forgotten(found: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str]]:
+    told_ = found.get("forgetting")
+    return list(zip(told_["tasks"], told_["says"], strict=True)) if told_ else []
 
 
 def say(value: float) -> str:
@@ -289,13 +275,17 @@ def _cases(
         means = {a.name: scored[a.name][metric].whole for a in others}
         of, against = max(others, key=lambda a: means[a.name]).name, base
     assert against is not None
-    change = scored[of][metric].values - scored[against.name][metric].values
+    mine, theirs = scored[of][metric], scored[against.name][metric]
+    used = np.ones(len(mine.values), bool) if mine.used is None else mine.used
+    change = np.where(used, mine.values - theirs.values, 0.0)
+    cited_rows = (found["citations"] or {"arms": {}})["arms"]
 
     def case(i: int) -> dict[str, Any]:
         question = work.questions[i]
         answers = {
             arm.name: {"answer": work.answers[arm.name][i]["answer"], "value": float(scored[arm.name][metric].values[i]),
-                       "passages": [p.document for p in work.prompts[arm.name][i].passages]}
+                       "passages": [p.document for p in work.prompts[arm.name][i].passages],
+                       **({"citations": citing.note(cited_rows[arm.name]["rows"][i])} if arm.name in cited_rows else {})}
             for arm in work.arms
         }  # fmt: skip
         return {
@@ -309,7 +299,7 @@ def _cases(
     order = sorted(range(len(change)), key=lambda i: (-change[i], i))
     return {
         "of": of, "against": against.name, "won": int((change > 0).sum()), "lost": int((change < 0).sum()),
-        "same": int((change == 0).sum()),
+        "same": int((used & (change == 0)).sum()),
         "wins": [case(i) for i in order if change[i] > 0][:CASES],
         "losses": [case(i) for i in reversed(order) if change[i] < 0][:CASES],
     }  # fmt: skip
@@ -343,6 +333,7 @@ def _print(result: Result, console: Console) -> None:
     if loss := found["loss"]:
         before, after = (f"{loss[k]:.3f}" if loss[k] is not None else "-" for k in ("before", "after"))
         console.print(f"held-out loss {before} before tuning, {after} after ({loss['rows']} rows)", style="dim", highlight=False)
+    told.parts(found, console)
     for line in (*found["verdict"], *(f"doubt: {d}" for d in found["doubts"])):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if found.get("guardrails"):

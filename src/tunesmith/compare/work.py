@@ -10,22 +10,24 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.compare import arms, guard
+from tunesmith.compare import arms, citing, contrast, forgetting, guard, scoring
+from tunesmith.compare import judge as judging
 from tunesmith.compare.arms import ARMS, Arm, Passage, Prompt, Question, Shot
 from tunesmith.compare.endpoint import Endpoint, EndpointError
 from tunesmith.config.load import load
 from tunesmith.config.schema import RunConfig
 from tunesmith.data import formats
 from tunesmith.data.render import Renderer, RowRefused, build_renderer
+from tunesmith.data.sources import TEXT_SUFFIXES
 from tunesmith.errors import ConfigError, DataError, MissingExtra, RunError
-from tunesmith.evaluate.metrics import Metric, chosen
+from tunesmith.evaluate.metrics import METRICS, Metric, chosen, find
 from tunesmith.files import LEFTOVER, append, make_folder, sha256, sha256_file, write_atomic
 from tunesmith.hub import ResolvedModel, resolve_model
 from tunesmith.run import Run, base_fingerprint
@@ -38,12 +40,13 @@ if TYPE_CHECKING:
 
     from tunesmith.chat import Talker
 
-ROWS, SHOTS, PASSAGES = 100, 4, 4
+ROWS, SHOTS, PASSAGES, JUDGE_ROWS = 100, 4, 4, 50
 LEAST_TOKENS, MOST_TOKENS = 32, 512  # of an answer, where --max-tokens is not given
 AT_ONCE = {"cuda": 32, "cpu": 8}  # answers that are written together, and kept together
 CALLS = 4  # questions at an endpoint at a time
 ANSWERS = "answers.jsonl"
 PROBES = 60  # asked of every way, spread over all kinds, where --guardrails is not given
+UNREAD = 5  # documents that could not be read are named, so many of them
 INDEX = "index-"  # begins the name of the index made of a folder of documents
 
 
@@ -67,6 +70,12 @@ class Options:
     probes: Path | None = None  # a file of them; None is our own suite
     scope: str = ""
     refusal: str = ""
+    by: str = ""
+    gold: str = ""
+    forgetting: tuple[str, ...] = ()
+    judge: str = ""
+    judge_model: str = ""
+    judge_rows: int = JUDGE_ROWS
 
     def __post_init__(self) -> None:
         faults = [
@@ -74,6 +83,7 @@ class Options:
             for name, value, least in (
                 ("shots", self.shots, 0), ("passages", self.passages, 1), ("rows", self.rows, 1),
                 ("max-tokens", self.max_tokens or 1, 1), ("temperature", self.temperature, 0), ("guardrails", self.guardrails, 0),
+                ("judge-rows", self.judge_rows, 1),
             )
             if not value >= least
         ]  # fmt: skip
@@ -82,6 +92,10 @@ class Options:
         if bool(self.endpoint) != bool(self.endpoint_model):
             missing = "--endpoint-model NAME" if self.endpoint else "--endpoint URL"
             faults.append(f"an endpoint takes an address and a model's name: {missing} is missing")
+        if self.judge_model and not self.judge:
+            faults.append(f"--judge-model {self.judge_model}: --judge is missing")
+        if self.judge.startswith(("http://", "https://")) and not self.judge_model:
+            faults.append(f"--judge {self.judge}: an address takes a model's name: --judge-model NAME is missing")
         if faults:
             raise ConfigError("\n".join(faults), "correct these")
 
@@ -186,7 +200,8 @@ def own_folder(folder: Path) -> Iterator[None]:
     """The comparison's folder for us alone. RunError where it holds something else, or another comparison writes there."""
     make_folder(folder)
     there = {p.name for p in folder.iterdir() if not LEFTOVER.fullmatch(p.name)}
-    if {n for n in there if not n.startswith(("lock", INDEX))} and not there & {ANSWERS, guard.ANSWERS, "compare.json"}:
+    known = {ANSWERS, guard.ANSWERS, forgetting.FILE, "compare.json"}
+    if {n for n in there if not n.startswith(("lock", INDEX))} and not there & known:
         what = f"{folder}: is not empty and holds no comparison (it holds {', '.join(sorted(there)[:3])})"
         raise RunError(what, "name another --out")
     try:
@@ -204,9 +219,9 @@ def own_folder(folder: Path) -> Iterator[None]:
 Search = Callable[[str, int], list[Passage]]
 
 
-def searcher(docs: Path, folder: Path) -> Search:
-    """A search over `docs`: an index (a file), or a folder of documents, which are read into an index of theirs in `folder`.
-    DataError where nothing is there.
+def searcher(docs: Path, folder: Path, notes: list[str]) -> Search:
+    """A search over `docs`: an index (a file), or a folder of documents, or one of them, which are read into an index of theirs in
+    `folder`. DataError where nothing is there. Documents that cannot be read are named in `notes`.
 
     Raises MissingExtra where this installation has no retrieval.
     """
@@ -218,14 +233,20 @@ def searcher(docs: Path, folder: Path) -> Search:
         from tunesmith.retrieve import Index
     except ImportError as fault:
         raise MissingExtra(f"--docs needs retrieval, which is not installed: {fault}", "drop --docs, or install it") from None
-    if docs.is_dir():
+    if docs.is_dir() or docs.suffix in TEXT_SUFFIXES:
         found = Index.create_or_open(folder / f"{INDEX}{sha256(str(docs.resolve()))[:12]}.sqlite")
-        found.add(docs)  # what has not changed since is not read again
+        added = found.add(docs)  # what has not changed since is not read again
+        if unread := getattr(added, "unread", []):
+            named = "; ".join(f"{name}: {why}" for name, why in unread[:UNREAD])
+            more = f"; and {len(unread) - UNREAD} more" if len(unread) > UNREAD else ""
+            if not (added.documents or added.unchanged):
+                raise DataError(f"--docs {docs}: none of its documents can be read: {named}{more}", "name documents that can be")
+            notes.append(f"{counted(len(unread), 'document')} could not be read, the rest is searched: {named}{more}")
     else:
         found = Index.open(docs)
 
     def search(query: str, count: int) -> list[Passage]:
-        return [Passage(str(p.id), str(p.document), p.text) for p in found.search(query, count)]
+        return [Passage(str(p.id), str(p.document), p.text, getattr(p, "context", "")) for p in found.search(query, count)]
 
     return search
 
@@ -248,6 +269,13 @@ class Comparison:
     prompts: dict[str, list[Prompt]]
     notes: list[str] = field(default_factory=list)
     answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    ranked: list[list[Passage]] = field(default_factory=list)
+    """The passages found for each question, best first: as many as prompts hold, or citing.DEPTH where the right ones are known."""
+    gold: str | None = None
+    contrast: contrast.Contrast | None = None
+    adherence: dict[str, Any] | None = None
+    forgetting: dict[str, Any] | None = None
+    judged: dict[str, Any] | None = None
     guarded: guard.Guarded | None = None
 
 
@@ -257,9 +285,10 @@ Asked = Comparison | guard.Guarded  # arms, questions and prompts, for which ans
 def compare(source: Source, options: Options, folder: Path, console: Console) -> Comparison:
     """All that can be wrong is found out here, before a model is loaded; then every arm answers every row."""
     picked = _arms(source, options)
+    tasks = _tasks(source, options, picked)
     endpoint = Endpoint(options.endpoint, options.endpoint_model) if options.endpoint else None
     with own_folder(folder):
-        work = _Work(source, options, folder, picked, endpoint, console)
+        work = _Work(source, options, folder, picked, endpoint, console, tasks)
         return work.run()
 
 
@@ -267,11 +296,35 @@ def ask_probes(source: Source, options: Options, folder: Path, console: Console,
     """The probes alone. `options.system` stands in every way, since it is no way to compare here."""
     picked = _arms(source, options)
     with own_folder(folder):
-        work = _Work(source, options, folder, picked, None, console)
+        work = _Work(source, options, folder, picked, None, console, [])
         found = guard.asked(work, system=options.system, max_tokens=max_tokens)
         work.say("guard", f"{counted(len(found.probes), 'probe')}, asked of: {', '.join(arm.name for arm in picked)}")
-        work.answer([(found, guard.ANSWERS)])
+        work.answer([(found, Answers(folder / guard.ANSWERS))])
         return found
+
+
+def _concerned(metrics: list[Metric], questions: Sequence[Question]) -> list[Metric]:
+    """Those that concern any of the rows that are asked. ConfigError where none does."""
+    fields = [q.fields for q in questions]
+    kept = []
+    for metric in metrics:
+        used = metric.by_fields([""] * len(fields), fields).used if metric.by_fields else None
+        if used is None or used.any():
+            kept.append(metric)
+    if not kept:
+        what = f"--metric {metrics[0].name} concerns none of the {len(questions)} rows that are asked"
+        raise ConfigError(what, "ask more rows: --rows; or name another metric")
+    return kept
+
+
+def _tasks(source: Source, options: Options, picked: Sequence[Arm]) -> list[forgetting.Task]:
+    """What both models are measured on beside the rows; nothing where one of them is not in the comparison."""
+    if {"base", "tuned"} <= {arm.model for arm in picked}:
+        return forgetting.tasks(options.forgetting)
+    if [name for name in options.forgetting if name != forgetting.NONE]:
+        what = "--forgetting compares the base with the tuned model, and this comparison lacks one of them"
+        raise ConfigError(what, "compare a finished run, with a base and a tuned way among --arms")
+    return []
 
 
 def _arms(source: Source, options: Options) -> list[Arm]:
@@ -328,8 +381,7 @@ class _Part:
     missing: dict[str, list[int]]
 
     @classmethod
-    def of(cls, work: _Work, found: Asked, path: Path) -> _Part:
-        store = Answers(path)
+    def of(cls, work: _Work, found: Asked, store: Answers) -> _Part:
         keys = {arm.name: [work._key(arm, p, found.max_tokens) for p in found.prompts[arm.name]] for arm in work.arms}
         missing = {
             name: [i for i, q in enumerate(found.questions) if store.get(name, q.row, some[i]) is None]
@@ -348,9 +400,11 @@ class _Part:
 
 class _Work:
     def __init__(
-        self, source: Source, options: Options, folder: Path, picked: list[Arm], endpoint: Endpoint | None, console: Console
-    ):
+        self, source: Source, options: Options, folder: Path, picked: list[Arm], endpoint: Endpoint | None, console: Console,
+        tasks: list[forgetting.Task],
+    ):  # fmt: skip
         self.source, self.options, self.folder, self.arms, self.endpoint = source, options, folder, picked, endpoint
+        self.tasks = tasks
         self.console = console
         self.renderers: dict[str, Renderer] = {}
         self.prints: dict[str, Any] = {}
@@ -359,11 +413,15 @@ class _Work:
 
     def run(self) -> Comparison:
         found = self._asked()
+        judge = self._judge()
+        store = Answers(self.folder / ANSWERS)
+        forgot = forgetting.Forgetting(self.tasks, Answers(self.folder / forgetting.FILE), self._identity)
+        others = self._contrasted(found, store)
         rows, ways = counted(len(found.questions), "held-out row"), len(self.arms)
         self.say("compare", f"{rows}, {ways} ways: {ways * len(found.questions):,} answers")
         for note in found.notes:
             self.say("", note)
-        whole: list[tuple[Asked, str]] = [(found, ANSWERS)]
+        whole: list[tuple[Asked, Answers]] = [(found, store)]
         if self.options.guardrails:
             try:
                 found.guarded = guard.asked(self)
@@ -371,23 +429,38 @@ class _Work:
                 found.notes.append(f"no guardrails: {fault.what}")
                 self.say("guard", f"left out: {fault.what}")
             else:
-                self.say(
-                    "guard", f"{counted(len(found.guarded.probes), 'probe')} more of every way; --guardrails 0 leaves them out"
-                )
-                whole.append((found.guarded, guard.ANSWERS))
-        self.answer(whole)
+                more = counted(len(found.guarded.probes), "probe")
+                self.say("guard", f"{more} more of every way; --guardrails 0 leaves them out")
+                whole.append((found.guarded, Answers(self.folder / guard.ANSWERS)))
+
+        def beside(model: str, talker: Talker) -> None:
+            if model == "base" and others:
+                self._write_contrast(talker, found, others, store)
+            forgot.measure(model, talker, lambda what: self.say("", f"what was forgotten: {what}"))
+
+        wanted = {model for model in ("base", "tuned") if forgot.missing(model) or (model == "base" and others)}
+        self.answer(whole, wanted, beside)
+        if found.contrast is not None:
+            self._hear(found, store)
+        if self.tasks:
+            found.forgetting = forgot.found(self.options.seed)
+        if judge is not None:
+            self._ask_judge(found, judge)
         return found
 
-    def answer(self, whole: Sequence[tuple[Asked, str]]) -> None:
-        """The answers that the files lack. Each model is loaded once for all of them, and only where one is missing."""
-        parts = [_Part.of(self, found, self.folder / name) for found, name in whole]
+    def answer(
+        self, whole: Sequence[tuple[Asked, Answers]], wanted: Set[str] = frozenset(),
+        beside: Callable[[str, Talker], None] = lambda model, talker: None,
+    ) -> None:  # fmt: skip
+        """The answers that the files lack, and what else is `wanted` of a model. Each is loaded once for all, and only for that."""
+        parts = [_Part.of(self, found, store) for found, store in whole]
         total, todo = sum(p.total for p in parts), sum(p.todo for p in parts)
         if total > todo:
             self.say("", f"{total - todo:,} are there already, {todo:,} are to be made")
         with self._bar(total, total - todo) as step:
             for model in ("base", "tuned", "endpoint"):
                 some = [(part, arm) for part in parts for arm in self.arms if arm.model == model and part.missing[arm.name]]
-                if not some:
+                if not some and model not in wanted:
                     continue
                 talker = None if model == "endpoint" else self._load(model)
                 for part, arm in some:
@@ -398,12 +471,74 @@ class _Work:
                     for i, answer in made:
                         part.store.add(self._record(arm, part.found, i, part.keys[arm.name][i], answer))
                         step(arm.name)
+                if talker is not None:
+                    beside(model, talker)
                 del talker
                 gc.collect()  # a large model leaves the device before the next comes
         for part in parts:
             for arm in self.arms:
                 pairs = zip(part.found.questions, part.keys[arm.name], strict=True)
                 part.found.answers[arm.name] = [part.store.get(arm.name, q.row, key) for q, key in pairs]
+
+    # ---- adherence: the base's answers to training rows (contrast.py)
+
+    def _contrasted(self, found: Comparison, store: Answers) -> list[int]:
+        """The training questions that the base has not answered yet; none where adherence is not measured."""
+        if found.contrast is None:
+            return []
+        rows, prompts = found.contrast.questions, found.contrast.prompts
+        found.contrast.keys = [self._key(contrast.ARM, p, found.max_tokens) for p in prompts]
+        pairs = zip(rows, found.contrast.keys, strict=True)
+        return [i for i, (q, key) in enumerate(pairs) if store.get(contrast.ARM.name, q.row, key) is None]
+
+    def _write_contrast(self, talker: Talker, found: Comparison, missing: list[int], store: Answers) -> None:
+        assert found.contrast is not None
+        self.say("", f"{counted(len(missing), 'training row')} answered by the base, to learn what the house's style is")
+        some = replace(found, questions=found.contrast.questions, prompts={contrast.ARM.name: found.contrast.prompts})
+        for i, answer in self._written(talker, contrast.ARM, some, missing):
+            store.add(self._record(contrast.ARM, some, i, found.contrast.keys[i], answer))
+
+    def _hear(self, found: Comparison, store: Answers) -> None:
+        """Put the classifier in the place of its metric, or take the metric out and say why."""
+        assert found.contrast is not None
+        pairs = zip(found.contrast.questions, found.contrast.keys, strict=True)
+        answers = [store.get(contrast.ARM.name, q.row, key)["answer"] for q, key in pairs]
+        metric, found.adherence, why = contrast.metric_of(found.contrast, answers, [q.gold for q in found.questions])
+        kept = [metric if m.name == contrast.NAME else m for m in found.metrics]
+        found.metrics = [m for m in kept if m is not None] or find([q.gold for q in found.questions])
+        if why:
+            found.notes.append(f"adherence is not measured: {why}")
+
+    # ---- the judge
+
+    def _judge(self) -> judging.Judge | None:
+        """Found out before a model is loaded; a local one is loaded when all answers are there."""
+        options = self.options
+        if not options.judge:
+            return None
+        if len(self.arms) < 2:
+            raise ConfigError("--judge compares ways, and there is one", "name two or more: --arms base,tuned")
+        if options.judge.startswith(("http://", "https://")):
+            return judging.EndpointJudge(Endpoint(options.judge, options.judge_model), options.seed)
+        folder = Path(options.judge)
+        if (folder / "run.yaml").is_file():
+            run = Run.open(folder)
+            if not (run.adapter / "adapter_config.json").is_file() and not (run.model / "config.json").is_file():
+                raise RunError(f"--judge {folder}: this run has no result", "finish it, or name another judge")
+            weights = sorted([*run.adapter.glob("*.safetensors"), *run.model.glob("*.safetensors")])
+            identity: Any = [sha256_file(p) for p in weights]
+        else:
+            identity = base_fingerprint(resolve_model(options.judge).path)
+        return judging.LocalJudge(options.judge, identity, self.source.config.memory)
+
+    def _ask_judge(self, found: Comparison, judge: judging.Judge) -> None:
+        scored, own = scoring.scores(found), scoring.weighed(found.arms)
+        best = scoring.leading(own, scored, found.metrics[0].name).name
+        store, rows = Answers(self.folder / judging.FILE), min(self.options.judge_rows, len(found.questions))
+        total = 2 * rows * (len(found.arms) - 1)
+        self.say("", f"judge {judge.name}: {best} beside each other way on {counted(rows, 'row')}, both orders: {total} verdicts")
+        with self._bar(total, 0, "judging") as step:
+            found.judged = judging.judged(found, judge, best, rows, store, step)
 
     # ---- what is asked
 
@@ -444,10 +579,20 @@ class _Work:
         if not questions:
             what = f"none of {counted(len(picked), 'held-out question')} fits the model's context of {self.limit:,} tokens"
             raise DataError(what, "give a smaller --max-tokens, a shorter --system, or a model with a longer context")
-        metrics = chosen(options.metrics, [q.gold for q in every])  # all rows: a few may lack most classes
-        notes = []
+        fields = [q.fields for q in every]
+        if options.by and not any(options.by in row for row in fields):
+            have = sorted({key for row in fields for key in row})
+            what = f"--by {options.by}: no held-out row carries {options.by!r}"
+            raise ConfigError(what, f"the rows carry {', '.join(have)}" if have else "the rows carry nothing beside their messages")
+        gold = citing.gold_key(fields, options.gold) if any(arm.passages for arm in self.arms) else None
+        if options.gold and gold is None:
+            raise ConfigError("--gold says which passages are right, and no way has passages", "add --docs FOLDER")
+        notes: list[str] = []
+        metrics, contrasted = self._metrics(every, fields, fits if "base" in renderers else None, notes)
+        metrics = _concerned(metrics, questions)
         shots = self._shots(questions, every, kinds, notes)
-        passages = self._passages(questions)
+        ranked = self._passages(questions, citing.DEPTH if gold else 0, notes)
+        passages = [found[: options.passages] for found in ranked]
         prompts, short = {}, 0
         for arm in self.arms:
             made = []
@@ -470,7 +615,34 @@ class _Work:
         left_out = len(picked) - len(questions)
         if left_out:
             notes.append(f"{counted(left_out, 'row')} left out: the question alone is too long for the model's context")
-        return Comparison(self.source, options, self.folder, self.arms, questions, metrics, max_tokens, left_out, prompts, notes)
+        return Comparison(
+            self.source, options, self.folder, self.arms, questions, metrics, max_tokens, left_out, prompts, notes,
+            ranked=ranked, gold=gold, contrast=contrasted,
+        )  # fmt: skip
+
+    def _metrics(
+        self, every: list[Question], fields: list[Any], fits: Callable[[str], Callable[[Prompt], bool]] | None, notes: list[str]
+    ) -> tuple[list[Metric], contrast.Contrast | None]:
+        """The metrics, by all rows (a few may lack most classes), and what the style's classifier is to learn from: where it is
+        asked for, or where text is compared with a tuned model's and nothing else was named."""
+        names, golds = list(self.options.metrics), [q.gold for q in every]
+        plain = [name for name in names if name != contrast.NAME]
+        metrics = chosen(plain, golds, fields) if plain or not names else []
+        text = {"rouge_l", "chrf"} & {m.name for m in metrics}
+        asked = contrast.NAME in names
+        if not asked and (names or not text or not self.source.tuned or fits is None):
+            return metrics, None
+        why = "no way has the base model" if fits is None else contrast.choose(self.source.config.data, every, fits("base"))
+        if isinstance(why, str):
+            if asked and not metrics:
+                raise ConfigError(f"--metric {contrast.NAME} cannot be had: {why}", "leave it out, or add another --metric")
+            if asked:
+                notes.append(f"adherence is not measured: {why}")
+            return metrics, None
+        place = names.index(contrast.NAME) if asked else len(metrics)
+        until = replace(METRICS["exact_match"], name=contrast.NAME)  # the classifier comes with the base's answers
+        metrics.insert(min(place, len(metrics)), until)
+        return metrics, why
 
     def _shots(self, questions: list[Question], every: list[Question], kinds: set[bool], notes: list[str]) -> list[list[Shot]]:
         if not any(arm.shots for arm in self.arms):
@@ -485,12 +657,12 @@ class _Work:
         notes.append(f"few-shot: the {self.options.shots} training rows nearest to the question by words (BM25)")
         return chosen_
 
-    def _passages(self, questions: list[Question]) -> list[list[Passage]]:
+    def _passages(self, questions: list[Question], depth: int, notes: list[str]) -> list[list[Passage]]:
         if not any(arm.passages for arm in self.arms):
             return [[] for _ in questions]
         assert self.options.docs is not None
-        search = searcher(self.options.docs, self.folder)
-        found = [search(q.shown, self.options.passages) for q in questions]
+        search = searcher(self.options.docs, self.folder, notes)
+        found = [search(q.shown, max(depth, self.options.passages)) for q in questions]
         if not any(found):
             raise DataError(f"--docs {self.options.docs}: no passage was found for any question", "does it hold text?")
         return found
@@ -632,7 +804,7 @@ class _Work:
         return {
             "arm": arm.name, "row": question.row, "key": key, "question": question.shown, "gold": question.gold, **answer,
             "prompt": prompt.messages[0].content if prompt.raw else prompt.as_dicts(), "shots": [s.origin for s in prompt.shots],
-            "passages": [{k: v for k, v in asdict(p).items() if k != "text"} for p in prompt.passages],
+            "passages": [{k: v for k, v in asdict(p).items() if k in ("id", "document")} for p in prompt.passages],
         }  # fmt: skip
 
     # ---- what is told
@@ -641,7 +813,7 @@ class _Work:
         self.console.print(f"{name:<9}{text}", markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def _bar(self, total: int, done: int) -> Iterator[Callable[[str], None]]:
+    def _bar(self, total: int, done: int, doing: str = "answering") -> Iterator[Callable[[str], None]]:
         """A bar on a terminal; elsewhere a line when an arm begins."""
         if not self.console.is_terminal:
             told: set[str] = set()
@@ -649,7 +821,7 @@ class _Work:
             def tell(arm: str) -> None:
                 if arm not in told:
                     told.add(arm)
-                    self.say("", f"answering: {arm}")
+                    self.say("", f"{doing}: {arm}")
 
             yield tell
             return

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from tunesmith.data import exports
-from tunesmith.data.sources import Row, from_json
+from tunesmith.data.sources import COLUMNS, Row, from_json
 from tunesmith.errors import DataError
 from tunesmith.registry import Registry
 from tunesmith.types import Conversation, Message, Origin
@@ -118,6 +118,7 @@ def to_dict(c: Conversation) -> dict[str, Any]:
     for m in c.messages:
         weight = {} if m.learn is None else {"weight": int(m.learn)}
         value["messages"].append({"role": m.role, "content": m.content, **weight, **dict(m.extra)})
+    value |= {"fields": dict(c.fields)} if c.fields else {}
     return value | ({"tools": list(c.tools)} if c.tools else {})
 
 
@@ -127,7 +128,20 @@ def from_dict(value: dict[str, Any]) -> Conversation:
     for m in value["messages"]:
         rest = {k: v for k, v in m.items() if k not in ("role", "content", "weight")}
         messages.append(Message(m["role"], m["content"], {0: False, 1: True}.get(m.get("weight")), tuple(rest.items())))
-    return Conversation(tuple(messages), Origin(value["file"], value["line"]), value["kind"], tuple(value.get("tools", ())))
+    origin, tools, fields = Origin(value["file"], value["line"]), tuple(value.get("tools", ())), value.get("fields", {})
+    return Conversation(tuple(messages), origin, value["kind"], tools, fields=fields)
+
+
+FIELD_CHARS = 4000  # of a field as JSON: what is longer is text, no mark on the row
+
+
+def fields(row: Row) -> dict[str, Any]:
+    """What a row carries beside what formats read: `topic`, `expect` ... Not trained on; checks and groups of the comparison read
+    it."""
+    if isinstance(row.value, str):
+        return {}
+    rest = {k: v for k, v in row.value.items() if v is not None and k not in COLUMNS}
+    return {k: v for k, v in rest.items() if len(json.dumps(v, default=str)) <= FIELD_CHARS}
 
 
 # ---- which format --------------------------------------------------------------------------------------------------------------

@@ -800,7 +800,8 @@ def _write_conversations(path: Path, found: list[Files], held: np.ndarray) -> No
             for row in parse(some):
                 if isinstance(row, Refused):
                     raise DataError(f"{chunk.file}: changed while it was read", "run it again when nothing writes to the file")
-                f.write(json.dumps(formats.to_dict(formats.conversation(row)), ensure_ascii=False, default=str) + "\n")
+                said = replace(formats.conversation(row), fields=formats.fields(row))
+                f.write(json.dumps(formats.to_dict(said), ensure_ascii=False, default=str) + "\n")
             wanted -= {start - len(chunk.lines) + i for i in here}
 
 

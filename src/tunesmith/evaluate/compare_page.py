@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tunesmith.evaluate import compare_parts as parts
 from tunesmith.evaluate import guard_page
 from tunesmith.evaluate.page import Markup, clip, el, facts_list, fold, number, page, signed, table, ticks
 from tunesmith.files import write_atomic
@@ -27,17 +28,10 @@ def count(value: float | None, digits: int = 0) -> str:
 def _body(found: Mapping[str, Any]) -> Markup:
     foot = el("footer", "Made by Tunesmith from compare.json. This page loads nothing and runs nothing.")
     return el(
-        "main",
-        _head(found),
-        _verdict(found),
-        _facts(found),
-        _picture(found),
-        *_table(found),
-        _cases(found),
-        guard_page.sections(found.get("guardrails")),
-        _how(found),
-        foot,
-    )
+        "main", _head(found), _verdict(found), _facts(found), _picture(found), parts.winners(found), parts.groups(found),
+        *_table(found), parts.forgetting(found), parts.citations(found), parts.judge(found), _cases(found),
+        guard_page.sections(found.get("guardrails")), _how(found), foot,
+    )  # fmt: skip
 
 
 def _head(found: Mapping[str, Any]) -> Markup:
@@ -103,24 +97,24 @@ def dots(metric: str, arms: Sequence[Mapping[str, Any]], picked: str | None, *, 
     def at(x: float) -> float:
         return round(left + (min(max(x, lo), hi) - lo) / (hi - lo) * (width - left - right), 1)
 
-    parts: list[Any] = [el("title", f"{metric} of each way")]
+    drawn: list[Any] = [el("title", f"{metric} of each way")]
     for x in marks:
-        parts.append(el("line", x1=at(x), x2=at(x), y1=6, y2=height - bottom, class_="grid"))
-        parts.append(el("text", number(x), x=at(x), y=height - 10, text_anchor="middle", class_="tick"))
+        drawn.append(el("line", x1=at(x), x2=at(x), y1=6, y2=height - bottom, class_="grid"))
+        drawn.append(el("text", number(x), x=at(x), y=height - 10, text_anchor="middle", class_="tick"))
     told = []
     for i, (arm, value) in enumerate(zip(arms, values, strict=True)):
         y, tone = i * high + high / 2 + 4, "good" if arm["name"] == picked else "open"
-        parts.append(el("text", arm["name"], x=left - 14, y=y + 4, text_anchor="end", class_="mark" if tone == "good" else "tick"))
+        drawn.append(el("text", arm["name"], x=left - 14, y=y + 4, text_anchor="end", class_="mark" if tone == "good" else "tick"))
         low, top = value["interval"]
         if low is not None and top is not None and math.isfinite(low) and math.isfinite(top):
             place = {"x": at(low), "y": y - 5, "width": max(2, round(at(top) - at(low), 1)), "height": 10, "rx": 5}
             words = el("title", f"{arm['name']}: {value['value']:.3f}, 95 % interval {low:.3f} to {top:.3f}")
-            parts.append(el("rect", words, **place, class_=f"span {tone}"))
-        parts.append(el("circle", cx=at(value["value"]), cy=y, r=6, class_=f"point {tone}"))
-        parts.append(el("text", f"{value['value']:.3f}", x=width - right + 16, y=y + 4, class_="tick"))
+            drawn.append(el("rect", words, **place, class_=f"span {tone}"))
+        drawn.append(el("circle", cx=at(value["value"]), cy=y, r=6, class_=f"point {tone}"))
+        drawn.append(el("text", f"{value['value']:.3f}", x=width - right + 16, y=y + 4, class_="tick"))
         told.append(f"{arm['name']} {value['value']:.3f}")
     label = clip(f"{metric}: {', '.join(told)}", 400)
-    return el("svg", parts, viewBox=f"0 0 {width} {height}", role="img", class_=f"chart {style}".strip(), aria_label=label)
+    return el("svg", drawn, viewBox=f"0 0 {width} {height}", role="img", class_=f"chart {style}".strip(), aria_label=label)
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------------------
@@ -137,19 +131,24 @@ def _table(found: Mapping[str, Any]) -> list[Markup]:
     if binary:
         note += " p is McNemar's exact test over the rows that only one of the two has right."
     cites = any("cites" in arm for arm in found["arms"])
-    cost_head = ["way", "prompt tokens", "answer tokens", "seconds an answer", "cut at the limit", *(["cites a passage"] * cites)]
-    cost = [
-        [arm["name"], count(arm["prompt_tokens"]), count(arm["answer_tokens"]), count(arm["seconds"], 2), f"{arm['cut']:.0%}",
-         *([f"{arm['cites']:.0%}" if "cites" in arm else "-"] * cites)]
-        for arm in found["arms"]
-    ]  # fmt: skip
+    seconds = (found["training"] or {}).get("seconds")
+    trained = seconds is not None and any(arm["model"] == "tuned" for arm in found["arms"])
+    cost_head = ["way", "prompt tokens", "answer tokens", "seconds an answer", "cut at the limit"]
+    cost_head += ["cites a passage"] * cites + ["training"] * trained
+
+    def costs_of(arm: Mapping[str, Any]) -> list[str]:
+        counts = [count(arm["prompt_tokens"]), count(arm["answer_tokens"]), count(arm["seconds"], 2), f"{arm['cut']:.0%}"]
+        cells = [arm["name"], *counts, *([f"{arm['cites']:.0%}" if "cites" in arm else "-"] * cites)]
+        return cells + ([f"{seconds / 60:,.1f} min" if arm["model"] == "tuned" else "none"] if trained else [])
+
+    cost = [costs_of(arm) for arm in found["arms"]]
     spent = (
         "Means over the rows. A model here writes several answers at a time, and its seconds are the batch's, shared; an "
         "endpoint's are those of one question, on its way and back. Prompt tokens are read anew for each question."
     )
     differences = [el("p", note, class_="note"), table(head, beside, numbers=range(1, 2 + binary), style="cards")] if beside else []
-    values = table(["way", *names], rows, numbers=range(1, 1 + len(names)), style="cards")
-    costs = table(cost_head, cost, numbers=range(1, 5 + cites), style="cards")
+    values = parts.tight(table(["way", *names], rows, numbers=range(1, 1 + len(names)), style="cards"))
+    costs = parts.tight(table(cost_head, cost, numbers=range(1, 5 + cites + trained), style="cards"))
     return [
         el("section", el("h2", "All numbers"), values, differences),
         el("section", el("h2", "What each costs"), el("p", spent, class_="note"), costs),
@@ -164,11 +163,11 @@ def _name(arm: Mapping[str, Any], found: Mapping[str, Any]) -> Any:
     return [arm["name"], " ", el("span", "recommended", class_="tag good")] if arm["name"] == found["recommended"] else arm["name"]
 
 
-def _value(entry: Mapping[str, Any]) -> str:
+def _value(entry: Mapping[str, Any]) -> Any:
     low, high = entry["interval"]
     if low is None or not math.isfinite(low) or not math.isfinite(high):
         return f"{entry['value']:.3f}"
-    return f"{entry['value']:.3f} ({low:.3f} to {high:.3f})"
+    return parts.ranged(f"{entry['value']:.3f}", f"{low:.3f} to {high:.3f}")
 
 
 def _gap(gap: Mapping[str, Any]) -> str:
@@ -219,7 +218,8 @@ def _answer(name: str, found: Mapping[str, Any], kind: str) -> Markup:
     head = el("h4", el("span", name), el("span", f"{found['value']:.2f}"))
     passages = list(dict.fromkeys(found["passages"]))
     read = el("p", f"passages from {clip(', '.join(passages), 160)}", class_="note") if passages else None
-    return el("div", head, _text(found["answer"]), read, class_=f"answer {kind}".strip())
+    checked = el("p", found["citations"], class_="note") if found.get("citations") else None
+    return el("div", head, _text(found["answer"]), read, checked, class_=f"answer {kind}".strip())
 
 
 def _text(words: str) -> Markup:

@@ -8,10 +8,11 @@ SQuAD's.
 from __future__ import annotations
 
 import json
+import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.errors import ConfigError, MissingExtra
+from tunesmith.evaluate import checks
 from tunesmith.evaluate.style import Style
 from tunesmith.registry import did_you_mean
 
@@ -33,16 +35,36 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 @dataclass(frozen=True)
 class Scored:
     """`values` [rows], each 0 to 1. Where the metric is no mean over rows (macro-F1), `statistic` turns counts of rows [N, rows]
-    into its values [N]; one count of ones is the rows as they are."""
+    into its values [N]; one count of ones is the rows as they are. `used` [rows], bool: the rows that the metric concerns, None
+    for all; of the others the values say nothing."""
 
     values: np.ndarray
     statistic: Statistic | None = None
+    used: np.ndarray | None = None
 
     @property
     def whole(self) -> float:
         if self.statistic is None:
-            return float(self.values.mean())
+            return float(self.counted.mean()) if len(self.counted) else math.nan
         return float(self.statistic(np.ones((1, len(self.values))))[0])
+
+    @property
+    def counted(self) -> np.ndarray:
+        """The values of the rows that the metric concerns."""
+        return self.values if self.used is None else self.values[self.used]
+
+    def among(self, rows: np.ndarray) -> Scored:
+        """The same of some rows; `rows` [rows], bool."""
+        statistic, whole = self.statistic, len(self.values)
+        if statistic is None:
+            return Scored(self.values[rows], None, None if self.used is None else self.used[rows])
+
+        def some(counts: np.ndarray) -> np.ndarray:
+            every = np.zeros((len(counts), whole))
+            every[:, rows] = counts
+            return statistic(every)
+
+        return Scored(self.values[rows], some)
 
 
 @dataclass(frozen=True)
@@ -59,6 +81,11 @@ class Metric:
     """[1] in an answer means something to it, so citations stay."""
     form: bool = False
     """It does not look at the written answer."""
+    by_fields: Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Scored] | None = None
+    """In place of `score` where it reads what the rows carry beside their messages: (answers, the rows' fields)."""
+
+    def of(self, answers: Sequence[str], golds: Sequence[str], fields: Sequence[Mapping[str, Any]]) -> Scored:
+        return self.by_fields(answers, fields) if self.by_fields else self.score(answers, golds)
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------------------
@@ -332,15 +359,67 @@ def _schema(path: str) -> Metric:
     return Metric("json_schema", f"JSON that {Path(path).name} allows", score, _any, binary=True, marks=True, form=True)
 
 
-WITH: dict[str, tuple[Callable[[str], Metric], str]] = {  # name:argument
+def _expect(name: str, rows: Sequence[Mapping[str, Any]]) -> Metric:
+    """The checks that rows carry under a key, or under `key.name`."""
+    known, faults = 0, []
+    for i, row in enumerate(rows, 1):
+        try:
+            known += bool(checks.of_row(row, name))
+        except checks.CheckError as fault:
+            faults.append(f"held-out row {i}: {name}: {fault}")
+    if faults:
+        more = [f"and {len(faults) - 5} more rows"] if len(faults) > 5 else []
+        raise ConfigError("\n".join([*faults[:5], *more]), "correct the rows, train or prepare again; or name another --metric")
+    if not known:
+        have = sorted({key for row in rows for key in row})
+        what = f"--metric expect:{name}: no held-out row carries checks under {name!r}"
+        hint = f"the rows carry {', '.join(have)}" if have else "the rows carry nothing beside their messages"
+        raise ConfigError(what, f"{hint}; rows of a run that was trained before they were added lack them: train again")
+
+    def score(answers: Sequence[str], some: Sequence[Mapping[str, Any]]) -> Scored:
+        held = [checks.of_row(row, name) for row in some]
+        values = [float(all(check(a) for check in of)) for a, of in zip(answers, held, strict=True)]
+        return Scored(np.array(values), None, np.array([bool(of) for of in held]))
+
+    says = f"all that the row's own checks ({name}) ask for is in the answer"
+    return Metric(name, says, _rowwise(exact_match), _any, binary=True, by_fields=score)
+
+
+def _when(argument: str, rows: Sequence[Mapping[str, Any]]) -> Metric:
+    where, _, pattern = argument.partition(":")
+    key, equals, value = where.partition("=")
+    try:
+        compiled = re.compile(pattern)
+    except re.error as fault:
+        raise ConfigError(f"--metric when:{argument}: no regular expression: {fault}", "correct the pattern") from None
+    if not (key and equals and pattern):
+        raise ConfigError(f"--metric when:{argument}: it needs a key, its value and a pattern", f"write --metric {WITH['when'][1]}")
+    values = sorted({str(row[key]) for row in rows if key in row})
+    if value not in values:
+        known = f"the rows have {key} = {', '.join(values[:20])}" if values else f"no held-out row carries {key!r}"
+        raise ConfigError(f"--metric when:{where}: no held-out row is such a one", known)
+
+    def score(answers: Sequence[str], some: Sequence[Mapping[str, Any]]) -> Scored:
+        pairs = zip(answers, some, strict=True)
+        right = [float(bool(compiled.search(a)) == (str(row.get(key)) == value)) for a, row in pairs]
+        return Scored(np.array(right), None, np.array([key in row for row in some]))
+
+    says = f"/{pattern}/ is found in the answers to rows whose {key} is {value}, and in no others"
+    return Metric(f"when:{where}", says, _rowwise(exact_match), _any, binary=True, by_fields=score)
+
+
+WITH: dict[str, tuple[Callable[..., Metric], str]] = {  # name:argument
     "regex": (_regex, "regex:PATTERN"),
     "style": (_style, "style:FILE"),
     "json_schema": (_schema, "json_schema:FILE"),
+    "expect": (_expect, "expect:KEY"),
+    "when": (_when, "when:KEY=VALUE:PATTERN"),
 }
+READS_FIELDS = {"expect", "when"}
 
 
-def find(golds: Sequence[str]) -> list[Metric]:
-    """The metrics that fit what was written, the one that decides first."""
+def find(golds: Sequence[str], fields: Sequence[Mapping[str, Any]] = ()) -> list[Metric]:
+    """The metrics that fit what was written, the one that decides first: the rows' own checks where they carry any."""
     if not _is_json(golds):
         names = ["json_match", "json"]
     elif _share(golds, lambda gold: "####" in gold or bool(_BARE.fullmatch(gold))) >= MOST and not _numeric(golds):
@@ -351,23 +430,25 @@ def find(golds: Sequence[str]) -> list[Metric]:
         names = ["f1", "exact_match"]
     else:
         names = ["chrf", "f1"] if _latin(golds) else ["rouge_l", "chrf", "f1"]
-    return [METRICS[name] for name in names]
+    return [*(_expect(name, fields) for name in checks.names(fields)), *(METRICS[name] for name in names)]
 
 
-def chosen(names: Sequence[str], golds: Sequence[str]) -> list[Metric]:
-    """The metrics of these names, or those that are found. ConfigError for all at once that are unknown or do not fit, with which
-    do."""
+def chosen(names: Sequence[str], golds: Sequence[str], fields: Sequence[Mapping[str, Any]] = ()) -> list[Metric]:
+    """The metrics of these names, or those that are found; `fields`: what each row carries beside its messages. ConfigError for
+    all at once that are unknown or do not fit, with which do."""
     if not names:
-        return find(golds)
+        return find(golds, fields)
     out, faults, fixes = [], [], []
     for name in names:
         head, colon, argument = name.partition(":")
-        if head in WITH:
+        if name == "expect" and (named := checks.names(fields)):
+            out += [_expect(one, fields) for one in named]
+        elif head in WITH:
             if not argument:
                 faults.append(f"--metric {name}: it needs what to look for")
                 fixes.append(f"write --metric {WITH[head][1]}")
             else:
-                out.append(WITH[head][0](argument))
+                out.append(WITH[head][0](argument, *([fields] if head in READS_FIELDS else [])))
         elif head not in METRICS or colon:
             faults.append(f"--metric {name}: there is no such metric")
             fixes.append(did_you_mean(head, [*METRICS, *WITH]))
