@@ -1,6 +1,7 @@
 """generate.py: who ends when, what a draw depends on, what is refused."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +45,17 @@ def test_an_answer_does_not_depend_on_its_neighbours(model, sampling):
     cut = [w[: w.index(stops[0])] if stops[0] in w else w for w in whole]
     assert len({len(w) for w in cut}) > 1
     assert ask(model, PROMPTS, sampling=sampling, stop_ids=stops) == cut
+
+
+def test_as_many_are_answered_together_as_a_gpu_has_room_for(monkeypatch):
+    assert module.together(SimpleNamespace(device=torch.device("cpu"), spec=SPEC), 100) == 8
+    weight = SimpleNamespace(weight=torch.zeros(1, dtype=torch.bfloat16))
+    card = SimpleNamespace(device=torch.device("cuda"), spec=SPEC, model=SimpleNamespace(norm=weight))
+    each = 100 * (2 * 2 * 2 * 8 * 2 + (3 * 48 + 4 * 32) * 2) + 61 * 6
+    for free, many in ((20 * each, 10), (20 * each - 2, 9), (each, 1), (1 << 40, 256)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2 * free))
+        assert module.together(card, 100) == many
+    assert module.together(SimpleNamespace(device=torch.device("cuda"), spec=None), 100) == module.BATCH
 
 
 def test_draws_repeat_and_differ_by_seed_and_prompt(model):

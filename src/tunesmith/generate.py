@@ -51,6 +51,19 @@ def context(model: nn.Module) -> int | None:
     return model.spec.reach
 
 
+def together(model: nn.Module, tokens: int) -> int:
+    """How many sequences of `tokens`, prompt and answer, fill the device: 8 on a CPU; on a GPU what half of its free memory
+    holds (keys and values, a prompt's widest layer, logits), at most 256; 32 where the model's shapes are not known."""
+    if model.device.type != "cuda":
+        return 8
+    if model.spec is None:
+        return BATCH
+    s, width = model.spec, model.model.norm.weight.dtype.itemsize
+    free = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    token = 2 * s.layers * s.kv_heads * s.head_dim * width + (3 * s.hidden + 4 * s.dim) * width
+    return max(1, min(256, free // 2 // (tokens * token + s.vocab * (4 + width))))
+
+
 @torch.no_grad()  # not inference_mode: some models of transformers keep tables between calls, and training must be able to use them
 def stream(
     model: nn.Module,

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 ROWS, SHOTS, PASSAGES, JUDGE_ROWS = 100, 4, 4, 50
 LEAST_TOKENS, MOST_TOKENS = 32, 512  # of an answer, where --max-tokens is not given
-AT_ONCE = {"cuda": 32, "cpu": 8}  # answers that are written together, and kept together
 CALLS = 4  # questions at an endpoint at a time
 ANSWERS = "answers.jsonl"
 PROBES = 60  # asked of every way, spread over all kinds, where --guardrails is not given
@@ -733,16 +732,16 @@ class _Work:
         """(row, answer) by a model here, a batch at a time; half as many after an out-of-memory."""
         import torch
 
-        from tunesmith.generate import Sampling, stream
+        from tunesmith.generate import Sampling, stream, together
 
-        options, renderer = self.options, self._renderer(arm.model)
-        stop, at_once = renderer.stop_ids, AT_ONCE.get(talker.model.device.type, AT_ONCE["cpu"])
-        if options.temperature:  # a row's draws are its own, however many others are asked with it
-            at_once = 1
+        options, renderer, stop = self.options, self._renderer(arm.model), self._renderer(arm.model).stop_ids
+        asked = {i: self._ids(renderer, found.prompts[arm.name][i]) for i in rows}
+        # a row's draws are its own, however many others are asked with it
+        at_once = 1 if options.temperature else together(talker.model, max(map(len, asked.values())) + found.max_tokens)
         start = 0
         while start < len(rows):
             part = rows[start : start + at_once]
-            prompts = [self._ids(renderer, found.prompts[arm.name][i]) for i in part]
+            prompts = [asked[i] for i in part]
             sampling = Sampling(options.temperature, seed=options.seed + found.questions[part[0]].row if options.temperature else 0)
             made: list[list[int]] = [[] for _ in part]
             ended = ["length"] * len(part)
