@@ -438,7 +438,7 @@ def merge(run: str | Path, out: str | Path, *, onto: str = "auto") -> Path:
     """Write a standard Hugging Face folder with the adapter folded in. A QLoRA run is merged onto the dequantised 4-bit base it was
     trained over (`auto`, `nf4`), or onto the original weights (`dense`), which answers a little differently than what was trained.
     """
-    from tunesmith.merging import merge_run
+    from tunesmith.export.merged import merge_run
 
     return merge_run(Path(run), Path(out), onto=onto)
 
