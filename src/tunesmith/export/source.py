@@ -82,10 +82,10 @@ class Source:
         return onto
 
     @contextmanager
-    def opened(self, onto: str) -> Iterator[Weights]:
-        """The result's weights while the files are open. Raises ModelError for a model that runs through transformers."""
+    def opened(self, onto: str, *, adapter: bool = True) -> Iterator[Weights]:
+        """The result's weights while the files are open, or its base's alone. Raises ModelError for a model that runs through transformers."""
         with Files() as files:
-            yield Weights(self.base.path, None if self.full else self.run.adapter, self.store(onto), self.dtype, files)
+            yield Weights(self.base.path, self.run.adapter if adapter and not self.full else None, self.store(onto), self.dtype, files)
 
     @property
     def native(self) -> bool:
@@ -165,7 +165,8 @@ class Weights:
         self._linears = {f"model.layers.{i}.{name}" for i in range(self.spec.layers) for name in linear_shapes(self.spec)}
         self._adapter: dict[str, Stored] = {}
         self._whole: dict[str, Stored] = {}  # PEFT's own copy of an embedding or projection that was resized
-        self._settings: Settings | None = None
+        self.settings: Settings | None = None
+        """What the adapter is, on this model; None where there is none."""
         model = Decoder(self.spec, linear=partial(_meta, dtype=dtype), config=dict(config), dtype=dtype, device="meta")
         model.tie()
         if adapter is not None:
@@ -191,12 +192,12 @@ class Weights:
         apart = {"lm_head", "model.embed_tokens"} & {*settings.targets, *settings.modules_to_save}
         if self.spec.tied and apart:
             set_config(model, "tie_word_embeddings", False)
-        self._settings = settings
+        self.settings = settings
         self._check(model)
 
     def _check(self, model: Decoder) -> None:
         """Every tensor that the settings ask for is there, in the shape that belongs; all faults at once."""
-        settings, faults = self._settings, []
+        settings, faults = self.settings, []
         for name in settings.targets:
             module = model.get_submodule(name)
             rank = settings.rank_of(name)
@@ -216,11 +217,11 @@ class Weights:
     def tensor(self, name: str) -> Tensor:
         """The tensor of this name on the CPU in `dtype`, freshly made."""
         path, _, leaf = name.rpartition(".")
-        settings = self._settings
+        settings = self.settings
         if settings is not None:
             whole = next((s for s in settings.modules_to_save if path == s or path.startswith(f"{s}.")), None)
             if whole is not None:
-                return self._read_adapter(name).to(self.dtype)
+                return self.adapter(name).to(self.dtype)
             if path in settings.targets and leaf == "weight":
                 return self._folded(path)
             if ids := settings.tokens.get(path):
@@ -232,14 +233,14 @@ class Weights:
 
     def _folded(self, path: str) -> Tensor:
         """W + scale B A, or DoRA's, by the adapter's own code: one twin, made for this weight alone."""
-        settings = self._settings
+        settings = self.settings
         base = self._linear(path)
         rank = settings.rank_of(path)
         method = adapters.METHODS[settings.variant]
         twin = method.twin(base, rank, method.scale(settings.alpha_of(path), rank))
         with torch.no_grad():
             for leaf, parameter in twin.tensors().items():
-                parameter.copy_(self._read_adapter(f"{path}.{leaf}"))
+                parameter.copy_(self.adapter(f"{path}.{leaf}"))
         return twin.folded(self.dtype).weight.detach()
 
     def _linear(self, path: str) -> Linear | NF4Linear:
@@ -294,15 +295,18 @@ class Weights:
     def _token_rows(self, path: str) -> Tensor:
         leaf = "token_adapter.trainable_tokens_delta"
         name = f"{path}.{leaf}" if f"{path}.{leaf}" in self._adapter else f"model.embed_tokens.{leaf}"  # tied: kept once
-        return self._read_adapter(name)
+        return self.adapter(name)
 
-    def _read_adapter(self, name: str) -> Tensor:
+    def adapter(self, name: str) -> Tensor:
+        """A tensor of the adapter by PEFT's name without its prefix, as stored."""
         at = self._adapter.get(name)
         if at is None:
             raise AdapterError(f"the adapter lacks {name}", "get this adapter again")
         return at.read(self._files(at.file))
 
+    def adapter_shape(self, name: str) -> tuple[int, ...]:
+        return self._adapter[name].shape
+
 
 def _meta(i: int, o: int, bias: bool, dtype: torch.dtype) -> Linear:
     return Linear(i, o, bias, dtype=dtype, device="meta")
-
