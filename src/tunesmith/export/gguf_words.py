@@ -10,6 +10,7 @@ import base64
 import json
 from typing import Any
 
+from tunesmith.data.fields import RowRefused
 from tunesmith.data.render import Renderer
 from tunesmith.errors import ModelError
 from tunesmith.tokenizer import GPT2_WORDS, LLAMA3_WORDS, QWEN_WORDS, Tokenizer
@@ -61,7 +62,7 @@ def keys_of(renderer: Renderer, vocab: int) -> dict[str, Any]:
         "ggml.tokens": tokens,
         "ggml.token_type": types,
         **found,
-        "ggml.add_bos_token": tokenizer.bos_id is not None and tokenizer.bos_id in tokenizer.prefix_ids,
+        "ggml.add_bos_token": begins_with_bos(renderer),
         "ggml.add_eos_token": False,
     }
     if "ggml.scores" in keys:
@@ -79,6 +80,18 @@ def keys_of(renderer: Renderer, vocab: int) -> dict[str, Any]:
     if named:
         keys["chat_templates"] = sorted(named)
     return keys
+
+
+def begins_with_bos(renderer: Renderer) -> bool:
+    """Whether conversations begin with BOS, which llama.cpp adds where its file says so and the template has not written it. The
+    template decides, not the tokenizer: one that writes no BOS was trained without."""
+    bos = renderer.tokenizer.bos_id
+    if bos is None:
+        return False
+    try:
+        return renderer.prompt([{"role": "user", "content": "a"}])[:1] == [bos]
+    except RowRefused:  # a template that takes no such conversation
+        return bos in renderer.tokenizer.prefix_ids
 
 
 def _parts(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
@@ -124,7 +137,7 @@ def _bpe(tokenizer: Tokenizer, spec: dict[str, Any]) -> dict[str, Any]:
             "export --to merged, and serve it with vLLM; or tell us of the model",
         )
     merges = [m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]]
-    never = ["\u0120 \u0120"]  # an empty list has no type in GGUF; what this one makes is no token, so it is taken apart again
+    never = ["\u2603 \u2603"]  # an empty list has no type in GGUF; these characters are none that bytes are written as
     return {"ggml.model": "gpt2", "ggml.pre": name, "ggml.merges": merges or never}
 
 

@@ -34,6 +34,7 @@ from tunesmith.data.fields import RowRefused
 from tunesmith.data.render import Renderer
 from tunesmith.errors import install
 from tunesmith.evaluate import metrics
+from tunesmith.export.gguf_words import begins_with_bos
 from tunesmith.export.source import Source
 from tunesmith.files import finite
 from tunesmith.generate import context, stream
@@ -45,6 +46,7 @@ POSITIONS = 512  # tokens of them whose distribution is compared: 0.5 GB of floa
 LONGEST = 1024  # tokens of a row: attention on a CPU grows with the square
 ASKED = 16  # questions that are answered
 MAX_TOKENS = 48
+SURE = 1.0
 TOP = 2048
 
 BOUNDS = {  # KL a token: over the first it is told, over the second refused (measured: docs/export.md)
@@ -153,6 +155,8 @@ class Live:
     answers: list[list[int]]
     texts: list[str]
     ended: list[bool]
+    surely: list[bool]
+    """Which ended where the stop token was at least SURE nats ahead of every other: rounding does not undo that."""
     golds: list[str]
     notes: list[str]
 
@@ -187,6 +191,7 @@ def live(source: Source, talker: Talker | None = None) -> Live:
         rows = [[*p, *a, *([min(renderer.stop_ids)] if e else [])] for p, a, e in zip(prompts, answers, ended, strict=True)]
         positions = [list(range(len(p) - 1, len(r) - 1)) for p, r in zip(prompts, rows, strict=True)]
         rows, positions = [r for r, p in zip(rows, positions, strict=True) if p], [p for p in positions if p]
+    surely = [e and _margin(talker, [*p, *a]) > SURE for p, a, e in zip(prompts, answers, ended, strict=True)]
     each = max(1, POSITIONS // max(1, len(rows)))
     positions = [[p[i] for i in spread(len(p), each)] for p in positions]
     asked, rendered, conversations = _asked(renderer, held)
@@ -195,7 +200,7 @@ def live(source: Source, talker: Talker | None = None) -> Live:
         rows=rows, positions=positions,
         targets=np.array([row[p + 1] for row, at in zip(rows, positions, strict=True) for p in at]),
         logp_PV=np.concatenate([_logp(talker, row, at) for row, at in zip(rows, positions, strict=True)]),
-        asked=asked, rendered=rendered, conversations=conversations, prompts=prompts, answers=answers, ended=ended,
+        asked=asked, rendered=rendered, conversations=conversations, prompts=prompts, answers=answers, ended=ended, surely=surely,
         texts=[decode(a, skip_special=True) for a in answers], golds=golds, notes=notes,
     )  # fmt: skip
 
@@ -255,6 +260,13 @@ def _answers(talker: Talker, prompts: list[list[int]]) -> tuple[list[list[int]],
         else:
             answers[i].append(token)
     return answers, ended
+
+
+def _margin(talker: Talker, ids: list[int]) -> float:
+    """By how many nats a stop token is ahead of every other token after `ids`."""
+    logp = _logp(talker, ids, [len(ids) - 1])[0]
+    stops = sorted(talker.renderer.stop_ids)
+    return float(logp[stops].max() - np.delete(logp, stops).max())
 
 
 def _logp(talker: Talker, row: list[int], positions: list[int]) -> np.ndarray:
@@ -351,7 +363,7 @@ def _words(found: Live, facts: dict[str, Any], renderer: Renderer, stops: Sequen
         "stops": {"live": sorted(renderer.stop_ids), "artefact": sorted(stops) if stops is not None else None},
         "eos": {"live": tokenizer.eos_id, "artefact": facts["eos"]},
         "bos": {"live": tokenizer.bos_id, "artefact": facts["bos"]},
-        "adds_bos": {"live": tokenizer.bos_id in tokenizer.prefix_ids, "artefact": facts["adds_bos"]},
+        "adds_bos": {"live": begins_with_bos(renderer), "artefact": facts["adds_bos"]},
     }
 
 
@@ -393,8 +405,8 @@ def _compared(found: Live, facts: dict[str, Any]) -> dict[str, Any]:
         "live_ended": sum(found.ended),
         "ended": sum(a and b for a, b in zip(found.ended, facts["ended"], strict=True)),
         "went_on": sum(
-            ended and len(theirs) > len(ours) and theirs[: len(ours)] == ours
-            for ours, ended, theirs in zip(found.answers, found.ended, facts["answers"], strict=True)
+            sure and len(theirs) > len(ours) and theirs[: len(ours)] == ours
+            for ours, sure, theirs in zip(found.answers, found.surely, facts["answers"], strict=True)
         ),
         "different": [{"live": a, "artefact": b} for a, b in pairs if a.strip() != b.strip()][:4],
     }
@@ -420,7 +432,7 @@ def _judged(words: dict[str, Any], numbers: dict[str, Any], answers: dict[str, A
     if words["bos"]["live"] is not None and words["bos"]["live"] != words["bos"]["artefact"]:
         refused.append(f"BOS is {words['bos']['artefact']} where the run's is {words['bos']['live']}")
     if words["adds_bos"]["artefact"] is not None and words["adds_bos"]["live"] != words["adds_bos"]["artefact"]:
-        refused.append(f"BOS is {'' if words['adds_bos']['artefact'] else 'not '}added where the run's tokenizer does otherwise")
+        refused.append(f"BOS is {'' if words['adds_bos']['artefact'] else 'not '}added where the run's conversations have it otherwise")
     if answers["went_on"]:
         refused.append(f"{answers['went_on']} answers go on past their end")
     kl, (warns, refuses) = numbers["kl_mean"], numbers["bounds"]

@@ -49,9 +49,13 @@ class Server:
 def answer(job: dict[str, Any]) -> Answer:
     server = Server(job)
     ids, logp = [], []
+    # Where the token drawn ends the answer, or is half a character, the server gives no list. A bias draws a plain one always; the
+    # list is made before biases.
+    plain = server.ask("/tokenize", {"content": "a", "add_special": False})["tokens"][-1]
     for row, positions in zip(job["rows"], job["positions"], strict=True):
         for position in positions:
             body = {"prompt": row[: position + 1], "n_predict": 1, "n_probs": job["top"], "temperature": 0, "cache_prompt": True}
+            body["logit_bias"] = [[plain, 1000.0]]
             found = server.ask("/completion", body)["completion_probabilities"][0]["top_logprobs"]
             found.sort(key=lambda one: -one["logprob"])
             ids.append([one["id"] for one in found])
