@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tunesmith.data.report import CheckReport
     from tunesmith.devices import Device
     from tunesmith.diagnosis import Diagnosis
+    from tunesmith.export import Exported
     from tunesmith.fits import Fits
     from tunesmith.plan import Plan
     from tunesmith.run import Run
@@ -443,6 +444,32 @@ def merge(run: str | Path, out: str | Path, *, onto: str = "auto") -> Path:
     return merge_run(Path(run), Path(out), onto=onto)
 
 
+def export(
+    run: str | Path,
+    to: str | Sequence[str],
+    *,
+    quant: str = "q8_0",
+    onto: str = "auto",
+    out: str | Path | None = None,
+    force: bool = False,
+    push: str = "",
+    console: Console | None = None,
+) -> list[Exported]:
+    """Write the run as other programs load it, and hold each against the live model in the program it is for.
+
+    `to`: adapter, merged, gguf, gguf-lora, ollama, vllm, one or several. `quant` is that of GGUF files, `onto` the base as in
+    `merge`. `out`: the folder (of several exports, the folder of their folders); `export` in the run folder without it. `push`:
+    a hub repository for the one export. Returns one result each: `.path`, `.parity` (also parity.json), `.exit_code`. Raises
+    ExportRefused for what is not what was trained, unless `force`. Needs the `export` extra; without it nothing is verified.
+    """
+    from tunesmith.export import Options, export_run
+
+    formats = [name for name in to.split(",") if name] if isinstance(to, str) else list(to)
+    where = Path(out) if out is not None else None
+    options = Options(quant=quant.lower(), onto=onto)
+    return export_run(Path(run), to=formats, options=options, out=where, force=force, push=push, console=_console(console))
+
+
 def report(run: str | Path) -> Path:
     """Draw report.html of a run folder again; returns its path."""
     from tunesmith.evaluate.report import write
@@ -465,6 +492,7 @@ __all__ = [
     "compare",
     "doctor",
     "explain",
+    "export",
     "generate",
     "init",
     "merge",

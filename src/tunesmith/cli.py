@@ -361,6 +361,43 @@ def merge(
 
 
 @verb
+def export(
+    run: RunFolder,
+    /,
+    *,
+    to: Annotated[
+        str,
+        Parameter(
+            help="With commas between: adapter (PEFT), merged (a Hugging Face folder), gguf, gguf-lora (the adapter alone), ollama "
+            "(a GGUF and a Modelfile), vllm (a folder and the line that serves it).",
+            show_default=False,
+        ),
+    ],
+    quant: Annotated[
+        str, Parameter(help="Of GGUF files: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; with llama.cpp's quantiser q6_k to q2_k.")
+    ] = "q8_0",
+    onto: Annotated[str, Parameter(help="auto; nf4, the 4-bit base it was trained over; or dense, the original weights.")] = "auto",
+    out: Annotated[Path | None, Parameter(help="The folder to write. Else RUN/export/FORMAT.", show_default=False)] = None,
+    force: Annotated[bool, Parameter(negative="", help="Keep an export that is not what was trained.", show_default=False)] = False,
+    push: Annotated[
+        str, Parameter(help="Upload it to this hub repository (owner/name), made private if it is new.", show_default=False)
+    ] = "",
+) -> int:
+    """Write the run for other programs, and check in them that it is what was trained.
+
+    The check needs the extra `export`; without it an export is written, called not verified, and the exit code is 1.
+
+    tunesmith export runs/first --to merged
+
+    tunesmith export runs/first --to gguf --quant q4_0
+
+    tunesmith export runs/first --to ollama,vllm --out exports
+    """
+    done = tunesmith.export(run, to, quant=quant, onto=onto, out=out, force=force, push=push, console=_console())
+    return max((one.exit_code for one in done), default=0)
+
+
+@verb
 def explain(
     key: Annotated[
         str, Parameter(help="Such as lora.rank, a section, or another tool's name; none lists all.", show_default=False)

@@ -259,13 +259,17 @@ def _one(source: Source, name: str, exporter: Exporter, place: Path, options: Op
             verdict.notes += artefact.notes
             if other is not None and name in ("merged", "vllm", "gguf", "ollama"):
                 verdict.measured["other_base"] = other
-                verdict.notes.append(f"KL a token of the live model to the same adapter over {other['onto']}: {other['kl_mean']:.2g}")
+                verdict.notes.append(
+                    f"KL a token of the live model to the same adapter over {other['onto']}: {other['kl_mean']:.2g}"
+                )
             verdict.print(console)
             result = Exported(name, place, verdict, tuple(artefact.hints), forced=force)
             if verdict.state == "refused" and not force:
                 raise Refused
             verdict.save(temp)
-            (temp / "README.md").write_text(card(source, name, verdict, _portable(artefact.hints, place), licence_of(source.base.path)), "utf-8")
+            (temp / "README.md").write_text(
+                card(source, name, verdict, _portable(artefact.hints, place), licence_of(source.base.path)), "utf-8"
+            )
     except Refused:
         return result
     for hint in artefact.hints:

@@ -1,4 +1,4 @@
-"""README.md of an export, the model card: what it is made of, what it was measured at, how it is loaded. No path of this machine."""
+"""README.md of an export, the model card: what it is made of, what it was measured at, how it is loaded. No path of a machine."""
 
 from __future__ import annotations
 
@@ -50,12 +50,20 @@ def card(source: Source, to: str, parity: Parity, hints: list[str], licence: str
     lines = [RULE, yaml.safe_dump(front, sort_keys=False).rstrip(), RULE, "", f"# {source.name}", ""]
     lines += [f"Tuned from **{shown}** with Tunesmith {manifest['versions'].get('tunesmith', '')}.".replace(" .", "."), ""]
     lines += ["| | |", "|---|---|", f"| Base | {shown} |", f"| Base revision | {source.base.revision or 'none'} |"]
-    lines += [f"| Base fingerprint | `{manifest.get('base') or 'unknown'}` |", f"| Data fingerprint | `{manifest.get('data') or 'unknown'}` |"]
+    lines += [
+        f"| Base fingerprint | `{manifest.get('base') or 'unknown'}` |",
+        f"| Data fingerprint | `{manifest.get('data') or 'unknown'}` |",
+    ]
     lines += [f"| Method | {run.config.method}, seed {run.config.seed}, {manifest.get('steps', 'an unknown number of')} steps |"]
     lines += [f"| Licence | {licence or 'unknown: the licence of the base model and of the data applies'} |", ""]
     if losses := _losses(run.path):
         lines += ["## Before and after", "", f"Loss on held-out rows: {losses[0]:.4f} before, {losses[1]:.4f} after.", ""]
-    lines += ["## Is this file what was trained?", "", f"**{parity.state}**" + (f": {'; '.join(parity.reasons)}" if parity.reasons else ""), ""]
+    lines += [
+        "## Is this file what was trained?",
+        "",
+        f"**{parity.state}**" + (f": {'; '.join(parity.reasons)}" if parity.reasons else ""),
+        "",
+    ]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in parity.lines()), ""]
     if hints:
         lines += ["## How to load it", "", "```sh", *hints, "```", ""]

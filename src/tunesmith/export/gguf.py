@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tunesmith.errors import MissingExtra, ModelError, RunError, install
 from tunesmith.export.gguf_model import PERMUTED, Model, gguf_name, model_of, paired, scale_ratio
-from tunesmith.export.gguf_words import keys_of
+from tunesmith.export.gguf_words import keys_of, swallows_spaces
 from tunesmith.export.source import Source
 from tunesmith.spec import read_config, spec_of
 
@@ -61,7 +61,10 @@ def quantiser() -> str | None:
 
 
 def write(source: Source, path: Path, quant: str, onto: str, *, adapter: bool = True) -> list[str]:
-    """Write the GGUF (without `adapter`, of the base alone); returns what a person should know. Raises ModelError for what llama.cpp does not have."""
+    """Write the GGUF (without `adapter`, of the base alone); returns what a person should know.
+
+    Raises ModelError for what llama.cpp does not have.
+    """
     check_quant(quant)
     if quant not in K_QUANTS:
         return _write(source, path, quant, onto, adapter)
@@ -108,7 +111,7 @@ def _open(writer: Any, path: Path) -> None:
 
 def _facts(writer: Any, gguf: Any, model: Model, source: Source, quant: str) -> None:
     writer.add_type("model")
-    writer.add_name(source.name)
+    writer.add_name(source.name + (" (phi-3 tokens)" if swallows_spaces(source.renderer) else ""))
     writer.add_quantization_version(2)
     writer.add_file_type(FILE_TYPES[quant])
     for name, value in model.keys.items():

@@ -126,7 +126,8 @@ def _keys(architecture: str, spec: Spec, notes: list[str]) -> dict[str, Any]:
     windowed = architecture in PATTERNS
     if spec.window is not None and not windowed and spec.window < reach:
         notes.append(
-            f"context {spec.window:,} instead of {reach:,}: llama.cpp has no sliding window for {architecture}, and past it the answers would differ"
+            f"context {spec.window:,} instead of {reach:,}: llama.cpp has no sliding window for {architecture}, "
+            "and past it the answers would differ"
         )
         reach = spec.window
     keys: dict[str, Any] = {
@@ -166,7 +167,11 @@ def _rope_keys(spec: Spec) -> dict[str, Any]:
             factor = float(scaling["factor"] or spec.context / original)
             own = 1.0 + 0.1 * math.log(factor) if factor > 1 else 1.0  # what llama.cpp multiplies by itself
             _, gain = frequencies(spec.rope, spec.head_dim, spec.context, original)
-            keys = {"rope.scaling.type": "yarn", "rope.scaling.factor": factor, "rope.scaling.original_context_length": int(original)}
+            keys = {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": factor,
+                "rope.scaling.original_context_length": int(original),
+            }
             keys |= {f"rope.scaling.yarn_{k}": float(scaling[k]) for k in ("beta_fast", "beta_slow") if scaling[k]}
             return keys | ({"rope.scaling.attn_factor": gain / own} if abs(gain / own - 1) > 1e-6 else {})
         case "longrope":
@@ -190,7 +195,9 @@ def _rope_tensors(spec: Spec) -> Iterator[Tensors]:
 
 def _tensors(architecture: str, spec: Spec, weights: Weights) -> Iterator[Tensors]:
     for name, shape in weights.shapes.items():
-        role = "vector" if len(shape) == 1 else "vocabulary" if name in ("model.embed_tokens.weight", "lm_head.weight") else "matrix"
+        role = (
+            "vector" if len(shape) == 1 else "vocabulary" if name in ("model.embed_tokens.weight", "lm_head.weight") else "matrix"
+        )
         yield Tensors(gguf_name(name, spec), shape, role, _maker(architecture, spec, weights, name))
 
 

@@ -108,7 +108,9 @@ class _Reader:
         version, tensors, keys = self.number("I"), self.number("Q"), self.number("Q")
         if version not in (2, 3):
             raise self.wrong(f"version {version}, where 2 and 3 are known")
-        if keys * 13 + tensors * 32 > self.size:  # the least that each takes: a name, a type, a byte; a name, one dimension, a place
+        if (
+            keys * 13 + tensors * 32 > self.size
+        ):  # the least that each takes: a name, a type, a byte; a name, one dimension, a place
             raise self.wrong(f"{keys:,} keys and {tensors:,} tensors are announced in {self.size:,} bytes")
         found = self._table(keys, lambda: self.value(self.number("I")), "key")
         placed = self._table(tensors, self._tensor, "tensor")

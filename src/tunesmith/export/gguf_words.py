@@ -1,7 +1,7 @@
 """A tokenizer as llama.cpp reads it: its tokens, how text splits into them, special ids, and the chat template.
 
-Byte-level BPE needs the name of a pre-tokenizer that llama.cpp has built in, found by the pattern that splits words; the pieces of a
-sentencepiece model need scores that give merges in the order that ours has them; Unigram carries its own.
+Byte-level BPE needs the name of a pre-tokenizer that llama.cpp has built in, found by the pattern that splits words; the pieces
+of a sentencepiece model need scores that give merges in the order that ours has them; Unigram carries its own.
 """
 
 from __future__ import annotations
@@ -82,6 +82,13 @@ def keys_of(renderer: Renderer, vocab: int) -> dict[str, Any]:
     return keys
 
 
+def swallows_spaces(renderer: Renderer) -> bool:
+    """Whether special tokens take the whitespace behind them, as Phi-3's do. GGUF has no word for it: llama.cpp does it for models
+    that bear Phi-3's name, and so must ours."""
+    tokenizer = renderer.tokenizer
+    return any(tokenizer.added[i].rstrip for i in tokenizer.special_ids if i in tokenizer.added)
+
+
 def begins_with_bos(renderer: Renderer) -> bool:
     """Whether conversations begin with BOS, which llama.cpp adds where its file says so and the template has not written it. The
     template decides, not the tokenizer: one that writes no BOS was trained without."""
@@ -153,7 +160,12 @@ def _sentencepiece(renderer: Renderer, spec: dict[str, Any]) -> dict[str, Any]:
     scores = [0.0] * (max(vocab.values(), default=-1) + 1)
     for piece, i in vocab.items():
         scores[i] = -float(ranks.get(piece, last))
-    return {"ggml.model": "llama", "ggml.pre": "default", "ggml.scores": scores, "ggml.add_space_prefix": _space_prefix(renderer, spec)}
+    return {
+        "ggml.model": "llama",
+        "ggml.pre": "default",
+        "ggml.scores": scores,
+        "ggml.add_space_prefix": _space_prefix(renderer, spec),
+    }
 
 
 def _unigram(renderer: Renderer, spec: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""ollama: a merged GGUF and a Modelfile. Ollama refuses ADAPTER lines since 0.34 and quantises nothing on import, so both are done here.
+"""ollama: a merged GGUF and a Modelfile. Ollama refuses ADAPTER lines since 0.34 and quantises nothing on import, so we do both.
 
 Since 0.30 it takes the chat template out of the GGUF; a TEMPLATE line, in Go's own language, would win over it and is left out.
 """

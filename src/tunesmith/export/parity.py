@@ -49,13 +49,14 @@ MAX_TOKENS = 48
 SURE = 1.0
 TOP = 2048
 
-BOUNDS = {  # KL a token: over the first it is told, over the second refused (measured: docs/export.md)
+BOUNDS = {  # KL a token: over the first it is told, over the second refused; the embedded model's own: docs/export.md
     "exact": (1e-3, 5e-2),  # 16 and 32 bits
-    "q8_0": (1e-2, 1e-1),
-    "q6_k": (2e-2, 2e-1),
-    "5-bit": (5e-2, 3e-1),
-    "4-bit": (1.5e-1, 6e-1),
-    "3-bit": (4e-1, 1.5),
+    "8-bit": (3e-3, 5e-2),
+    "6-bit": (5e-3, 5e-2),
+    "5-bit": (2e-2, 1e-1),
+    "4-bit": (1e-1, 3e-1),
+    "3-bit": (2e-1, 6e-1),
+    "2-bit": (6e-1, 1.5),
 }
 
 PROBES = (  # texts that tokenizers disagree on, each as a question
@@ -81,14 +82,13 @@ RUNTIMES = {  # name -> (module, packages it needs, the extra that brings them)
 
 
 def bounds_of(quant: str) -> tuple[float, float]:
-    if quant in ("", "f32", "f16", "bf16"):
-        return BOUNDS["exact"]
-    return BOUNDS.get(quant) or BOUNDS[f"{max(3, int(quant[1]))}-bit"]
+    """Those of a GGUF quantisation (q5_k_m: 5 bits); '' and 16 bits are exact."""
+    return BOUNDS["exact" if not quant.startswith("q") else f"{quant[1]}-bit"]
 
 
 @dataclass
 class Parity:
-    """What was found. `state`: verified; warned, over a bound that is told; refused; not verified, where the runtime is not here."""
+    """What was found. `state`: verified; warned, over a bound that is told; refused; not verified: the runtime is not here."""
 
     format: str
     runtime: str
@@ -120,7 +120,10 @@ class Parity:
         same = words["conversations"] - len(words["different"])
         out = [
             ("loaded in", self.runtime),
-            ("token ids", f"{same} of {words['conversations']} conversations the same, {words['probes_same']} of {words['probes']} probes"),
+            (
+                "token ids",
+                f"{same} of {words['conversations']} conversations the same, {words['probes_same']} of {words['probes']} probes",
+            ),
             ("ends an answer", f"live {words['stops']['live']}, here {words['stops']['artefact']}"),
             ("chat template", "the same" if words["template_same"] else "another"),
             (
@@ -130,7 +133,10 @@ class Parity:
             ),
             ("likeliest token", f"the same at {numbers['top1']:.1%}"),
             ("held-out loss", f"{numbers['loss_live']:.4f} live, {numbers['loss_artefact']:.4f} here"),
-            ("greedy answers", f"{answers['equal']} of {answers['count']} the same, {answers['ended']} of {answers['live_ended']} ended"),
+            (
+                "greedy answers",
+                f"{answers['equal']} of {answers['count']} the same, {answers['ended']} of {answers['live_ended']} ended",
+            ),
         ]
         if "metric" in answers:
             out.append((answers["metric"], f"{answers['metric_live']:.4f} live, {answers['metric_artefact']:.4f} here"))
@@ -220,7 +226,7 @@ def _rows(renderer: Renderer, held: Sequence[Conversation], limit: int) -> tuple
 
 
 def _asked(renderer: Renderer, held: Iterable[Conversation]) -> tuple[list[dict[str, Any]], list[list[int]], int]:
-    """What runtimes render, with our ids. Rows in which somebody wrote a special token are left out: those programs take it for one,
+    """What runtimes render, with our ids. Rows in which somebody wrote a special token are left out: they take it for one,
     which training never did. So are dated templates on another day than the run's."""
     asked: list[dict[str, Any]] = []
     rendered: list[list[int]] = []
@@ -294,7 +300,9 @@ def missing(runtime: str) -> str:
     """What has to be installed for this runtime; '' where all is there."""
     _, packages, extra = RUNTIMES[runtime]
     lacking = [p for p in packages if find_spec(p) is None]
-    return f"{', '.join(lacking)} not installed: {install(extra) if extra else 'pip install ' + ' '.join(lacking)}" if lacking else ""
+    return (
+        f"{', '.join(lacking)} not installed: {install(extra) if extra else 'pip install ' + ' '.join(lacking)}" if lacking else ""
+    )
 
 
 class RuntimeFailed(Exception):
@@ -321,14 +329,16 @@ def ask(runtime: str, job: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict
 # ---- the verdict ---------------------------------------------------------------------------------------------------------------
 
 
-def check(format: str, quant: str, runtime: str, found: Live, source: Source, job: dict[str, Any], *, stops: Sequence[int] | None) -> Parity:
+def check(
+    format: str, quant: str, runtime: str, found: Live, source: Source, job: dict[str, Any], *, stops: Sequence[int] | None
+) -> Parity:
     """Ask the runtime and judge. `stops`: what the artefact's own file says ends an answer, where its runtime cannot say."""
     parity = Parity(format, runtime, notes=list(found.notes))
     if why := missing(runtime):
         parity.reasons.append(why)
         return parity
     try:
-        ids, logp, facts = ask(runtime, {**{"adapter": None, "base": None}, **found.job, **job})
+        ids, logp, facts = ask(runtime, {"adapter": None, "base": None, **found.job, **job})
     except RuntimeFailed as fault:
         parity.state, parity.reasons = "refused", [f"{runtime} cannot load or run it: {fault}"]
         return parity
@@ -418,7 +428,9 @@ def _compared(found: Live, facts: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _judged(words: dict[str, Any], numbers: dict[str, Any], answers: dict[str, Any], renderer: Renderer) -> tuple[list[str], list[str]]:
+def _judged(
+    words: dict[str, Any], numbers: dict[str, Any], answers: dict[str, Any], renderer: Renderer
+) -> tuple[list[str], list[str]]:
     """(why it is refused, what is told)"""
     refused, told = [], []
     if words["different"]:
@@ -432,7 +444,9 @@ def _judged(words: dict[str, Any], numbers: dict[str, Any], answers: dict[str, A
     if words["bos"]["live"] is not None and words["bos"]["live"] != words["bos"]["artefact"]:
         refused.append(f"BOS is {words['bos']['artefact']} where the run's is {words['bos']['live']}")
     if words["adds_bos"]["artefact"] is not None and words["adds_bos"]["live"] != words["adds_bos"]["artefact"]:
-        refused.append(f"BOS is {'' if words['adds_bos']['artefact'] else 'not '}added where the run's conversations have it otherwise")
+        refused.append(
+            f"BOS is {'' if words['adds_bos']['artefact'] else 'not '}added where the run's conversations have it otherwise"
+        )
     if answers["went_on"]:
         refused.append(f"{answers['went_on']} answers go on past their end")
     kl, (warns, refuses) = numbers["kl_mean"], numbers["bounds"]
@@ -440,6 +454,6 @@ def _judged(words: dict[str, Any], numbers: dict[str, Any], answers: dict[str, A
         refused.append(f"KL a token is {kl:.2g}, over {refuses:g}")
     elif kl > warns:
         told.append(f"KL a token is {kl:.2g}, over {warns:g}")
-    if words["probes_same"] < words["probes"]:
-        told.append(f"{words['probes'] - words['probes_same']} of {words['probes']} probes get other token ids: {words['probes_different'][0]!r}")
+    if other := words["probes"] - words["probes_same"]:
+        told.append(f"{other} of {words['probes']} probes get other token ids: {words['probes_different'][0]!r}")
     return refused, told

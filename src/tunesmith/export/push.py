@@ -32,7 +32,9 @@ def push(folder: Path, repo: str, *, what: str) -> str:
     except hub.HfHubHTTPError as e:
         status = getattr(e.response, "status_code", None)
         fix = "hf auth login with a token that may write there" if status in (401, 403, 404) else "try again later"
-        raise RunError(f"--push {repo}: the hub refused it: {str(e).splitlines()[0]}; the export itself is at {folder}", fix) from None
+        raise RunError(
+            f"--push {repo}: the hub refused it: {str(e).splitlines()[0]}; the export itself is at {folder}", fix
+        ) from None
     except (hub.HTTPError, OSError) as e:
         raise RunError(
             f"--push {repo}: the hub cannot be reached ({type(e).__name__}); the export itself is at {folder}",

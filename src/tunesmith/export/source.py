@@ -83,9 +83,11 @@ class Source:
 
     @contextmanager
     def opened(self, onto: str, *, adapter: bool = True) -> Iterator[Weights]:
-        """The result's weights while the files are open, or its base's alone. Raises ModelError for a model that runs through transformers."""
+        """The result's weights while the files are open, or its base's alone. Raises ModelError for a model that is not native."""
         with Files() as files:
-            yield Weights(self.base.path, self.run.adapter if adapter and not self.full else None, self.store(onto), self.dtype, files)
+            yield Weights(
+                self.base.path, self.run.adapter if adapter and not self.full else None, self.store(onto), self.dtype, files
+            )
 
     @property
     def native(self) -> bool:
@@ -132,7 +134,9 @@ def open_run(path: Path) -> Source:
     dtype = DTYPES.get(run.manifest.get("dtype") or "") or place(config.memory).dtype
     if config.method == "full":
         if not (run.model / "config.json").is_file():
-            raise RunError(f"{path}: this run has no result yet, its state is {state}", "finish it: tunesmith train RUN.yaml --resume")
+            raise RunError(
+                f"{path}: this run has no result yet, its state is {state}", "finish it: tunesmith train RUN.yaml --resume"
+            )
         return Source(run, ResolvedModel(run.model, str(run.model)), dtype)
     if not (run.adapter / storage.CONFIG).is_file():
         raise RunError(f"{path}: this run has no adapter yet, its state is {state}", "finish it: tunesmith train RUN.yaml --resume")
@@ -207,10 +211,14 @@ class Weights:
             for leaf, shape in need.items():
                 at = self._adapter.get(f"{name}.{leaf}")
                 if at is None or at.shape != shape:
-                    faults.append(f"  {name}.{leaf}: {'missing' if at is None else f'{list(at.shape)} where {list(shape)} belongs'}")
+                    faults.append(
+                        f"  {name}.{leaf}: {'missing' if at is None else f'{list(at.shape)} where {list(shape)} belongs'}"
+                    )
         if faults:
             more = [f"  and {len(faults) - 8} more"] * (len(faults) > 8)
-            raise AdapterError("the adapter does not fit this model:\n" + "\n".join(faults[:8] + more), "use the base of this adapter")
+            raise AdapterError(
+                "the adapter does not fit this model:\n" + "\n".join(faults[:8] + more), "use the base of this adapter"
+            )
 
     # ---- one tensor
 
@@ -273,7 +281,11 @@ class Weights:
         if name.removesuffix(".weight") + MARK not in self._stored:
             return {}
         path = name.removesuffix(".weight")
-        return {n.removeprefix(f"{path}."): s.read(self._files(s.file)) for n, s in self._stored.items() if n.startswith(f"{path}.weight")}
+        return {
+            n.removeprefix(f"{path}."): s.read(self._files(s.file))
+            for n, s in self._stored.items()
+            if n.startswith(f"{path}.weight")
+        }
 
     def _dense(self, name: str) -> Tensor:
         """As the base's files hold it, in `dtype`; embedding and projection as long as the vocabulary is now."""
