@@ -19,7 +19,9 @@ def trained(tiny, tmp_path_factory):
             root = tmp_path_factory.mktemp(name.replace(" ", "-"))
             base = lively(tiny, root / "model", **(FAMILIES[name] if model is None else model))
             run = tiny.config(root / "run", model=str(base), **changes)
-            run["train"] |= {"epochs": 6, "learning_rate": 0.02}
+            run["train"] |= {"epochs": 6, "learning_rate": 0.02} | changes.get("train", {})
+            if run["method"] == "full":
+                del run["lora"]
             run["eval"] = {"samples": 0, "every_steps": 1000}
             made[key] = tunesmith.train(run, console=quiet()).path
         return made[key]
