@@ -30,7 +30,7 @@ FAMILIES = {
     "phi4 mini": {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "tie_word_embeddings": True, "rope_parameters": LONG,
                   "original_max_position_embeddings": 256, "max_position_embeddings": 512},
     "gemma": {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], **GEMMA},
-    "gemma2": {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "sliding_window": 8, "query_pre_attn_scalar": 144,
+    "gemma2": {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "sliding_window": 8, "query_pre_attn_scalar": 4096,
                **GEMMA},
     "gemma3": {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 6, "sliding_window": 8,
                "query_pre_attn_scalar": 24, "rope_parameters": TWO_ROPES, **GEMMA},

@@ -158,7 +158,7 @@ def test_what_export_refuses(trained, tmp_path):
     run = trained_as(trained, "lora")
     full = trained_as(trained, "full")
     for to, how, told in (
-        ("ggml", {}, "did you mean"),
+        ("ggml", {}, "unknown --to .ggml."),
         ("gguf", {"quant": "q9"}, "--quant q9"),
         ("gguf", {"onto": "bf16"}, "--onto bf16"),
         ("merged", {"push": "not a name"}, "not a repository's name"),

@@ -45,7 +45,7 @@ def card(source: Source, to: str, parity: Parity, hints: list[str], licence: str
         "pipeline_tag": "text-generation",
         **({} if local else {"base_model": base.partition("@")[0]}),
         **({"license": licence} if licence else {}),
-        "tags": ["tunesmith", run.config.method, *(["lora"] if not source.full else [])],
+        "tags": list(dict.fromkeys(["tunesmith", run.config.method, *(["lora"] if not source.full else [])])),
     }
     lines = [RULE, yaml.safe_dump(front, sort_keys=False).rstrip(), RULE, "", f"# {source.name}", ""]
     lines += [f"Tuned from **{shown}** with Tunesmith {manifest['versions'].get('tunesmith', '')}.".replace(" .", "."), ""]
