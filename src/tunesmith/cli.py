@@ -37,7 +37,7 @@ From your rows to a model you can talk to:
   tunesmith train run.yaml       tune; the run folder gets report.html
   tunesmith chat  runs/first     talk to it
 
-Rows with faults that check found: tunesmith prepare run.yaml --out mended --fix safe,pii
+Rows with faults: tunesmith prepare run.yaml --out mended --fix safe,pii
 Any setting can follow a run file: train run.yaml train.epochs=1 lora.rank=32
 What a setting does: tunesmith explain lora.rank"""
 
@@ -356,7 +356,7 @@ def merge(
     *,
     onto: Annotated[str, Parameter(help="auto; nf4, the 4-bit base it was trained over; or dense, the original weights.")] = "auto",
 ) -> None:
-    """Fold the adapter into the weights: a Hugging Face folder for other tools."""
+    """Fold the adapter into the weights: a Hugging Face folder."""
     _say(f"Written to {tunesmith.merge(run, out, onto=onto)}")
 
 
@@ -383,7 +383,9 @@ def export(
         str, Parameter(help="Upload it to this hub repository (owner/name), made private if it is new.", show_default=False)
     ] = "",
 ) -> int:
-    """Write the run for other programs, and check in them that it is what was trained.
+    """Write the run for other programs, and check it in each of them.
+
+    Token ids, distributions and answers of held-out rows must be the live model's, or nothing is kept.
 
     The check needs the extra `export`; without it an export is written, called not verified, and the exit code is 1.
 

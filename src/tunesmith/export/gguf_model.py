@@ -117,6 +117,11 @@ def model_of(weights: Weights) -> Model:
         raise ModelError(f"llama.cpp's {architecture} has no {'; no '.join(why)}", "export --to merged, and serve it with vLLM")
     model = Model(architecture)
     model.keys = _keys(architecture, spec, model.notes)
+    if spec.rope.kind == "longrope":
+        model.notes.append(
+            f"llama.cpp rotates as for long texts wherever the context that was opened is longer than {spec.rope.switch:,}, "
+            f"training only in rows that are: open it with -c {spec.rope.switch} unless your texts are longer"
+        )
     model.tensors = [*_tensors(architecture, spec, weights), *_rope_tensors(spec)]
     return model
 

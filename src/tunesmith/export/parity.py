@@ -311,6 +311,8 @@ class RuntimeFailed(Exception):
 
 def ask(runtime: str, job: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """The runtime's ids [P, K], logp [P, K] and facts, from a process of its own. Raises RuntimeFailed."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the live model is gone, and the runtime wants its room
     house = str(Path(__file__).resolve().parents[2])
     env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [house, os.environ.get("PYTHONPATH", "")]))
