@@ -2,6 +2,7 @@
 
 import json
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,7 +47,7 @@ def test_a_vllm_folder_comes_with_the_line_that_serves_it(trained, tmp_path, unc
     assert done.hints == (line,) and (done.path / "model.safetensors").is_file()
     assert (done.path / "serve.sh").read_text() == line.replace(str(done.path), '"$(dirname "$0")"') + "\n"
     assert any("vLLM is not installed" in note for note in done.parity.notes)
-    source = SimpleNamespace(name="run", base=SimpleNamespace(name="a/b"))
+    source = SimpleNamespace(name="run", base=SimpleNamespace(name="a/b", revision="1"))
     assert "--max-lora-rank 16 --lora-modules run=out" in adapter_line(source, "out", 12)
 
 
@@ -136,7 +137,8 @@ class Hub:
             raise self.fault
 
     def upload_folder(self, **how):
-        files = sorted(p.name for p in Path(how["folder_path"]).iterdir())
+        kept = [p.name for p in Path(how["folder_path"]).iterdir()]
+        files = sorted(n for n in kept if not any(fnmatch(n, pattern) for pattern in how["ignore_patterns"]))
         self.calls.append(("upload", how["repo_id"], files, how["commit_message"]))
         return SimpleNamespace(commit_url="https://hub/me/x/commit/1")
 
@@ -150,7 +152,7 @@ def test_push_sends_the_export_to_a_private_repository(trained, tmp_path, monkey
     tunesmith.export(trained("llama"), "gguf", out=tmp_path / "out", push="me/x", console=console)
     assert calls == [
         ("create", "me/x", {"private": True, "exist_ok": True}),
-        ("upload", "me/x", ["README.md", "manifest.json", "parity.json", "run-q8_0.gguf"], "run as gguf"),
+        ("upload", "me/x", ["README.md", "run-q8_0.gguf"], "run as gguf"),
     ]
     assert "https://hub/me/x/commit/1" in console.file.getvalue()
 

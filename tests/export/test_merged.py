@@ -13,6 +13,7 @@ import tunesmith
 from tunesmith import adapters, models
 from tunesmith.adapters import storage
 from tunesmith.errors import AdapterError, RunError
+from tunesmith.export import gguf
 from tunesmith.export.gguf_read import read_gguf
 from tunesmith.export.source import open_run
 from tunesmith.models.weights import find_tensors
@@ -95,6 +96,11 @@ def test_a_merge_needs_less_memory_than_one_shard(trained, tmp_path):
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == total and set(index["weight_map"].values()) == files
     assert grown < shard, f"{grown:,} bytes"
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    gguf.write(source, tmp_path / "x.gguf", "q8_0", "auto")
+    grown = status("VmHWM") - before
+    assert grown < shard and (tmp_path / "x.gguf").stat().st_size > 2 * shard, f"{grown:,} bytes"
 
 
 def status(key: str) -> int:

@@ -268,7 +268,7 @@ def _one(source: Source, name: str, exporter: Exporter, place: Path, options: Op
                 raise Refused
             verdict.save(temp)
             (temp / "README.md").write_text(
-                card(source, name, verdict, _portable(artefact.hints, place), licence_of(source.base.path)), "utf-8"
+                card(source, name, verdict, _portable(artefact.hints, place, source), licence_of(source.base.path)), "utf-8"
             )
     except Refused:
         return result
@@ -277,9 +277,10 @@ def _one(source: Source, name: str, exporter: Exporter, place: Path, options: Op
     return result
 
 
-def _portable(hints: list[str], place: Path) -> list[str]:
+def _portable(hints: list[str], place: Path, source: Source) -> list[str]:
     """Commands as they are given beside the export's folder: no path of this machine."""
-    return [hint.replace(str(place), place.name) for hint in hints]
+    base = source.base.path
+    return [hint.replace(str(place), place.name).replace(str(base), base.name) for hint in hints]
 
 
 def _other_base(source: Source, found: Live, onto: str) -> dict[str, Any] | None:

@@ -107,6 +107,10 @@ class Source:
         if self.native:
             with self.opened(onto) as found:
                 write_checkpoint(folder, found.config, found.shapes, found.tensor, self.dtype, shard_bytes=shard_bytes)
+                written, faults = find_tensors(folder)
+                faults += [] if faults else check(found.spec, written)[1]
+                if faults:  # a disk that lies
+                    raise ModelError(weights.listed(folder, faults), "export again, to another disk")
         else:
             model = models.load(self.base.path, dtype=self.dtype, store=self.store(onto))
             if not self.full:

@@ -21,8 +21,7 @@ def serve_line(source: Source, out: Path, folder: Path) -> str:
 
 def adapter_line(source: Source, out: Path, rank: int) -> str:
     """The same for an adapter over its base."""
+    base = source.base.name if source.base.revision else str(source.base.path)
     modules = f"{source.name}={out}"
     ranks = next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
-    return shlex.join(
-        ["vllm", "serve", source.base.name, "--enable-lora", "--max-lora-rank", str(ranks), "--lora-modules", modules]
-    )
+    return shlex.join(["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(ranks), "--lora-modules", modules])

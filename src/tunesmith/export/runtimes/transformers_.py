@@ -18,6 +18,14 @@ def answer(job: dict[str, Any]) -> Answer:
     notes: list[str] = []
     tokenizer = AutoTokenizer.from_pretrained(job["adapter"] or job["artefact"])
     model = _model(job, torch, AutoModelForCausalLM, notes)
+    if job.get("nf4"):
+        try:
+            with torch.no_grad():
+                model.eval()(torch.tensor([job["rows"][0][:2]], device=next(model.parameters()).device))
+        except RuntimeError as fault:  # bitsandbytes on a CPU needs widths that 64 divides
+            job["nf4"] = False
+            notes[:] = [f"over the 16-bit base: bitsandbytes cannot run it in 4 bits here ({fault})"]
+            model = _model(job, torch, AutoModelForCausalLM, notes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.eval().to(device) if not job.get("nf4") else model.eval()
     device = next(model.parameters()).device
