@@ -351,7 +351,7 @@ def check(
     numbers = _numbers(found, ids, logp, bounds_of(quant))
     answers = _compared(found, facts)
     parity.measured = {"words": words, "numbers": numbers, "answers": answers}
-    refused, told = _judged(words, numbers, answers, renderer)
+    refused, told = _judged(words, numbers, answers)
     parity.state = "refused" if refused else "warned" if told else "verified"
     parity.reasons = refused or told
     parity.notes += told if refused else []
@@ -430,9 +430,7 @@ def _compared(found: Live, facts: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _judged(
-    words: dict[str, Any], numbers: dict[str, Any], answers: dict[str, Any], renderer: Renderer
-) -> tuple[list[str], list[str]]:
+def _judged(words: dict[str, Any], numbers: dict[str, Any], answers: dict[str, Any]) -> tuple[list[str], list[str]]:
     """(why it is refused, what is told)"""
     refused, told = [], []
     if words["different"]:
