@@ -86,7 +86,7 @@ def main() -> None:
     given = parser.parse_args()
     only = set(filter(None, given.only.split(",")))
     print(HEAD)
-    print("|---" * HEAD.count("| ") + "|")
+    print("|" + "---|" * (HEAD.count("|") - 1))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for method in ("lora", "qlora"):

@@ -324,7 +324,7 @@ def ask(runtime: str, job: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict
         if done.returncode or not result.is_file():
             last = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()][-3:]
             raise RuntimeFailed(f"exit code {done.returncode}: {' / '.join(last) or 'no word'}")
-        with np.load(result) as found:
+        with np.load(result, allow_pickle=False) as found:
             return found["ids"], found["logp"], json.loads(str(found["facts"]))
 
 

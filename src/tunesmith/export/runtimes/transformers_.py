@@ -16,7 +16,7 @@ def answer(job: dict[str, Any]) -> Answer:
 
     transformers.utils.logging.set_verbosity_error()
     notes: list[str] = []
-    tokenizer = AutoTokenizer.from_pretrained(job["adapter"] or job["artefact"])
+    tokenizer = AutoTokenizer.from_pretrained(job["adapter"] or job["artefact"], trust_remote_code=False)
     model = _model(job, torch, AutoModelForCausalLM, notes)
     if job.get("nf4"):
         try:
@@ -64,11 +64,11 @@ def answer(job: dict[str, Any]) -> Answer:
 
 def _model(job: dict[str, Any], torch: Any, auto: Any, notes: list[str]) -> Any:
     if not job["adapter"]:
-        return auto.from_pretrained(job["artefact"], dtype="auto")
+        return auto.from_pretrained(job["artefact"], dtype="auto", trust_remote_code=False)
     from peft import PeftConfig, PeftModel
 
     dtype = getattr(torch, job["dtype"])
-    how: dict[str, Any] = {"dtype": dtype}
+    how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
     if job.get("nf4"):
         from transformers import BitsAndBytesConfig
 
