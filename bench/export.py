@@ -1,6 +1,6 @@
 """How far each export is from the live model: KL a token, the likeliest token, greedy answers, the loss, in each one's own runtime.
 
-    python bench/export.py [--steps 60] [--out bench/results/export.jsonl] [--only gguf-q8_0,merged]
+    python bench/export.py [--steps 60] [--out bench/results/export.jsonl] [--only gguf-q8_0,merged] [--runs FOLDER]
 
 Tunes the embedded model on the embedded demo rows, once over 16 bits and once over 4, and exports both every way. K-quants are in
 it where llama.cpp's quantiser is (llama-quantize on the PATH). Prints the table of docs/export.md. Ten minutes on two cores.
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("bench/results/export.jsonl"))
     parser.add_argument("--only", default="", help="formats, as in the table, with commas between")
+    parser.add_argument("--runs", type=Path, help="a folder with the runs lora and qlora of these rows: nothing is trained")
     given = parser.parse_args()
     only = set(filter(None, given.only.split(",")))
     print(HEAD)
@@ -90,7 +91,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for method in ("lora", "qlora"):
-            run = train(method, Path(folder), given.steps)
+            run = given.runs / method if given.runs else train(method, Path(folder), given.steps)
             for to, quant, onto in cases(method):
                 if only and to not in only and f"{to}-{quant}" not in only:
                     continue

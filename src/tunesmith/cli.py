@@ -1,6 +1,6 @@
 """The command line: parses, calls the verb of the same name (tunesmith.api, found when first used), prints.
 
-Exit codes: 0 done; 1 training failed, or the data did not pass; 2 yours to mend, said as error and fix; 70 a bug of ours;
+Exit codes: 0 done; 1 training failed, the data did not pass, or an export; 2 yours to mend, as error and fix; 70 a bug of ours;
 130 stopped on request with all saved.
 """
 

@@ -48,6 +48,7 @@ ASKED = 16  # questions that are answered
 MAX_TOKENS = 48
 SURE = 1.0
 TOP = 2048
+REST = 1e-4  # what the others have together is known to 1e-5 of float32 logarithms: below this it is taken as this on both sides
 
 BOUNDS = {  # KL a token: over the first it is told, over the second refused; the embedded model's own: docs/export.md
     "exact": (1e-3, 5e-2),  # 16 and 32 bits
@@ -403,10 +404,10 @@ def divergence(live_PV: np.ndarray, ids_PK: np.ndarray, logp_PK: np.ndarray) -> 
     p = np.where(inside, np.take_along_axis(live_PV, np.where(inside, ids_PK, 0), 1), -np.inf).astype(np.float64)
     q = logp_PK.astype(np.float64)
     kl = (np.exp(p) * np.where(np.isneginf(p), 0.0, p - q)).sum(1)
-    left_p, left_q = (np.maximum(1 - np.exp(x).sum(1), 0) for x in (p, q))
+    left_p, left_q = (np.maximum(1 - np.exp(x).sum(1), REST) for x in (p, q))
     if ids_PK.shape[1] >= live_PV.shape[1]:
         return np.maximum(kl, 0)
-    return np.maximum(kl + left_p * np.log(np.maximum(left_p, 1e-12) / np.maximum(left_q, 1e-12)), 0)
+    return np.maximum(kl + left_p * np.log(left_p / left_q), 0)
 
 
 def _compared(found: Live, facts: dict[str, Any]) -> dict[str, Any]:
