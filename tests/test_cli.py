@@ -71,6 +71,7 @@ def calls(monkeypatch):
             "train": SimpleNamespace(path=Path("runs/a")),
             "generate": ["[bold]one[/bold]", "[/] two"],
             "merge": Path("out"),
+            "export": [SimpleNamespace(exit_code=0), SimpleNamespace(exit_code=1)],
             "report": Path("runs/a/report.html"),
             "explain": "[b]text[/b]",
             "chat": None,
@@ -200,6 +201,15 @@ def calls(monkeypatch):
         ),
         ("train run.yaml a.b=-1 c.d=[x] --resume", ("train", ("run.yaml", "a.b=-1", "c.d=[x]"), {"resume": True}), 0),
         ("merge runs/a out --onto dense", ("merge", ("runs/a", "out"), {"onto": "dense"}), 0),
+        (
+            "export runs/a --to gguf,merged --quant q4_0 --out o --push me/x",
+            (
+                "export",
+                ("runs/a", "gguf,merged"),
+                {"quant": "q4_0", "onto": "auto", "out": Path("o"), "force": False, "push": "me/x"},
+            ),
+            1,
+        ),
         ("report runs/a", ("report", ("runs/a",), {}), 0),
         ("explain", ("explain", ("",), {}), 0),
         ("explain lora.rank", ("explain", ("lora.rank",), {}), 0),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tunesmith.data.report import CheckReport
     from tunesmith.devices import Device
     from tunesmith.diagnosis import Diagnosis
+    from tunesmith.export import Exported
     from tunesmith.fits import Fits
     from tunesmith.plan import Plan
     from tunesmith.run import Run
@@ -505,9 +506,35 @@ def merge(run: str | Path, out: str | Path, *, onto: str = "auto") -> Path:
     """Write a standard Hugging Face folder with the adapter folded in. A QLoRA run is merged onto the dequantised 4-bit base it was
     trained over (`auto`, `nf4`), or onto the original weights (`dense`), which answers a little differently than what was trained.
     """
-    from tunesmith.merging import merge_run
+    from tunesmith.export.merged import merge_run
 
     return merge_run(Path(run), Path(out), onto=onto)
+
+
+def export(
+    run: str | Path,
+    to: str | Sequence[str],
+    *,
+    quant: str = "q8_0",
+    onto: str = "auto",
+    out: str | Path | None = None,
+    force: bool = False,
+    push: str = "",
+    console: Console | None = None,
+) -> list[Exported]:
+    """Write the run as other programs load it, and hold each against the live model in the program it is for.
+
+    `to`: adapter, merged, gguf, gguf-lora, ollama, vllm, one or several. `quant` is that of GGUF files, `onto` the base as in
+    `merge`. `out`: the folder (of several exports, the folder of their folders); `export` in the run folder without it. `push`:
+    a hub repository for the one export. Returns one result each: `.path`, `.parity` (also parity.json), `.exit_code`. Raises
+    ExportRefused for what is not what was trained, unless `force`. Needs the `export` extra; without it nothing is verified.
+    """
+    from tunesmith.export import Options, export_run
+
+    formats = [name for name in to.split(",") if name] if isinstance(to, str) else list(to)
+    where = Path(out) if out is not None else None
+    options = Options(quant=quant.lower(), onto=onto)
+    return export_run(Path(run), to=formats, options=options, out=where, force=force, push=push, console=_console(console))
 
 
 def report(run: str | Path) -> Path:
@@ -532,6 +559,7 @@ __all__ = [
     "compare",
     "doctor",
     "explain",
+    "export",
     "generate",
     "guard",
     "init",

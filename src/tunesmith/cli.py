@@ -1,6 +1,6 @@
 """The command line: parses, calls the verb of the same name (tunesmith.api, found when first used), prints.
 
-Exit codes: 0 done; 1 training failed, or the data did not pass; 2 yours to mend, said as error and fix; 70 a bug of ours;
+Exit codes: 0 done; 1 training failed, the data did not pass, or an export; 2 yours to mend, as error and fix; 70 a bug of ours;
 130 stopped on request with all saved.
 """
 
@@ -37,7 +37,7 @@ From your rows to a model you can talk to:
   tunesmith train run.yaml       tune; the run folder gets report.html
   tunesmith chat  runs/first     talk to it
 
-Rows with faults that check found: tunesmith prepare run.yaml --out mended --fix safe,pii
+Rows with faults: tunesmith prepare run.yaml --out mended --fix safe,pii
 Any setting can follow a run file: train run.yaml train.epochs=1 lora.rank=32
 What a setting does: tunesmith explain lora.rank"""
 
@@ -457,6 +457,45 @@ def merge(
 ) -> None:
     """Fold the adapter into the weights: a Hugging Face folder."""
     _say(f"Written to {tunesmith.merge(run, out, onto=onto)}")
+
+
+@verb
+def export(
+    run: RunFolder,
+    /,
+    *,
+    to: Annotated[
+        str,
+        Parameter(
+            help="With commas between: adapter (PEFT), merged (a Hugging Face folder), gguf, gguf-lora (the adapter alone), ollama "
+            "(a GGUF and a Modelfile), vllm (a folder and the line that serves it).",
+            show_default=False,
+        ),
+    ],
+    quant: Annotated[
+        str, Parameter(help="Of GGUF files: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; with llama.cpp's quantiser q6_k to q2_k.")
+    ] = "q8_0",
+    onto: Annotated[str, Parameter(help="auto; nf4, the 4-bit base it was trained over; or dense, the original weights.")] = "auto",
+    out: Annotated[Path | None, Parameter(help="The folder to write. Else RUN/export/FORMAT.", show_default=False)] = None,
+    force: Annotated[bool, Parameter(negative="", help="Keep an export that is not what was trained.", show_default=False)] = False,
+    push: Annotated[
+        str, Parameter(help="Upload it to this hub repository (owner/name), made private if it is new.", show_default=False)
+    ] = "",
+) -> int:
+    """Write the run for other programs, and check it in each of them.
+
+    Token ids, distributions and answers of held-out rows must be the live model's, or nothing is kept.
+
+    The check needs the extra `export`; without it an export is written, called not verified, and the exit code is 1.
+
+    tunesmith export runs/first --to merged
+
+    tunesmith export runs/first --to gguf --quant q4_0
+
+    tunesmith export runs/first --to ollama,vllm --out exports
+    """
+    done = tunesmith.export(run, to, quant=quant, onto=onto, out=out, force=force, push=push, console=_console())
+    return max((one.exit_code for one in done), default=0)
 
 
 @verb

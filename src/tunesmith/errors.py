@@ -60,6 +60,12 @@ def install(extra: str) -> str:
 class RunError(TunesmithError): ...
 
 
+class ExportRefused(TunesmithError):
+    """An export that is not what was trained."""
+
+    exit_code = 1
+
+
 class TrainingFailed(TunesmithError):
     exit_code = 1
 

@@ -1,0 +1,309 @@
+"""Exports: a run as other programs load it, each held against the live model in the program it is for before it counts as done.
+
+    export_run(run, to=["merged", "gguf"], quant="q8_0", ...) -> [Exported]
+
+    source.py                    a checked run, its weights tensor by tensor
+    adapter.py, merged.py, vllm.py, ollama.py
+    gguf.py                      the file, its quantisations, a LoRA adapter; gguf_model.py, gguf_words.py: what goes into it
+    gguf_read.py                 a reader that trusts no size
+    parity.py, runtimes/         the gate
+    card.py, push.py             the model card, the hub
+
+Torch is loaded with `export_run`, not with this module's import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.errors import ExportRefused, RunError
+from tunesmith.registry import Registry
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tunesmith.export.parity import Live, Parity
+    from tunesmith.export.source import Source
+
+
+@dataclass(frozen=True)
+class Options:
+    """`quant` of GGUF files, `onto` the base the adapter is folded into (auto, nf4, dense)."""
+
+    quant: str = "q8_0"
+    onto: str = "auto"
+
+
+@dataclass
+class Artefact:
+    """What an exporter wrote: how the gate loads it, and what a person should know of it."""
+
+    job: dict[str, Any]
+    runtime: str
+    quant: str = ""  # '' for 16 and 32 bits of safetensors
+    stops: list[int] | None = None  # what ends an answer, where the runtime cannot say
+    notes: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)  # commands that load it; OUT stands for its folder
+    aside: list[Path] = field(default_factory=list)  # made for the gate alone
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A row of EXPORTERS. `write(source, folder, out, options)` fills `folder`, which becomes `out`."""
+
+    write: Callable[[Source, Path, Path, Options], Artefact]
+    says: str
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One finished export. `exit_code` is 0 where it was verified, or kept by force."""
+
+    to: str
+    path: Path
+    parity: Parity
+    hints: tuple[str, ...] = ()
+    forced: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.parity.state in ("verified", "warned") or self.forced else 1
+
+
+# ---- the exporters ---------------------------------------------------------------------------------------------------------------
+
+
+def _adapter(source: Source, folder: Path, out: Path, options: Options) -> Artefact:
+    from importlib.util import find_spec
+
+    from tunesmith.export import adapter
+    from tunesmith.export.vllm import adapter_line
+
+    adapter.write(source, folder)
+    nf4 = source.run.config.method == "qlora" and find_spec("bitsandbytes") is not None
+    job = {"adapter": str(folder), "base": str(source.base.path), "artefact": None, "nf4": nf4, "dtype": _word(source)}
+    notes = []
+    if source.run.config.method == "qlora" and not nf4:
+        notes.append("loaded over the 16-bit base: bitsandbytes is not here, and the adapter was trained over 4 bits")
+    return Artefact(job, "peft", notes=notes, hints=[adapter_line(source, out, source.run.config.lora.rank)])
+
+
+def _merged(source: Source, folder: Path, out: Path, options: Options) -> Artefact:
+    from tunesmith.export import merged
+
+    merged.write(source, folder, options.onto)
+    return Artefact({"artefact": str(folder)}, "transformers", hints=[f"tunesmith chat {out}"])
+
+
+def _vllm(source: Source, folder: Path, out: Path, options: Options) -> Artefact:
+    from tunesmith.export import parity
+    from tunesmith.export.vllm import serve_line
+
+    found = _merged(source, folder, out, options)
+    found.hints = [serve_line(source, out, folder)]
+    if parity.missing("vllm"):
+        found.notes.append("vLLM is not installed: checked in transformers, which loads the same files")
+    else:
+        found.runtime = "vllm"
+    (folder / "serve.sh").write_text(found.hints[0].replace(str(out), '"$(dirname "$0")"') + "\n", "utf-8")
+    return found
+
+
+def _gguf(source: Source, folder: Path, out: Path, options: Options) -> Artefact:
+    from tunesmith.export import gguf
+    from tunesmith.export.gguf_read import read_gguf
+
+    path = folder / f"{source.name}-{options.quant}{gguf.SUFFIX}"
+    notes = gguf.write(source, path, options.quant, options.onto)
+    keys = read_gguf(path).keys
+    names = ("eos", "eot", "eom")
+    stops = [keys[key] for name in names if (key := f"tokenizer.ggml.{name}_token_id") in keys]
+    job = {"artefact": str(path)}
+    return Artefact(job, "llama.cpp", options.quant, stops, notes, [f"llama-server -m {out / path.name} --jinja"])
+
+
+def _gguf_lora(source: Source, folder: Path, out: Path, options: Options) -> Artefact:
+    from tunesmith.export import gguf
+    from tunesmith.export.gguf_read import read_gguf
+
+    path = folder / f"{source.name}-lora{gguf.SUFFIX}"
+    notes = gguf.write_adapter(source, path)
+    base = folder.with_name(f"{folder.name}.base{gguf.SUFFIX}")
+    kind = "bf16" if _word(source) == "bfloat16" else "f16"
+    gguf.write(source, base, kind, "dense" if options.onto == "auto" else options.onto, adapter=False)
+    keys = read_gguf(base).keys
+    stops = [keys[key] for name in ("eos", "eot", "eom") if (key := f"tokenizer.ggml.{name}_token_id") in keys]
+    notes.append(f"it holds no words: tokenizer and template come from the base's GGUF; checked over one in {kind} with this run's")
+    job = {"artefact": str(base), "adapter": str(path)}
+    hints = [f"llama-server -m BASE.gguf --lora {out / path.name} --jinja"]
+    return Artefact(job, "llama.cpp", stops=stops, notes=notes, hints=hints, aside=[base])
+
+
+def _ollama(source: Source, folder: Path, out: Path, options: Options) -> Artefact:
+    from tunesmith.export.gguf_read import read_gguf
+    from tunesmith.export.ollama import modelfile
+
+    found = _gguf(source, folder, out, options)
+    path = Path(found.job["artefact"])
+    keys = read_gguf(path).keys
+    reach = keys[f"{keys['general.architecture']}.context_length"]
+    (folder / "Modelfile").write_text(modelfile(path.name, source.renderer, reach), "utf-8")
+    found.hints = [f"ollama create {source.name} -f {out / 'Modelfile'}", f"ollama run {source.name}"]
+    found.notes.append("checked in llama.cpp, which Ollama runs; Ollama itself was not started")
+    return found
+
+
+def _word(source: Source) -> str:
+    return str(source.dtype).removeprefix("torch.")
+
+
+EXPORTERS = Registry(
+    "--to",
+    {
+        "adapter": Exporter(_adapter, "the PEFT adapter with tokenizer and template, checked in PEFT"),
+        "merged": Exporter(_merged, "a Hugging Face folder, checked in transformers"),
+        "gguf": Exporter(_gguf, "one GGUF file, checked in llama.cpp"),
+        "gguf-lora": Exporter(_gguf_lora, "the adapter as a GGUF, checked in llama.cpp over its base"),
+        "ollama": Exporter(_ollama, "a GGUF and a Modelfile, checked in llama.cpp"),
+        "vllm": Exporter(_vllm, "a Hugging Face folder and the line that serves it, checked in vLLM where it is installed"),
+    },
+    group="exporters",
+    error=RunError,
+)
+
+
+# ---- the verb --------------------------------------------------------------------------------------------------------------------
+
+
+def export_run(
+    path: Path,
+    *,
+    to: Sequence[str],
+    options: Options = Options(),
+    out: Path | None = None,
+    force: bool = False,
+    push: str = "",
+    console: Console,
+) -> list[Exported]:
+    """Write each format, hold it against the live model, keep it or not.
+
+    `out`: the folder of one export; of several, the folder that gets one each. None: `export` in the run folder. A refused
+    export is not kept and raises ExportRefused, once all have been tried, unless `force`. Raises RunError for a run without a
+    result, ModelError for a model that a format cannot hold, MissingExtra for a format whose writer is not installed.
+    """
+    from tunesmith.export import parity
+    from tunesmith.export.gguf import check_quant
+    from tunesmith.export.push import check_name
+    from tunesmith.export.source import open_run
+
+    rows = [(name, EXPORTERS[name]) for name in dict.fromkeys(to)]
+    if push:
+        check_name(push)
+        if len(rows) > 1:
+            raise RunError("--push with several formats: a repository holds one", "export and push one at a time")
+    check_quant(options.quant)
+    source = open_run(path)
+    source.store(options.onto)
+    places = [_place(source, name, options, out, alone=len(rows) == 1) for name, _ in rows]
+    console.print(f"live    {source.name}, as tunesmith chat loads it", markup=False, highlight=False, soft_wrap=True)
+    found = parity.live(source)
+    other = _other_base(source, found, options.onto)
+    done, refused = [], []
+    for (name, exporter), place in zip(rows, places, strict=True):
+        result = _one(source, name, exporter, place, options, found, other, force, console)
+        (done if result.parity.state != "refused" or force else refused).append(result)
+    if push and done and done[0].exit_code == 0:
+        from tunesmith.export.push import push as upload
+
+        console.print(f"pushed  {upload(done[0].path, push, what=f'{source.name} as {rows[0][0]}')}", markup=False, soft_wrap=True)
+    if refused:
+        why = "\n".join(f"{r.to}: not what was trained: {'; '.join(r.parity.reasons)}" for r in refused)
+        raise ExportRefused(why, "the files were not kept; --force keeps them all the same, with parity.json beside them")
+    return done
+
+
+def _place(source: Source, name: str, options: Options, out: Path | None, *, alone: bool) -> Path:
+    from tunesmith.export.merged import free_place
+
+    label = f"{name}-{options.quant}" if name in ("gguf", "ollama") else name
+    place = source.run.path / "export" / label if out is None else out if alone else out / label
+    ours = (place / "parity.json").is_file() and (place / "manifest.json").is_file()
+    return place if ours else free_place(place)  # an earlier export is replaced
+
+
+def _one(source: Source, name: str, exporter: Exporter, place: Path, options: Options, found: Live,
+         other: dict[str, Any] | None, force: bool, console: Console) -> Exported:  # fmt: skip
+    from tunesmith.export import parity
+    from tunesmith.export.card import card, licence_of
+    from tunesmith.files import folder_atomic
+
+    class Refused(Exception):
+        """Ends the folder that is being written."""
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    result = None
+    try:
+        with folder_atomic(place) as temp:
+            say(f"\n{name:<8}{place}")
+            artefact = exporter.write(source, temp, place, options)
+            try:
+                verdict = parity.check(name, artefact.quant, artefact.runtime, found, source, artefact.job, stops=artefact.stops)
+            finally:
+                for path in artefact.aside:
+                    path.unlink(missing_ok=True)
+            verdict.notes += artefact.notes
+            if other is not None and name in ("merged", "vllm", "gguf", "ollama"):
+                verdict.measured["other_base"] = other
+                verdict.notes.append(
+                    f"KL a token of the live model to the same adapter over {other['onto']}: {other['kl_mean']:.2g}"
+                )
+            verdict.print(console)
+            result = Exported(name, place, verdict, tuple(artefact.hints), forced=force)
+            if verdict.state == "refused" and not force:
+                raise Refused
+            verdict.save(temp)
+            (temp / "README.md").write_text(
+                card(source, name, verdict, _portable(artefact.hints, place, source), licence_of(source.base.path)), "utf-8"
+            )
+    except Refused:
+        return result
+    for hint in artefact.hints:
+        say(f"next    {hint}")
+    return result
+
+
+def _portable(hints: list[str], place: Path, source: Source) -> list[str]:
+    """Commands as they are given beside the export's folder: no path of this machine."""
+    base = source.base.path
+    return [hint.replace(str(place), place.name).replace(str(base), base.name) for hint in hints]
+
+
+def _other_base(source: Source, found: Live, onto: str) -> dict[str, Any] | None:
+    """How far the adapter over the base that it is not folded into is from the live model; None where there is one base only.
+
+    Measured with our own decoder: nothing is written for it.
+    """
+    if source.run.config.method != "qlora":
+        return None
+    import torch
+
+    from tunesmith import adapters, models
+    from tunesmith.chat import Talker
+    from tunesmith.export import parity
+    from tunesmith.models.place import place
+
+    store = "dense" if source.store(onto) == "nf4" else "nf4"
+    where = place(source.run.config.memory)
+    try:
+        model = models.load(source.base.path, dtype=where.dtype, device=where.device, store=store)
+    except torch.OutOfMemoryError:
+        return None
+    adapters.load(model, source.run.adapter)
+    kl = parity.divergence_of_models(found, Talker(model.eval(), source.renderer, source.name))
+    words = {"dense": "the original weights (--onto dense)", "nf4": "the 4-bit base (--onto nf4)"}
+    return {"onto": words[store], "kl_mean": kl}

@@ -1,0 +1,78 @@
+"""README.md of an export, the model card: what it is made of, what it was measured at, how it is loaded. No path of a machine."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from tunesmith.export.parity import Parity
+from tunesmith.export.source import Source
+from tunesmith.redact import redact
+
+LOADED = {
+    "adapter": "peft",
+    "merged": "transformers",
+    "vllm": "transformers",
+    "gguf": "gguf",
+    "ollama": "gguf",
+    "gguf-lora": "gguf",
+}
+RULE = "---"
+
+
+def licence_of(folder: Path) -> str | None:
+    """The base's licence as its card names it; None where it does not."""
+    try:
+        text = (folder / "README.md").read_text("utf-8")
+        front = yaml.safe_load(text.split(RULE)[1]) if text.startswith(RULE) else None
+    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
+        return None
+    found = front.get("license") if isinstance(front, dict) else None
+    return found if isinstance(found, str) and re.fullmatch(r"[\w.+-]{1,64}", found) else None
+
+
+def card(source: Source, to: str, parity: Parity, hints: list[str], licence: str | None) -> str:
+    """The whole text. `hints` are lines that say how to load it."""
+    run, manifest = source.run, source.run.manifest
+    base = source.run.config.model if source.full else source.base.name
+    local = Path(base).is_absolute() or Path(base).exists() or base == "embedded"
+    shown = Path(base).name if local else base
+    front = {
+        "library_name": LOADED[to],
+        "pipeline_tag": "text-generation",
+        **({} if local else {"base_model": base.partition("@")[0]}),
+        **({"license": licence} if licence else {}),
+        "tags": list(dict.fromkeys(["tunesmith", run.config.method, *(["lora"] if not source.full else [])])),
+    }
+    lines = [RULE, yaml.safe_dump(front, sort_keys=False).rstrip(), RULE, "", f"# {source.name}", ""]
+    lines += [f"Tuned from **{shown}** with Tunesmith {manifest['versions'].get('tunesmith', '')}.".replace(" .", "."), ""]
+    lines += ["| | |", "|---|---|", f"| Base | {shown} |", f"| Base revision | {source.base.revision or 'none'} |"]
+    lines += [
+        f"| Base fingerprint | `{manifest.get('base') or 'unknown'}` |",
+        f"| Data fingerprint | `{manifest.get('data') or 'unknown'}` |",
+    ]
+    lines += [f"| Method | {run.config.method}, seed {run.config.seed}, {manifest.get('steps', 'an unknown number of')} steps |"]
+    lines += [f"| Licence | {licence or 'unknown: the licence of the base model and of the data applies'} |", ""]
+    if losses := _losses(run.path):
+        lines += ["## Before and after", "", f"Loss on held-out rows: {losses[0]:.4f} before, {losses[1]:.4f} after.", ""]
+    lines += [
+        "## Is this file what was trained?",
+        "",
+        f"**{parity.state}**" + (f": {'; '.join(parity.reasons)}" if parity.reasons else ""),
+        "",
+    ]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in parity.lines()), ""]
+    if hints:
+        lines += ["## How to load it", "", "```sh", *hints, "```", ""]
+    return redact("\n".join(lines))
+
+
+def _losses(run: Path) -> tuple[float, float] | None:
+    try:
+        loss = json.loads((run / "comparison.json").read_text("utf-8"))["loss"]
+        return float(loss["before"]), float(loss["after"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

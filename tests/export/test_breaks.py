@@ -1,0 +1,146 @@
+"""Each step of an export, broken on purpose: the gate must say no, and say what. Without a break the same exports pass
+(test_families.py, test_merged.py)."""
+
+import json
+import re
+
+import pytest
+from tests.export.cases import FAMILIES, export, quiet
+
+import tunesmith
+from tunesmith.errors import ExportRefused
+from tunesmith.export import gguf, gguf_model, parity, source
+
+
+def twice_the_delta(monkeypatch):
+    """As if alpha / rank had been read twice as large."""
+    adapter = source.Weights.adapter
+    monkeypatch.setattr(source.Weights, "adapter", lambda self, name: adapter(self, name) * (2 if "lora_B" in name else 1))
+
+
+def keys(change):
+    def patch(monkeypatch):
+        keys_of = gguf.keys_of
+        monkeypatch.setattr(gguf, "keys_of", lambda *a: change(keys_of(*a)))
+
+    return patch
+
+
+def without(name):
+    return keys(lambda found: {k: v for k, v in found.items() if k != name})
+
+
+def rewritten(name, value):
+    return keys(lambda found: found | {name: value})
+
+
+def no_permutation(monkeypatch):
+    monkeypatch.setattr(gguf_model, "PERMUTED", ())
+
+
+def no_rope_tensors(monkeypatch):
+    monkeypatch.setattr(gguf_model, "_rope_tensors", lambda spec: iter(()))
+
+
+def no_scale_ratio(monkeypatch):
+    monkeypatch.setattr(gguf_model, "scale_ratio", lambda architecture, spec: 1.0)
+
+
+def norms_as_stored(monkeypatch):
+    changed = gguf_model.changed
+    monkeypatch.setattr(gguf_model, "changed", lambda a, s, name, t: t if "norm" in name else changed(a, s, name, t))
+
+
+def base_alone(monkeypatch):
+    opened = source.Source.opened
+    monkeypatch.setattr(source.Source, "opened", lambda self, onto, adapter=True: opened(self, onto, adapter=False))
+
+
+KL = r"KL a token is .*, over 0\.05"
+BREAKS = {
+    "the permutation off": ("llama", no_permutation, KL),
+    "the scale wrong": ("llama", twice_the_delta, KL),
+    "the adapter forgotten": ("qwen2", base_alone, KL),
+    "the rope's factors lost": ("llama 3.2", no_rope_tensors, KL),
+    "the attention's scale lost": ("gemma2", no_scale_ratio, KL),
+    "norms without their 1": ("gemma", norms_as_stored, KL),
+    "the template lost": ("llama", without("chat_template"), "the chat template is another, or lost"),
+    "the template another": (
+        "llama",
+        rewritten("chat_template", "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"),
+        "6 of 6 conversations are rendered to other token ids; the chat template is another",
+    ),
+    "EOS rewritten": (
+        "llama",
+        rewritten("ggml.eos_token_id", 256),
+        r"answers end at \[256\] where the run's end at \[257\]; EOS is 256",
+    ),
+    "BOS added": ("llama", keys(lambda k: k | {"ggml.add_bos_token": True, "ggml.bos_token_id": 256}), "BOS is added"),
+    "a special token as text": (
+        "llama",
+        keys(lambda k: k | {"ggml.token_type": [1 if i == 258 else t for i, t in enumerate(k["ggml.token_type"])]}),
+        "6 of 6 conversations are rendered to other token ids",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_the_gate_sees_a_broken_gguf(name, trained, tmp_path, monkeypatch):
+    family, patch, told = BREAKS[name]
+    run = trained(family)
+    patch(monkeypatch)
+    with pytest.raises(ExportRefused, match=told) as refused:
+        export(run, "gguf", tmp_path / "out", quant="f16")
+    assert refused.value.exit_code == 1 and not (tmp_path / "out").exists(), "what is refused is not kept"
+    assert not list(tmp_path.iterdir()), "nor is anything beside it"
+
+
+def test_force_keeps_what_is_refused_and_says_so(trained, tmp_path, monkeypatch):
+    no_permutation(monkeypatch)
+    done = export(trained("llama"), "gguf", tmp_path / "out", quant="f16", force=True)
+    kept = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert kept["state"] == "refused" and re.search(KL, kept["reasons"][0]) and done.forced and done.exit_code == 0
+    assert "**refused**" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_gate_sees_a_broken_merge(trained, tmp_path, monkeypatch):
+    """In transformers, several at once: the delta doubled, EOS rewritten, the template lost."""
+    write_words = source.Source.write_words
+
+    def broken(self, folder):
+        write_words(self, folder)
+        (folder / "generation_config.json").write_text('{"eos_token_id": 256}')
+        (folder / "chat_template.jinja").unlink()
+
+    twice_the_delta(monkeypatch)
+    monkeypatch.setattr(source.Source, "write_words", broken)
+    with pytest.raises(ExportRefused) as refused:
+        export(trained("llama"), "merged", tmp_path / "out")
+    for told in (KL, r"answers end at \[256\] where the run's end at \[257\]", "the chat template is another, or lost"):
+        assert re.search(told, refused.value.what), told
+
+
+def test_an_artefact_that_does_not_load_is_refused(trained, tmp_path, monkeypatch):
+    tensors = gguf_model._tensors
+    monkeypatch.setattr(gguf_model, "_tensors", lambda *a: (t for t in tensors(*a) if t.name != "output_norm.weight"))
+    with pytest.raises(ExportRefused, match=r"llama\.cpp cannot load or run it"):
+        export(trained("llama"), "gguf", tmp_path / "out", quant="f16")
+
+
+def test_without_the_runtime_it_is_not_verified_and_the_exit_code_is_1(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "find_spec", lambda name: None)
+    done = export(trained("llama"), "gguf", tmp_path / "out", quant="f16")
+    assert done.parity.state == "not verified" and done.exit_code == 1
+    assert '".[export]"' in done.parity.reasons[0] and list(done.path.glob("*.gguf"))
+
+
+def test_several_formats_go_on_after_one_is_refused(trained, tmp_path, monkeypatch):
+    no_permutation(monkeypatch)
+    monkeypatch.setattr(parity, "missing", lambda runtime: "peft is not here" if runtime == "peft" else "")
+    with pytest.raises(ExportRefused, match="gguf: not what was trained"):
+        tunesmith.export(trained("llama"), "gguf,adapter", out=tmp_path / "all", quant="f16", console=quiet())
+    assert [p.name for p in (tmp_path / "all").iterdir()] == ["adapter"]
+
+
+def test_the_cases_are_families_with_a_test_of_their_own():
+    assert {family for family, *_ in BREAKS.values()} <= set(FAMILIES)

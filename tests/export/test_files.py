@@ -1,0 +1,181 @@
+"""What lies beside the weights: Modelfile, serve.sh, README.md, parity.json; and what --push sends where."""
+
+import json
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from tests.export.cases import export, quiet
+
+import tunesmith
+from tunesmith.errors import RunError
+from tunesmith.export import card, gguf, parity, push
+from tunesmith.export.ollama import modelfile, read_modelfile
+from tunesmith.export.source import open_run
+from tunesmith.export.vllm import adapter_line
+from tunesmith.files import verify
+from tunesmith.run import Run
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """As if no runtime were installed: what is written is what these tests look at."""
+    monkeypatch.setattr(parity, "missing", lambda runtime: f"{runtime} is not here")
+
+
+def test_a_modelfile_names_the_gguf_its_stops_and_the_context(trained, tmp_path, unchecked):
+    done = export(trained("llama"), "ollama", tmp_path / "out", quant="q8_0")
+    text = (done.path / "Modelfile").read_text()
+    assert read_modelfile(text) == ("./run-q8_0.gguf", ["<|end|>"], 256) and (done.path / "run-q8_0.gguf").is_file()
+    assert "ADAPTER" not in text and "\nTEMPLATE" not in text
+    assert done.hints == (f"ollama create run -f {done.path / 'Modelfile'}", "ollama run run")
+
+
+def test_a_modelfile_escapes_and_does_not_open_more_context_than_memory_is_wont_to_hold():
+    token = {5: '<"x\n">', 7: "<|end|>"}.get
+    renderer = SimpleNamespace(stop_ids=frozenset({7, 5}), tokenizer=SimpleNamespace(token=token))
+    text = modelfile("a.gguf", renderer, 131_072)
+    assert read_modelfile(text) == ("./a.gguf", ['<"x\n">', "<|end|>"], 8192) and "131,072 tokens" in text
+
+
+def test_a_vllm_folder_comes_with_the_line_that_serves_it(trained, tmp_path, unchecked):
+    done = export(trained("llama"), "vllm", tmp_path / "out")
+    line = f"vllm serve {done.path} --served-model-name run --dtype float32 --max-model-len 256 --generation-config auto"
+    assert done.hints == (line,) and (done.path / "model.safetensors").is_file()
+    assert (done.path / "serve.sh").read_text() == line.replace(str(done.path), '"$(dirname "$0")"') + "\n"
+    assert any("vLLM is not installed" in note for note in done.parity.notes)
+    source = SimpleNamespace(name="run", base=SimpleNamespace(name="a/b", revision="1"))
+    assert "--max-lora-rank 16 --lora-modules run=out" in adapter_line(source, "out", 12)
+
+
+def test_an_export_is_whole_and_its_card_names_what_it_is_made_of(trained, tmp_path):
+    done = export(trained("llama"), "gguf", tmp_path / "out", quant="q8_0")
+    assert verify(done.path) == [] and {p.name for p in done.path.iterdir()} == {
+        "run-q8_0.gguf", "README.md", "parity.json", "manifest.json",
+    }  # fmt: skip
+    text = (done.path / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["library_name"] == "gguf" and front["tags"] == ["tunesmith", "lora"]
+    manifest = Run.open(trained("llama")).manifest
+    for needed in (
+        manifest["data"],
+        manifest["base"],
+        "KL a token",
+        "llama-server -m out/run-q8_0.gguf",
+        "before,",
+        "**verified**",
+    ):
+        assert needed in text, needed
+    assert str(tmp_path) not in text and str(trained("llama").parent) not in text
+    kept = json.loads((done.path / "parity.json").read_text())
+    assert kept["state"] == "verified" and kept["measured"]["numbers"]["bounds"] == [0.003, 0.05]
+
+
+def test_an_earlier_export_is_replaced_and_anything_else_is_not(trained, tmp_path, unchecked):
+    run = trained("llama")
+    first = export(run, "gguf", tmp_path / "out", quant="f16")
+    again = export(run, "gguf", tmp_path / "out", quant="q8_0")
+    assert first.path == again.path and [p.name for p in again.path.glob("*.gguf")] == ["run-q8_0.gguf"]
+    (again.path / "parity.json").unlink()
+    with pytest.raises(RunError, match="not empty"):
+        export(run, "gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [
+        ("---\nlicense: apache-2.0\n---\n# x", "apache-2.0"),
+        ("---\nlicense: [a, b]\n---\n", None),
+        ("---\nlicense: 'a b\\n# c'\n---\n", None),
+        ("---\n: : :\n---\n", None),
+        ("# no front", None),
+        (None, None),
+    ],
+)
+def test_the_licence_is_the_bases(text, licence, tmp_path):
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert card.licence_of(tmp_path) == licence
+
+
+# ---- K-quants ----------------------------------------------------------------------------------------------------------------
+
+
+def test_k_quants_are_made_by_llama_cpps_own_quantiser(trained, tmp_path, monkeypatch):
+    """A stand-in is called as llama-quantize is: the f16 file, the file to write, the type's name."""
+    tool = tmp_path / "bin" / "llama-quantize"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\nhead -c 4 "$1" > "$2"; echo "$3" >> "$2"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
+    gguf.write(open_run(trained("llama")), tmp_path / "x.gguf", "q4_k_m", "auto")
+    assert (tmp_path / "x.gguf").read_bytes() == b"GGUFQ4_K_M\n" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_k_quants_without_it_say_where_to_get_it(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "quantiser", lambda: None)
+    with pytest.raises(RunError, match="own quantiser, which is not here") as refused:
+        tunesmith.export(trained("llama"), "gguf", quant="q4_k_m", out=tmp_path / "out", console=quiet())
+    assert "llama-quantize" in refused.value.fix and not (tmp_path / "out").exists()
+
+
+# ---- the hub -----------------------------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """huggingface_hub.HfApi as far as it is used."""
+
+    def __init__(self, calls, fault=None):
+        self.calls, self.fault = calls, fault
+
+    def create_repo(self, repo, **how):
+        self.calls.append(("create", repo, how))
+        if self.fault:
+            raise self.fault
+
+    def upload_folder(self, **how):
+        kept = [p.name for p in Path(how["folder_path"]).iterdir()]
+        files = sorted(n for n in kept if not any(fnmatch(n, pattern) for pattern in how["ignore_patterns"]))
+        self.calls.append(("upload", how["repo_id"], files, how["commit_message"]))
+        return SimpleNamespace(commit_url="https://hub/me/x/commit/1")
+
+
+def test_push_sends_the_export_to_a_private_repository(trained, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(calls))
+    console = quiet()
+    tunesmith.export(trained("llama"), "gguf", out=tmp_path / "out", push="me/x", console=console)
+    assert calls == [
+        ("create", "me/x", {"private": True, "exist_ok": True}),
+        ("upload", "me/x", ["README.md", "run-q8_0.gguf"], "run as gguf"),
+    ]
+    assert "https://hub/me/x/commit/1" in console.file.getvalue()
+
+
+def test_nothing_is_pushed_that_was_not_verified_or_not_asked_for(trained, tmp_path, monkeypatch, unchecked):
+    import huggingface_hub
+
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(calls))
+    export(trained("llama"), "gguf", tmp_path / "a", push="me/x")
+    export(trained("llama"), "gguf", tmp_path / "b")
+    assert calls == []
+
+
+def test_what_the_hub_refuses_is_told_with_its_fix(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    for fault, told, fix in (
+        (errors.LocalTokenNotFoundError("x"), "nobody is logged in", "hf auth login"),
+        (OSError("no route"), "cannot be reached", "check the connection"),
+    ):
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda fault=fault: Hub([], fault))
+        with pytest.raises(RunError, match=told) as refused:
+            push.push(tmp_path, "me/x", what="x")
+        assert re.search(fix, refused.value.fix)
