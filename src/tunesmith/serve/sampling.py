@@ -123,7 +123,7 @@ def _pick(logits_LV: Tensor, rows: Sequence[Row]) -> Tensor:
     rows = [rows[i] for i in cut]
     width = scores.shape[-1]
     most = max(row.job.top_k if row.job.top_p == 1 else width for row in rows)
-    ordered, ids = scores[at].topk(min(width, most)) if most < width else scores[at].sort(-1, descending=True, stable=True)
+    ordered, ids = scores[at].topk(min(width, most)) if most < width else scores[at].sort(dim=-1, descending=True, stable=True)
     if any(row.job.top_k for row in rows):
         keep = column([min(row.job.top_k, ordered.shape[-1]) or ordered.shape[-1] for row in rows], torch.int64)
         ordered = ordered.masked_fill(ordered < ordered.gather(-1, keep - 1), -math.inf)  # equals of the last stay in
