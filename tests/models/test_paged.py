@@ -1,4 +1,4 @@
-"""models/paged.py and models/lean.py: sequences that come, go and share blocks get the hidden states of the model without a cache."""
+"""models/paged.py and models/lean.py: sequences that come, go and share blocks get what the model gives without a cache."""
 
 import pytest
 import torch

@@ -6,9 +6,9 @@ import time
 
 import pytest
 import torch
-
 from tests.models.test_paged import decoder
 from tests.serve.conftest import write_adapter
+
 from tunesmith import adapters, models
 from tunesmith.errors import AdapterError, ConfigError, DataError, DoesNotFit, ModelError
 from tunesmith.generate import generate

@@ -255,5 +255,3 @@ class Bank:
         ids = [i for part in (wanted.values() if isinstance(wanted, dict) else [wanted]) for i in part]
         if base and ids and max(ids) >= len(next(iter(base.values()))):
             raise AdapterError(f"{folder}: it adds tokens to the base's vocabulary", MERGE)
-
-

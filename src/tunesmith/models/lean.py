@@ -1,8 +1,8 @@
 """The decoder for serving: as few launches a layer as there are products, and no autograd. Equal to the composed path's answers.
 
-Linears that share an input become one matrix, of which their weights are views: nothing is held twice. A layer is nine launches on
-an NVIDIA GPU (norm, qkv, split and rotate, store, attention, output, norm, gate and up, swiglu, down), 12 more where adapters are in
-the pass. `refusal` says who takes the composed path of models/decoder.py instead.
+Linears that share an input become one matrix, of which their weights are views: nothing is held twice. A layer is ten launches
+on an NVIDIA GPU (norm, qkv, split and rotate, store, attention, output, norm, gate and up, swiglu, down), 12 more where adapters
+are in the pass. `refusal` says who takes the composed path of models/decoder.py instead.
 
 Shape letters: T tokens in the stream, L chosen rows, D model width, N outputs of a group, K its inputs.
 """

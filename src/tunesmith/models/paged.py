@@ -143,7 +143,7 @@ class Pass:
                 self._tables = to_device(tables, q_NQH.device), to_device(lengths, q_NQH.device)
             splits = paged.splits_for(self.singles, keys.shape[1], self.longest)
             return paged.decode(q_NQH, keys, values, *self._tables, scale, window, softcap, splits)
-        n, heads, width = q_NQH.shape
+        n, _, width = q_NQH.shape
         out = torch.empty_like(q_NQH, memory_format=torch.contiguous_format)
         grouped, into = q_NQH.reshape(n, keys.shape[1], -1, width), out.view(n, keys.shape[1], -1, width)
         for i in range(n):
@@ -197,7 +197,9 @@ class Pass:
     def _pieces_layout(self) -> Layout:
         """Where they lie in the stream without the singles."""
         if self._alone is None:
-            self._alone = Layout.of([p.new for p in self.parts[self.singles :]], self.slots_T.device) if self.singles else self.layout
+            self._alone = (
+                Layout.of([p.new for p in self.parts[self.singles :]], self.slots_T.device) if self.singles else self.layout
+            )
         return self._alone
 
     def _flash(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
@@ -212,9 +214,7 @@ class Pass:
         slots, *ends = self._joined
         k, v = keys.index_select(0, slots), values.index_select(0, slots)
         back = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
-        return torch.ops.aten._flash_attention_forward(
-            q.contiguous(), k, v, *ends, 0.0, True, False, scale=scale, **back
-        )[0]
+        return torch.ops.aten._flash_attention_forward(q.contiguous(), k, v, *ends, 0.0, True, False, scale=scale, **back)[0]
 
 
 class RecordedPass(Pass):

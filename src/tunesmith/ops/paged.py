@@ -40,7 +40,7 @@ def reference(q_NQH: Tensor, keys_SKH: Tensor, values_SKH: Tensor, tables_NM: Te
 
 
 def splits_for(sequences: int, kv_heads: int, longest: int) -> int:
-    """How many programs share a sequence, a power of two: enough to fill a card, each with 256 tokens or more of the longest one."""
+    """How many programs share a sequence: a power of two that fills a card, with 256 tokens or more of the longest one for each."""
     wanted, room = backend.round_up(-(-PROGRAMS // max(1, sequences * kv_heads))), max(1, longest // 256)
     return min(wanted, 1 << (room.bit_length() - 1), 32)
 
@@ -69,7 +69,7 @@ def decode(q_NQH: Tensor, keys_SKH: Tensor, values_SKH: Tensor, tables_NM: Tenso
 
 
 def store(k_TKH: Tensor, v_TKH: Tensor, keys_SKH: Tensor, values_SKH: Tensor, slots_T: Tensor) -> None:
-    """keys[slots] = k, values[slots] = v: one launch on a GPU. slots int64; no slot twice, but those of block 0, which is nobody's."""
+    """keys[slots] = k, values[slots] = v, one launch on a GPU. slots int64; none twice but those of block 0, which is nobody's."""
     if not backend.triton_for(k_TKH):
         keys_SKH.index_copy_(0, slots_T, k_TKH)
         values_SKH.index_copy_(0, slots_T, v_TKH)

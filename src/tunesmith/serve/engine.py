@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import os
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -47,7 +46,7 @@ NAN = "the model's answers are nan: its weights are damaged, or its numbers too 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """`batch`: sequences at once. `queue`: how many more may wait. `piece`: tokens of prompts in a step in which others write;
-    `prompts`: where none does. `cache`: bytes of keys and values, None: what the device has left. `graphs`: record decoding (GPU)."""
+    `prompts`: where none does. `cache`: bytes of keys and values; None: what the device has left. `graphs`: record steps (GPU)."""
 
     batch: int = 64
     queue: int = 256
@@ -205,6 +204,10 @@ class Engine:
     def load(self, name: str, folder: Any) -> None:
         self.call(lambda: self.bank.load(name, folder))
 
+    def adopt(self, name: str) -> None:
+        """The adapter that is on the model already gets a name; before the first request."""
+        self.call(lambda: self.bank.adopt(name))
+
     def drop(self, name: str) -> None:
         """Answers of this adapter that are on their way end as cancelled."""
 
@@ -224,8 +227,17 @@ class Engine:
 
     def state(self) -> dict[str, int]:
         """Numbers for /health and tests."""
-        return {"running": len(self._live), "waiting": len(self._waiting) + len(self._inbox), "blocks": self.pool.blocks.count,
-                "free_blocks": self.pool.blocks.free, "steps": self.steps, "tokens": self.tokens, "preempted": self.preempted}  # fmt: skip
+        blocks = self.pool.blocks
+        return {
+            "alive": self._fault is None and not self._closing,
+            "running": len(self._live),
+            "waiting": len(self._waiting) + len(self._inbox),
+            "blocks": blocks.count,
+            "free_blocks": blocks.free,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "preempted": self.preempted,
+        }
 
     # ---- set-up
 
@@ -258,7 +270,7 @@ class Engine:
                 free, total = torch.cuda.mem_get_info(self.device)
                 room = int(free - 0.05 * total - (2 << 30))  # a piece's activations, recordings, scores over the vocabulary
             else:
-                room = min(_main_memory() // 4, 4 << 30)
+                room = min(main_memory() // 4, 4 << 30)
         count = min(room // block, most + 1)
         if count < 1 + 256 // BLOCK:
             raise DoesNotFit(f"{room / 2**30:.2f} GiB are left for keys and values, too little for 256 tokens",
@@ -295,9 +307,9 @@ class Engine:
         except BaseException as e:  # noqa: BLE001 - clients must not wait for ever for a thread that is gone
             self._fault = e
             traceback.print_exc()
+        fault = None if self._fault is None else ModelError(f"the engine failed: {type(self._fault).__name__}", "see its log")
         for sequence in (*self._live, *self._waiting):
-            self._end(sequence, "cancelled" if self._fault is None else "error",
-                      None if self._fault is None else ModelError(f"the engine failed: {type(self._fault).__name__}", "see its log"))  # fmt: skip
+            self._end(sequence, "cancelled" if fault is None else "error", fault)
         self._sweep()
         while self._inbox:
             self._inbox.popleft()()
@@ -520,9 +532,7 @@ class Engine:
             self._end(s, "error", e)
             return
         s.unsaid += s.text.push(token)
-        if self._stopped(s):
-            self._end(s, "stop")
-        elif s.follower is not None and s.follower.done:
+        if self._stopped(s) or (s.follower is not None and s.follower.done):
             self._end(s, "stop")
         elif s.made >= s.room:
             self._end(s, "length")
@@ -563,7 +573,7 @@ class Engine:
         self._wake.set()
 
     def _sweep(self) -> None:
-        """Those who have ended leave, and their blocks are free: a pass under way that still writes there comes before any other's."""
+        """Those who have ended leave; their blocks are free. What a pass under way writes there still comes before any later one."""
         if any(s.ended for s in self._live):
             for s in self._live:
                 if s.ended:
@@ -578,7 +588,7 @@ def _chosen(job: Job, token: int, logprob: float, top: tuple[Chosen, ...] = ()) 
     return Chosen(token, text, max(logprob, -9999.0), top)
 
 
-def _main_memory() -> int:
+def main_memory() -> int:
     """Bytes of main memory that are free; 8 GiB where nobody says."""
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -19,6 +19,10 @@ class Busy(TunesmithError):
         self.after = after
 
 
+class Missing(TunesmithError):
+    """A name that is not among those served."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """A token, what it says, ln of its probability, and the likeliest ones beside it."""
@@ -92,4 +96,8 @@ class Engine(Protocol):
 
     def submit(self, *jobs: Job) -> list[Ticket]:
         """All or none. Raises Busy beyond the queue, DataError for a prompt that can have no answer."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Numbers for /health: `alive`, `running`, `waiting` ..."""
         ...
