@@ -32,8 +32,10 @@ class Words:
 
 class Renderer:
     tokenizer = Words()
-    templates = {"default": "<tool_call>"}
     stop_ids = frozenset({0})
+
+    def __init__(self):
+        self.templates = {"default": "<tool_call>"}
 
     def prompt(self, messages, tools=()):
         return [ord(c) for c in "".join(f"{m['role']}:{m['content']}|" for m in messages)]

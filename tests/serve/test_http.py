@@ -64,7 +64,7 @@ def fault(response, status, code=None):
 
 # ---- who may ask
 
-ROUTES = [(r.path.replace("{name}", "tiny"), sorted(r.methods - {"HEAD"})[0]) for r in app().routes]
+ROUTES = [(r.path.replace("{name}", "tiny").replace("{name:path}", "tiny"), sorted(r.methods - {"HEAD"})[0]) for r in app().routes]
 BODY = json.dumps(chat()).encode()
 
 

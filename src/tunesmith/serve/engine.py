@@ -573,7 +573,7 @@ class Engine:
         self._wake.set()
 
     def _sweep(self) -> None:
-        """Those who have ended leave; their blocks are free. What a pass under way writes there still comes before any later one."""
+        """Those who have ended leave, and their blocks are free: what a pass under way writes there comes before any later one."""
         if any(s.ended for s in self._live):
             for s in self._live:
                 if s.ended:

@@ -227,7 +227,7 @@ def build(service: Service, shelf: Any = None, **guard: Any) -> Starlette:
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/completions", completion, methods=["POST"]),
         Route("/v1/models", models),
-        Route("/v1/models/{name}", model),
+        Route("/v1/models/{name:path}", model),
         Route("/v1/adapters", adapters),
         Route("/v1/adapters", load, methods=["POST"]),
         Route("/v1/adapters/{name}", drop, methods=["DELETE"]),

@@ -53,7 +53,7 @@ class Shelf:
         self.notes = [self._densify(model)] if self.store == "nf4" else []
         tuned = bool(adapters.twins(model))
         self.base = run.config.model if tuned else str(sources[0])
-        base_name = self._base_name(run) if tuned else self.talker.name
+        base_name = _short(self.base) if tuned or run is None else self.talker.name
         self.engine = Engine(model, base=base_name, limits=Limits.on(model.device, **limits or {}))
         self.served: dict[str, Served] = {}
         if tuned:
@@ -167,11 +167,6 @@ class Shelf:
                                "serve it with a server of its own")  # fmt: skip
 
     @staticmethod
-    def _base_name(run: Run) -> str:
-        model = run.config.model
-        return Path(model).name if Path(model).exists() else model.partition("@")[0]
-
-    @staticmethod
     def _densify(model: Any) -> str:
         """4-bit weights are decoded at start where there is room: the numbers are the same, and no step decodes them again."""
         import torch
@@ -188,3 +183,8 @@ class Shelf:
             return "4-bit weights are decoded again at each step: there is no room for them decoded; slow"
         count = lean.densify(model)
         return f"{count} linears decoded from 4 bits once: {weights * size / 2**30:.1f} GiB"
+
+
+def _short(model: str) -> str:
+    """What clients call a base: a folder's own name, no path of this machine; a hub id without its revision."""
+    return Path(model).absolute().name if Path(model).exists() else model.partition("@")[0]
