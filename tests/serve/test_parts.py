@@ -118,7 +118,7 @@ def test_a_schema_that_cannot_be_followed_is_refused_with_the_reason(grammars, s
 @pytest.mark.parametrize(
     ("template", "text", "before", "calls"),
     [
-        ("<tool_call>", 'Ok.\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>\n<tool_call>{"name": "g"}</tool_call>',
+        ("<tool_call>", 'Ok.\n<tool_call>\n{"name": "f", "arguments": {"a":1}}\n</tool_call>\n<tool_call>{"name": "g"}</tool_call>',
          "Ok.", [("f", {"a": 1}), ("g", {})]),
         ("<tool_call>", "no call", "no call", []),
         ("<tool_call>", "x <tool_call>{oops</tool_call>", "x <tool_call>{oops</tool_call>", []),

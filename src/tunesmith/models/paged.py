@@ -26,6 +26,8 @@ from tunesmith.ops.attention import Layout, attention, capped, room_kernel, to_d
 from tunesmith.ops.paged import BLOCK
 from tunesmith.spec import Spec
 
+TOGETHER = 512  # tokens: what is longer is read where it lies, not gathered
+
 
 class Blocks:
     """Which of `count` blocks are free. Block 0 never is."""
@@ -101,8 +103,9 @@ class Pass:
         self.positions_T = to_device(torch.from_numpy(np.concatenate(held)), device)
         self.slots_T = to_device(torch.from_numpy(np.concatenate(slots)), device)
         self.longest = max((part.past + 1 for part in parts[: self.singles]), default=0)
-        self._where: list[slice | Tensor] | None = None  # made when first asked for, as the next three
+        self._where: list[slice | Tensor] | None = None  # made when first asked for, as the next four
         self._tables: tuple[Tensor, Tensor] | None = None
+        self._grouped: dict[int | None, list[tuple[list[int], Tensor | None, Tensor | None]]] = {}
         self._alone: Layout | None = None
         self._joined: tuple[Tensor, Tensor, Tensor, int, int] | None = None
 
@@ -146,13 +149,43 @@ class Pass:
         n, _, width = q_NQH.shape
         out = torch.empty_like(q_NQH, memory_format=torch.contiguous_format)
         grouped, into = q_NQH.reshape(n, keys.shape[1], -1, width), out.view(n, keys.shape[1], -1, width)
-        for i in range(n):
-            k, v = self._held(i, keys, values, window)
-            if softcap is None:
-                into[i] = F.scaled_dot_product_attention(grouped[i : i + 1], k, v, scale=scale)[0]
+        for group, slots, mask in self._groups(window):
+            if slots is None:
+                k, v = self._held(group[0], keys, values, window)
             else:
-                into[i] = capped(grouped[i : i + 1], k, v, None, scale, softcap)[0]
+                shape = len(group), -1, *keys.shape[1:]
+                k, v = (x.index_select(0, slots).view(shape).transpose(1, 2) for x in (keys, values))
+            at = slice(group[0], group[0] + 1) if slots is None else group
+            if softcap is None:
+                into[at] = F.scaled_dot_product_attention(grouped[at], k, v, attn_mask=mask, scale=scale)
+            else:
+                into[at] = capped(grouped[at], k, v, mask, scale, softcap)
         return out
+
+    def _groups(self, window: int | None) -> list[tuple[list[int], Tensor | None, Tensor | None]]:
+        """Singles whose attention is one call: up to TOGETHER tokens, those within a factor of two, gathered and masked (slots and
+        bool mask); longer ones each by itself, in place. On two cores a call costs 50 us and a wake-up of the other, 64 of them in
+        each layer."""
+        if window not in self._grouped:
+            sizes: dict[int, list[int]] = {}
+            for i, part in enumerate(self.parts[: self.singles]):
+                length = part.past + 1 if window is None else min(part.past + 1, window)
+                sizes.setdefault(backend.round_up(max(length, 64)) if length <= TOGETHER else -1 - i, []).append(i)
+            self._grouped[window] = [
+                (group, None, None) if len(group) == 1 else (group, *self._joint(group, window)) for group in sizes.values()
+            ]
+        return self._grouped[window]
+
+    def _joint(self, group: list[int], window: int | None) -> tuple[Tensor, Tensor]:
+        """(slots of all the group's tokens, each sequence padded with its own first one; which are no padding [n, 1, 1, t])."""
+        held = [np.arange(0 if window is None else max(0, p.past + 1 - window), p.past + 1) for p in (self.parts[i] for i in group)]
+        slots = np.zeros((len(group), max(map(len, held))), np.int64)
+        for row, i, tokens in zip(slots, group, held, strict=True):
+            row[:] = self.parts[i].blocks[tokens[0] // BLOCK] * BLOCK + tokens[0] % BLOCK
+            row[: len(tokens)] = _slots(self.parts[i].blocks, tokens)
+        mask = np.arange(slots.shape[1]) < np.array([len(t) for t in held])[:, None]
+        device = self.pool.keys.device
+        return to_device(torch.from_numpy(slots.reshape(-1)), device), to_device(torch.from_numpy(mask), device)[:, None, None]
 
     def _held(self, i: int, keys: Tensor, values: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
         """[1, K, t, H] each: what sequence i holds, its last `window` tokens; not copied where its blocks lie in a row."""

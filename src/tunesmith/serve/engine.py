@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -43,22 +44,27 @@ from tunesmith.serve.sampling import Drawn, Row, sample
 NAN = "the model's answers are nan: its weights are damaged, or its numbers too large for this dtype", "serve it in fp32"
 
 
+MIN_PIECE = 32  # tokens of a prompt in a step, however slow the device
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`batch`: sequences at once. `queue`: how many more may wait. `piece`: tokens of prompts in a step in which others write;
-    `prompts`: where none does. `cache`: bytes of keys and values; None: what the device has left. `graphs`: record steps (GPU)."""
+    """`batch`: sequences at once. `queue`: how many more may wait. `piece`: tokens of prompts in a step in which others write,
+    and fewer where a step would take longer than `pace` seconds; `prompts`: where nobody writes.
+    `cache`: bytes of keys and values; None: what the device has left. `graphs`: record steps (GPU)."""
 
     batch: int = 64
     queue: int = 256
     piece: int = 512
     prompts: int = 4096
+    pace: float = 0.2
     cache: int | None = None
     graphs: bool = True
 
     @classmethod
     def on(cls, device: torch.device, **more: Any) -> Limits:
-        """Defaults of a device: a CPU computes 128 tokens of Llama-3.2-1B in about a second."""
-        return cls(**({"piece": 64, "prompts": 256} if device.type == "cpu" else {}) | more)
+        """Defaults of a device."""
+        return cls(**({"prompts": 512} if device.type == "cpu" else {}) | more)
 
 
 @dataclass(eq=False)
@@ -146,6 +152,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._fault: BaseException | None = None
         self.steps = self.tokens = self.preempted = 0
+        self._rate = 0.0  # seconds a token of the last steps with prompts in them, where steps are waited for
 
     # ---- for any thread
 
@@ -328,12 +335,16 @@ class Engine:
         self._join()
         planned = self._plan()
         last, self._last = self._last, None
+        begun = time.perf_counter()
         step = self._launch(planned, last) if planned else None
         if last is not None:
             self._take(last)
         if step is not None and not self.ahead:
             self._take(step)
             step = None
+            if (tokens := sum(n for _, n in planned)) > len(planned):
+                rate = (time.perf_counter() - begun) / tokens
+                self._rate = rate if not self._rate else 0.7 * self._rate + 0.3 * rate
         self._last = step
         self._sweep()
         return bool(planned or last or self._live or self._inbox)
@@ -373,7 +384,7 @@ class Engine:
             if self.switch is not None and s.held and not s.long and len(s.ids) > self.switch:
                 self._release(s)  # it has grown past its first context: all of it again, under the long table
         planned = [(s, 1) for s in list(self._live) if s.pending == 1 and self._may_write(s) and self._grow(s, 1, writes=True)]
-        room = self.limits.piece if planned else self.limits.prompts
+        room = self._piece(len(planned)) if planned else self.limits.prompts
         for s in list(self._live):
             n = min(s.pending, room)
             if s.pending > 1 and n > 1 and s.row >= 0 and self._grow(s, n, writes=False):
@@ -382,6 +393,12 @@ class Engine:
         planned = [(s, n) for s, n in planned if s.row >= 0]  # a later one may have taken an earlier one's blocks
         assert planned or self._last is not None or not self._live, "sequences run and none can go on"
         return planned
+
+    def _piece(self, writers: int) -> int:
+        """Tokens of prompts beside those who write: what `pace` affords, but four for each who writes, or prompts wait too long."""
+        if not self._rate:
+            return self.limits.piece
+        return min(self.limits.piece, max(MIN_PIECE, 4 * writers, int(self.limits.pace / self._rate)))
 
     def _may_write(self, s: Answer) -> bool:
         """Not where the token that the device alone knows may be the last one, or decides what comes next."""

@@ -97,7 +97,7 @@ class ChatMessage(_Part):
         for part in value:
             kind = part.get("type")
             if kind != "text":
-                raise ValueError(f"a part of type {kind!r}: this server takes text alone, and fetches nothing")
+                raise ValueError(f"a part of type {str(kind)[:40]!r}: this server takes text alone, and fetches nothing")
             if not isinstance(part.get("text"), str) or len(part) != 2:
                 raise ValueError("a text part is {'type': 'text', 'text': '...'}")
             texts.append(part["text"])
@@ -341,7 +341,7 @@ def _fault(faults: list[Any], kind: type[BaseModel]) -> ApiError:
     fault = min(faults, key=lambda f: f["type"] != "extra_forbidden")
     keys = [str(k) for k in fault["loc"] if not str(k).startswith(("function-", "constrained", "list[", "str", "int"))]
     param = ".".join(keys)[:120] or None
-    message = fault["msg"].removeprefix("Value error, ")
+    message = fault["msg"].removeprefix("Value error, ")[:500]
     if fault["type"] == "extra_forbidden":
         near = did_you_mean(keys[-1], kind.model_fields) if len(keys) == 1 else ""
         message = "unknown key" + (f"; {near}" if near.startswith("did") else "")
