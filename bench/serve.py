@@ -54,6 +54,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": True, "hidden_act": "silu",
     },
 }  # fmt: skip
+PEER_BLOCKS, PEER_TOKENS = 448, 768  # on a CPU, where transformers would take nearly all main memory: room for 64 long sequences
 ARMS = ("tunesmith", "transformers")
 
 
@@ -156,7 +157,7 @@ class Theirs:
     def __init__(self, model: str, cuda: bool):
         import torch
         import transformers
-        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+        from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
         transformers.logging.set_verbosity_error()
         dtype, device = (torch.bfloat16, "cuda") if cuda else (torch.float32, "cpu")
@@ -168,7 +169,11 @@ class Theirs:
             with torch.device(device):
                 built = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.vocab, self.model = built.config.vocab_size, built.eval()
-        self.manager = built.init_continuous_batching(generation_config=GenerationConfig(do_sample=False, eos_token_id=-1))
+        sizes = {} if cuda else {"num_blocks": PEER_BLOCKS, "max_batch_tokens": PEER_TOKENS}
+        self.manager = built.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
+            continuous_batching_config=ContinuousBatchingConfig(**sizes),
+        )
         self.manager.start()
         self.note = f"attention: {built.config._attn_implementation}"
 
@@ -185,9 +190,9 @@ class Theirs:
         for _ in range(streams):
             next_one()
         while open_:
-            out = self.manager.get_result(timeout=60)
+            out = self.manager.get_result(timeout=120)
             if out is None:
-                raise RuntimeError(f"no token within 60 s: {self.manager.background_thread_status.fatal_error}")
+                raise RuntimeError(f"no token within 120 s: {self.manager.background_thread_status.fatal_error}")
             if out.error:
                 raise RuntimeError(out.error)
             record = open_.get(out.request_id)
@@ -311,7 +316,8 @@ def over_http(task: dict[str, Any]) -> None:
     else:
         env.pop("PYTHONPATH")
         command = [task["peer"], "-m", "transformers.cli.transformers", "serve", folder, "--port", str(port), "--dtype", "float32",
-                   *(["--continuous-batching"] if task["arm"] == "transformers" else [])]  # fmt: skip
+                   *(["--continuous-batching", "--cb-num-blocks", str(PEER_BLOCKS), "--cb-max-batch-tokens", str(PEER_TOKENS)]
+                     if task["arm"] == "transformers" else [])]  # fmt: skip
     log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the server
     server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
     try:

@@ -29,6 +29,7 @@ ROOMS = (
     "spec",
     "hub",
     "devices",
+    "serve.http",
     "cli",
 )
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "triton")

@@ -373,7 +373,9 @@ def serve(
     device: Annotated[str, Parameter(help="auto, cuda or cpu.")] = "auto",
     dtype: Annotated[str, Parameter(help="auto, bf16, fp16 or fp32.")] = "auto",
 ) -> None:
-    """Answer over HTTP as OpenAI's API does: chat, completions, models. Open to this machine alone, with a token.
+    """Answer over HTTP as OpenAI's API does, on this machine alone.
+
+    Chat, completions, models; its token is in a file that is named at the start. Needs the extra `serve`.
 
     tunesmith serve runs/first
 
