@@ -98,13 +98,14 @@ class Silent:
 
 
 class Ours:
-    def __init__(self, model: str, cuda: bool):
+    def __init__(self, model: str, cuda: bool, kernels: str):
         import torch
 
         sys.path.insert(0, str(ROOT / "src"))
         from tunesmith import models
         from tunesmith.hub import resolve_model
         from tunesmith.models.decoder import Decoder
+        from tunesmith.ops import backend
         from tunesmith.serve.engine import Engine, Limits
         from tunesmith.spec import spec_of
 
@@ -113,7 +114,8 @@ class Ours:
             built = models.load(resolve_model("embedded").path, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
         else:
             built = Decoder(spec_of(SHAPES[model]), dtype=torch.bfloat16 if cuda else torch.float32, device=device)
-        limits = Limits.on(device, cache=None if cuda else 1 << 30)
+        backend.set_mode(kernels)
+        limits = Limits.on(device, cache=None if cuda else 1 << 30, graphs=kernels != "reference")
         self.vocab = built.vocab
         self.engine = Engine(built, limits=limits).start()
         self.note = "; ".join(self.engine.notes) or "lean path" + (", CUDA graphs" if self.engine._graphs else "")
@@ -154,10 +156,10 @@ class Ours:
 
 
 class Theirs:
-    def __init__(self, model: str, cuda: bool):
+    def __init__(self, model: str, cuda: bool, kernels: str):
         import torch
         import transformers
-        from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
         transformers.logging.set_verbosity_error()
         dtype, device = (torch.bfloat16, "cuda") if cuda else (torch.float32, "cpu")
@@ -169,11 +171,11 @@ class Theirs:
             with torch.device(device):
                 built = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.vocab, self.model = built.config.vocab_size, built.eval()
-        sizes = {} if cuda else {"num_blocks": PEER_BLOCKS, "max_batch_tokens": PEER_TOKENS}
-        self.manager = built.init_continuous_batching(
-            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
-            continuous_batching_config=ContinuousBatchingConfig(**sizes),
-        )
+        how: dict[str, Any] = {"generation_config": GenerationConfig(do_sample=False, eos_token_id=-1)}
+        if not cuda:
+            sizes = {"num_blocks": PEER_BLOCKS, "max_batch_tokens": PEER_TOKENS}
+            how["continuous_batching_config"] = transformers.ContinuousBatchingConfig(**sizes)
+        self.manager = built.init_continuous_batching(**how)
         self.manager.start()
         self.note = f"attention: {built.config._attn_implementation}"
 
@@ -183,7 +185,7 @@ class Theirs:
         def next_one() -> None:
             if left:
                 prompt, tokens = left.pop()
-                name = self.manager.add_request(prompt, max_new_tokens=tokens, streaming=True, eos_token_id=-1)
+                name = self.manager.add_request(prompt, max_new_tokens=tokens, streaming=True)
                 open_[name] = {"start": time.perf_counter(), "first": 0.0, "tokens": 0, "wanted": tokens}
 
         start = time.perf_counter()
@@ -192,7 +194,7 @@ class Theirs:
         while open_:
             out = self.manager.get_result(timeout=120)
             if out is None:
-                raise RuntimeError(f"no token within 120 s: {self.manager.background_thread_status.fatal_error}")
+                raise RuntimeError(f"no token within 120 s: {getattr(self.manager, 'background_thread_status', None)}")
             if out.error:
                 raise RuntimeError(out.error)
             record = open_.get(out.request_id)
@@ -218,7 +220,7 @@ def child(task: dict[str, Any]) -> None:
     if task["threads"]:
         torch.set_num_threads(task["threads"])
     start = time.perf_counter()
-    arm = (Ours if task["arm"] == "tunesmith" else Theirs)(task["model"], cuda)
+    arm = (Ours if task["arm"] == "tunesmith" else Theirs)(task["model"], cuda, task["kernels"])
     counts = COUNT if cuda else COUNT_CPU
     try:
         arm.run(work(4, arm.vocab, seed=99), 4)  # kernels compile, caches fill
@@ -376,6 +378,7 @@ def main() -> None:
     parser.add_argument("--streams", default=",".join(map(str, STREAMS)))
     parser.add_argument("--arms", help="of tunesmith, transformers; with --http also transformers-plain, one request at a time")
     parser.add_argument("--threads", type=int, default=0, help="of a CPU, for each arm; on a busy machine more than one are slower")
+    parser.add_argument("--kernels", default="auto", help="of ours: auto, or reference, plain PyTorch without CUDA graphs")
     parser.add_argument("--cpu", action="store_true", help="the CPU, though there is a GPU")
     parser.add_argument("--http", action="store_true")
     parser.add_argument("--peer", default=sys.executable, help="the Python of transformers serve")
@@ -414,7 +417,7 @@ def main() -> None:
 def one(args: argparse.Namespace, common: dict[str, Any], left: list[int], file: Path, limit: float) -> None:
     """A child for one (model, arm); its rows go into the file as they come."""
     task = {"model": common["model"], "arm": common["arm"], "streams": left, "cpu": args.cpu, "http": args.http, "peer": args.peer,
-            "threads": args.threads}  # fmt: skip
+            "threads": args.threads, "kernels": args.kernels}  # fmt: skip
     command = [sys.executable, str(HERE / "serve.py"), "--task", json.dumps(task)]
     env = os.environ | ({"OMP_NUM_THREADS": str(args.threads)} if args.threads else {})
     env |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])}

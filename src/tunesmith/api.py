@@ -464,6 +464,7 @@ def serve(
     limits: dict[str, Any] | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    kernels: str = "auto",
     say: Callable[[str], None] = print,
 ) -> None:
     """Answer over HTTP as OpenAI's API does, until it is stopped. The first of `models` is a run folder, a checkpoint, a hub id or
@@ -490,6 +491,7 @@ def serve(
         allow_hosts=allow_hosts,
         limits=limits,
         memory=memory,
+        kernels=kernels,
         say=say,
     )
 

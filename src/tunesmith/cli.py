@@ -372,6 +372,9 @@ def serve(
     ] = None,
     device: Annotated[str, Parameter(help="auto, cuda or cpu.")] = "auto",
     dtype: Annotated[str, Parameter(help="auto, bf16, fp16 or fp32.")] = "auto",
+    kernels: Annotated[
+        str, Parameter(help="auto; reference: plain PyTorch, no CUDA graphs; triton: its kernels or an error.")
+    ] = "auto",
 ) -> None:
     """Answer over HTTP as OpenAI's API does, on this machine alone.
 
@@ -396,6 +399,7 @@ def serve(
         limits=limits if cache_gb is None else limits | {"cache": int(cache_gb * 2**30)},
         device=device,
         dtype=dtype,
+        kernels=kernels,
         say=_say,
     )
 

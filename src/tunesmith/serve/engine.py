@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 import time
 import traceback
@@ -365,9 +366,16 @@ class Engine:
     @torch.no_grad()
     def _warm(self) -> None:
         """Record what will be replayed, before anybody waits for it."""
-        if self._graphs is not None:
-            self._graphs.forget()
+        if self._graphs is None:
+            return
+        self._graphs.forget()
+        try:
             self._graphs.warm()
+        except Exception as e:  # noqa: BLE001 - a driver, a kernel's compiler, an operation that cannot be recorded: all go on without
+            self._graphs = None
+            reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else 'no reason'}"
+            self.notes = [*self.notes, f"steps are not recorded: {reason}"]
+            print(f"note    {self.notes[-1]}", file=sys.stderr, flush=True)
 
     def _join(self) -> None:
         """Those who wait, in their order, while there are places, and blocks for their prompts and one more each for all."""

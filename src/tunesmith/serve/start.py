@@ -90,18 +90,23 @@ def library() -> Any:
 
 def run(sources: Sequence[str | Path], *, docs: Path | None = None, passages: int = 4, adapters: Path | None = None,
         host: str = "127.0.0.1", port: int = 8000, token: Path | None = None, allow_hosts: Sequence[str] = (),
-        limits: dict[str, Any] | None = None, memory: Any = None, say: Callable[[str], None] = print,
+        limits: dict[str, Any] | None = None, memory: Any = None, kernels: str = "auto", say: Callable[[str], None] = print,
         ready: Callable[[Any], None] | None = None) -> None:  # fmt: skip
-    """Open `sources`, serve until SIGINT or SIGTERM. `ready` gets uvicorn's server once it is made (its `should_exit` ends it)."""
+    """Open `sources`, serve until SIGINT or SIGTERM. `ready` gets uvicorn's server once it is made (its `should_exit` ends it).
+    `kernels`: as in ops/backend.py; `reference` also records no steps."""
     uvicorn = library()
     sock = listen(host, port)
     try:
         port = sock.getsockname()[1]
         secret, where = token_file(token, host, port)
+        from tunesmith.ops import backend
         from tunesmith.serve.http import build
         from tunesmith.serve.service import Service
         from tunesmith.serve.shelf import Shelf
 
+        backend.set_mode(kernels)
+        if kernels == "reference":
+            limits = (limits or {}) | {"graphs": False}
         search, close = _search(docs, passages)
         shelf = Shelf(sources, folder=adapters, memory=memory, limits=limits)
     except BaseException:
