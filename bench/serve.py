@@ -360,7 +360,8 @@ def card(args: argparse.Namespace) -> str:
 
     if torch.cuda.is_available() and not args.cpu:
         return torch.cuda.get_device_name()
-    return f"CPU, {args.threads or os.cpu_count()} threads of {os.cpu_count()} cores"
+    threads = args.threads or os.cpu_count()
+    return f"CPU, {threads} {'thread' if threads == 1 else 'threads'} of {os.cpu_count()} cores"
 
 
 def installed(package: str) -> str:
@@ -453,17 +454,18 @@ def table(out: Path) -> None:
     file = out / "serve.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     newest = {(r["device"], r["mode"], r["model"], r["streams"], r["arm"]): r for r in rows if "error" not in r}
-    arms = list(dict.fromkeys(k[-1] for k in newest))
-    lines = [
-        "| device | how | model | streams | " + " | ".join(f"{a}: tokens/s, first token p50 / p95" for a in arms) + " | ratio |"
-    ]
-    lines += ["|" + "---|" * (5 + len(arms))]
+    arms = sorted({k[-1] for k in newest}, key=[*ARMS, "transformers-plain"].index)
+    told = "tokens/s, first token p50 / p95"
+    lines = ["| device | how | model | streams | " + " | ".join(f"{a}: {told}" for a in arms) + " | ratio | of processor time |"]
+    lines += ["|" + "---|" * (6 + len(arms))]
     for key in dict.fromkeys(k[:-1] for k in newest):
         found = [newest.get((*key, arm)) for arm in arms]
         cells = [f"{r['tokens_per_s']:,.0f}, {r['ttft_p50']:.2f} / {r['ttft_p95']:.2f} s" if r else "" for r in found]
         ours, theirs = newest.get((*key, "tunesmith")), newest.get((*key, "transformers"))
-        ratio = f"{ours['tokens_per_s'] / theirs['tokens_per_s']:.2f}" if ours and theirs else ""
-        lines.append("| " + " | ".join([*map(str, key), *cells, ratio]) + " |")
+        for name in ("tokens_per_s", "tokens_per_processor_s"):
+            both = ours and theirs and ours.get(name) and theirs.get(name)
+            cells.append(f"{ours[name] / theirs[name]:.2f}" if both else "")
+        lines.append("| " + " | ".join([*map(str, key), *cells]) + " |")
     print("\n".join(lines), flush=True)
 
 
