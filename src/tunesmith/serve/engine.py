@@ -129,8 +129,8 @@ class Engine:
                              "serve a native family (README, Limits), or this one with transformers serve or vLLM")  # fmt: skip
         self.model, self.device, self.base = model.eval().requires_grad_(False), model.device, base
         self.limits = limits or Limits.on(self.device)
-        if not 1 <= self.limits.batch <= _Graphs.SIZES[-1]:
-            raise ConfigError(f"{self.limits.batch} sequences at once", f"from 1 to {_Graphs.SIZES[-1]}")
+        if not 1 <= self.limits.batch <= Graphs.SIZES[-1]:
+            raise ConfigError(f"{self.limits.batch} sequences at once", f"from 1 to {Graphs.SIZES[-1]}")
         self.dtype = model.model.norm.weight.dtype
         self.switch = model.spec.rope.switch
         self.bank = Bank(model)
@@ -143,7 +143,7 @@ class Engine:
         self._reach = min(self.context or 1 << 30, self.pool.blocks.count * BLOCK)  # tokens of the longest sequence
         self._tables = np.zeros((self.limits.batch, -(-self._reach // BLOCK)), np.int32)
         self._rows = list(range(self.limits.batch))  # of the table that are free
-        self._graphs = _Graphs(self) if self._records() else None
+        self._graphs = Graphs(self) if self._records() else None
         self._inbox: deque[Callable[[], None]] = deque()
         self._waiting: deque[Answer] = deque()
         self._live: list[Answer] = []
@@ -621,7 +621,7 @@ def main_memory() -> int:
         return 8 << 30
 
 
-class _Graphs:
+class Graphs:
     """Decoding steps as CUDA graphs: one for each of a few batch sizes, with and without adapters. Places beyond the sequences
     compute into block 0."""
 
@@ -682,6 +682,13 @@ class _Graphs:
             where.find()
             return engine.model.logits(engine.hidden(tokens, where, None))
 
+        graph, logits = self._capture(body)
+        choice.clear()
+        choice.number_T = None
+        return graph, where, tokens, numbers, logits
+
+    def _capture(self, body: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+        """(what replays it, where its result then lies)."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -692,6 +699,4 @@ class _Graphs:
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             logits = body()
         self.pool = self.pool or graph.pool()
-        choice.clear()
-        choice.number_T = None
-        return graph, where, tokens, numbers, logits
+        return graph, logits
