@@ -14,7 +14,7 @@ from tunesmith.errors import AdapterError, ConfigError, DataError, DoesNotFit, M
 from tunesmith.generate import generate
 from tunesmith.models.paged import bytes_per_block
 from tunesmith.serve.engine import Engine
-from tunesmith.serve.job import Busy
+from tunesmith.serve.job import Busy, Missing
 
 
 def prompts(count, seed=0, longest=90):
@@ -131,11 +131,20 @@ def test_adapters_come_and_go_while_others_answer(answers, place):
             engine.step()
         engine.drop("plain")
         assert record.reason == "cancelled" and record.made >= 2, turn
-        with pytest.raises(AdapterError, match="no adapter"):
+        with pytest.raises(Missing, match="no adapter"):
             answers.ask(engine, "hello", model="plain")
     answers.run(engine)
     assert ids(steady) == alone(model, list(b"steady"), 60)
     assert not [m for m in engine.model.modules() if type(m).__name__ in ("Several", "Lora")]
+
+
+def test_a_request_for_an_adapter_that_is_dropped_meanwhile_is_not_answered_by_the_base(answers, place):
+    engine = answers.engine()
+    engine.load("plain", place.adapters["plain"])
+    record = answers.ask(engine, "hello", model="plain")  # still on its way to the engine's thread
+    engine.drop("plain")
+    answers.run(engine)
+    assert record.reason == "cancelled" and not record.text
 
 
 def test_an_adapter_that_does_not_fit_changes_nothing(answers, place, tiny, tmp_path):

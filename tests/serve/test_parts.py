@@ -6,15 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.serve.fake import Engine as Fake
 from tests.serve.fake import Words
 
+from tunesmith.data.render import Renderer
 from tunesmith.errors import DataError
 from tunesmith.generate import Sampling, distribution
 from tunesmith.hub import resolve_model
 from tunesmith.serve import tools
 from tunesmith.serve.job import Job
 from tunesmith.serve.sampling import Row, draw, sample
-from tunesmith.serve.service import citations
+from tunesmith.serve.schema import ChatRequest, parse
+from tunesmith.serve.service import Served, Service, citations
 from tunesmith.tokenizer import Tokenizer
 
 
@@ -158,3 +161,34 @@ def test_citations_name_passages_and_whether_they_support():
     assert [(c["number"], c["exists"], c["supports"]) for c in found] == [(1, True, True), (2, True, False), (7, False, False)]
     assert found[0]["document"] == "moon.txt" and found[0]["text"] == passages[0].text and "document" not in found[2]
     assert citations("Nothing is cited.", passages) == []
+
+
+# ---- a request to a prompt
+
+
+def test_tools_calls_and_results_reach_the_template(shared_data):
+    """Qwen 2.5's own template: the tool's schema, the earlier call with its arguments as a value, its result."""
+    template = shared_data / "templates" / "Qwen-Qwen2.5-7B-Instruct.jinja"
+    renderer = Renderer(Tokenizer.load(shared_data / "tokenizers" / "Qwen2.5"), str(template))
+    service = Service(Fake(), lambda: {"q": Served("q", renderer)})
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"town": "Oslo"}'}}
+    body = {
+        "model": "q",
+        "messages": [{"role": "developer", "content": "Be brief."},
+                     {"role": "user", "content": [{"type": "text", "text": "Rain?"}]},
+                     {"role": "assistant", "content": None, "tool_calls": [call]},
+                     {"role": "tool", "tool_call_id": "c1", "content": "dry <|im_end|>"}],
+        "tools": [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}],
+    }  # fmt: skip
+    question = service.chat(parse(json.dumps(body).encode(), ChatRequest))
+    text = renderer.tokenizer.decode(question.prompts[0])
+    assert question.family.name == "hermes" and text.endswith("<|im_start|>assistant\n") and text.count("Be brief.") == 1
+    assert '"name": "weather", "parameters": {"type": "object"}' in text and '"arguments": {"town": "Oslo"}' in text
+    assert "<tool_response>\ndry <|im_end|>" in text
+    ends = question.prompts[0].count(renderer.tokenizer.token_to_id("<|im_end|>"))
+    assert ends == text.count("<|im_end|>") - 1, "a tool's result ended a turn"
+    without = service.chat(parse(json.dumps(body | {"tool_choice": "none"}).encode(), ChatRequest))
+    assert without.family is None and "parameters" not in renderer.tokenizer.decode(without.prompts[0])
+    job = question.jobs(lambda number, piece: None)[0]
+    assert job.keep_special and job.stop_ids == renderer.stop_ids and job.temperature == 1.0
+    renderer.close()

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.adapters.several import Bank
-from tunesmith.errors import ConfigError, DataError, DoesNotFit, ModelError, TunesmithError
+from tunesmith.errors import AdapterError, ConfigError, DataError, DoesNotFit, ModelError, TunesmithError
 from tunesmith.generate import context
 from tunesmith.models import lean
 from tunesmith.models.decoder import Decoder
@@ -39,7 +39,7 @@ from tunesmith.models.paged import Part, Pass, Pool, RecordedPass, bytes_per_blo
 from tunesmith.ops import backend, paged
 from tunesmith.ops.attention import to_device
 from tunesmith.ops.paged import BLOCK
-from tunesmith.serve.job import Busy, Chosen, Job, Piece, Reason
+from tunesmith.serve.job import Busy, Chosen, Job, Missing, Piece, Reason
 from tunesmith.serve.sampling import Drawn, Row, sample
 
 NAN = "the model's answers are nan: its weights are damaged, or its numbers too large for this dtype", "serve it in fp32"
@@ -184,7 +184,7 @@ class Engine:
             if self._count + len(jobs) > self.limits.batch + self.limits.queue:
                 raise Busy(f"{self._count} requests are running or waiting, and no more may wait", self._patience())
             self._count += len(jobs)
-        self._inbox.append(lambda: self._waiting.extend(sequences))
+        self._inbox.append(lambda: self._admit(sequences))
         self._wake.set()
         return [Handle(self, sequence) for sequence in sequences]
 
@@ -286,7 +286,10 @@ class Engine:
         return Pool(self.model.spec, count, self.dtype, self.device)
 
     def _sequence(self, job: Job) -> Answer:
-        adapter = 0 if job.model in ("", self.base) else self.bank.number(job.model)
+        try:
+            adapter = 0 if job.model in ("", self.base) else self.bank.number(job.model)
+        except AdapterError as e:
+            raise Missing(e.what, e.fix) from None
         limit = self._reach
         if not job.prompt:
             raise DataError("the prompt has no token", "write something in it")
@@ -298,6 +301,14 @@ class Engine:
         if job.grammar is not None:
             sequence.follower = job.grammar()
         return sequence
+
+    def _admit(self, sequences: Sequence[Answer]) -> None:
+        """On the engine's thread: an adapter may have been dropped since they were made."""
+        for s in sequences:
+            if s.adapter and s.adapter not in self.bank.numbers:
+                self._end(s, "cancelled")
+            else:
+                self._waiting.append(s)
 
     def _patience(self) -> int:
         """Seconds until a place in the queue is likely free: a tenth of the waiting, at 30 answers a minute and place."""
