@@ -361,10 +361,11 @@ def over_http(task: dict[str, Any]) -> None:
 
 
 def card(args: argparse.Namespace) -> str:
-    import torch
+    if not args.cpu:
+        import torch
 
-    if torch.cuda.is_available() and not args.cpu:
-        return torch.cuda.get_device_name()
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name()
     threads = args.threads or os.cpu_count()
     return f"CPU, {threads} {'thread' if threads == 1 else 'threads'} of {os.cpu_count()} cores"
 

@@ -21,11 +21,11 @@ def test_work_and_rows():
     assert abs(row["ttft_p50"] - 1.0) < 1e-6 and abs(row["ttft_p95"] - 1.9) < 1e-6
 
 
-def test_a_call_writes_its_rows_and_the_next_one_does_what_is_missing(tmp_path):
+def test_a_call_writes_its_rows_and_the_next_one_has_nothing_to_do(tmp_path):
     command = [sys.executable, str(BENCH / "serve.py"), "--out", str(tmp_path), "--models", "tiny", "--cpu", "--arms", "tunesmith"]
-    for streams, expected in (("1", 1), ("1,8", 2)):
-        done = subprocess.run([*command, "--streams", streams], capture_output=True, text=True, timeout=300)
+    for _ in range(2):
+        done = subprocess.run([*command, "--streams", "8"], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
         rows = [json.loads(line) for line in (tmp_path / "serve.jsonl").read_text().splitlines()]
-        assert len(rows) == expected and not [r for r in rows if "error" in r]
+        assert len(rows) == 1 and not [r for r in rows if "error" in r]
     assert "| tiny | 8 |" in done.stdout and rows[0]["note"] == "lean path"
