@@ -62,7 +62,7 @@ def decode(q_NQH: Tensor, keys_SKH: Tensor, values_SKH: Tensor, tables_NM: Tenso
         q_NQH.stride(0), q_NQH.stride(1), keys_SKH.stride(0), keys_SKH.stride(1), tables_NM.stride(0), heads,
         SPLITS=splits, CAP=softcap is not None, PAGE=BLOCK, TOKENS=TILE if width <= 128 else TILE // 2,
         GROUP=max(16, backend.round_up(group)), WIDTH=max(16, backend.round_up(width)), IEEE=q_NQH.dtype == torch.float32,
-        num_warps=4, num_stages=1 if q_NQH.dtype == torch.float32 else 2,  # at most 64 KiB of shared memory: small cards have 99
+        num_warps=4, num_stages=1 if q_NQH.dtype == torch.float32 else 3,  # at most 51 KiB of shared memory: small cards have 99
     )  # fmt: skip
     if splits > 1:
         _join[(n, heads)](part, sums, out, width, SPLITS=splits, WIDTH=backend.round_up(width), num_warps=2)
