@@ -31,7 +31,7 @@ test: .venv/.installed-dev  ## floors, style, then every test but the long campa
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not soak"
 
 gpu-test:  ## the tests that need a GPU, with the Python that has torch for it: make gpu-test PYTHON=python3; installs nothing
-	@PYTHONPATH=src $(PYTHON) -m pytest tests/gpu tests/ops tests/models tests/train -m gpu -rs
+	@PYTHONPATH=src $(PYTHON) -m pytest tests/gpu tests/ops tests/models tests/train tests/serve/test_kernels.py -m gpu -rs
 
 soak: .venv/.installed-dev  ## the long campaigns; results go into docs/soak.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak --durations=20

@@ -30,6 +30,7 @@ ROOMS = (
     "spec",
     "hub",
     "devices",
+    "serve.http",
     "cli",
 )
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "triton")

@@ -13,7 +13,7 @@ compute.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -545,6 +545,51 @@ def report(run: str | Path) -> Path:
     return write(Run.open(run).path)
 
 
+def serve(
+    models: Sequence[str | Path] | str | Path,
+    *,
+    docs: str | Path | None = None,
+    passages: int = 4,
+    adapters: str | Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token_file: str | Path | None = None,
+    allow_hosts: Sequence[str] = (),
+    limits: dict[str, Any] | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    kernels: str = "auto",
+    say: Callable[[str], None] = print,
+) -> None:
+    """Answer over HTTP as OpenAI's API does, until it is stopped. The first of `models` is a run folder, a checkpoint, a hub id or
+    `embedded`; others are runs or PEFT folders over the same base. `adapters`: a folder of such, loaded and dropped by name.
+
+    `docs` is an index (`tunesmith docs add`): answers cite its passages. Open to this machine alone, with a token in a file that
+    only its owner may read; another `host` needs `token_file`. `limits`: `batch`, `queue`, `cache` (bytes) ... of
+    serve/engine.py. Raises as the loaders do; ConfigError for an address or token that cannot be; needs the `serve` extra.
+    """
+    from tunesmith.serve.start import library, run
+
+    library()
+    memory = None
+    if (device, dtype) != ("auto", "auto"):
+        memory = _load({"model": "embedded", "data": "-", "output": "-", "memory": {"device": device, "dtype": dtype}}).memory
+    run(
+        [models] if isinstance(models, (str, Path)) else models,
+        docs=None if docs is None else Path(docs),
+        passages=passages,
+        adapters=None if adapters is None else Path(adapters),
+        host=host,
+        port=port,
+        token=None if token_file is None else Path(token_file),
+        allow_hosts=allow_hosts,
+        limits=limits,
+        memory=memory,
+        kernels=kernels,
+        say=say,
+    )
+
+
 def stream(model: str | Path, prompt: str, **settings: Any) -> Iterator[str]:
     """One answer, piece by piece. Settings are those of `generate`."""
     from tunesmith.chat import Talker
@@ -567,6 +612,7 @@ __all__ = [
     "plan",
     "prepare",
     "report",
+    "serve",
     "stream",
     "sweep",
     "train",

@@ -72,7 +72,7 @@ class Talker:
             adapters.load(model, Path(adapter))
             words = Path(adapter) if (Path(adapter) / "tokenizer.json").is_file() else base.path
             if words == base.path and (Path(adapter).parent / "run.yaml").is_file():
-                return cls(model.eval(), _renderer_of(Run.open(Path(adapter).parent)), base.name)
+                return cls(model.eval(), renderer_of(Run.open(Path(adapter).parent)), base.name)
         return cls(model.eval(), build_renderer(words), base.name)
 
     @classmethod
@@ -90,7 +90,7 @@ class Talker:
             store = "nf4" if config.method == "qlora" else "dense"
             model = models.load(resolve_model(config.model).path, dtype=where.dtype, device=where.device, store=store)
             adapters.load(model, run.adapter)
-        return cls(model.eval(), _renderer_of(run), run.path.name)
+        return cls(model.eval(), renderer_of(run), run.path.name)
 
     @property
     def context(self) -> int | None:
@@ -98,13 +98,8 @@ class Talker:
         return context(self.model)
 
     def raw(self, text: str) -> list[int]:
-        """Ids of a text to be continued as it stands. Special tokens written in it are recognised: this is the person's own text,
-        not a row of data. BOS comes first where the tokenizer puts one, once."""
-        tokenizer = self.renderer.tokenizer
-        if not text.isascii() and text.encode(errors="ignore").decode() != text:
-            raise DataError("the prompt holds half a surrogate pair, which is no character", "write it as UTF-8")
-        ids, prefix = tokenizer.encode(text, special=True), list(tokenizer.prefix_ids)
-        return ids if prefix and ids[: len(prefix)] == prefix else [*prefix, *ids]
+        """Ids of a text to be continued as it stands (`Renderer.continued`)."""
+        return self.renderer.continued(text)
 
     def answer(self, prompts: Sequence[str], *, system: str | None = None, max_tokens: int = 256, temperature: float = 0.0,
                top_p: float = 1.0, top_k: int = 0, seed: int = 0, raw: bool = False) -> list[str]:  # fmt: skip
@@ -155,7 +150,7 @@ class Talker:
         return [*system, *turns], dropped
 
 
-def _renderer_of(run: Run) -> Renderer:
+def renderer_of(run: Run) -> Renderer:
     """What a run was trained with: its tokenizer and template, its date."""
     return build_renderer(run.tokenizer, run.config.data, date=run.manifest.get("date"), saved=True)
 

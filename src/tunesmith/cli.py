@@ -442,6 +442,68 @@ def generate(
 
 
 @verb
+def serve(
+    models: Annotated[
+        list[str], Parameter(help="A run folder or a model, then more runs or adapters over the same base.", negative="")
+    ],
+    /,
+    *,
+    docs: Annotated[
+        Path | None, Parameter(help="An index of documents: answers cite its passages as [n].", show_default=False)
+    ] = None,
+    passages: Annotated[int, Parameter(help="Passages in a question, with --docs.")] = 4,
+    adapters: Annotated[
+        Path | None, Parameter(help="A folder of runs and adapters that clients may load by name.", show_default=False)
+    ] = None,
+    host: Annotated[str, Parameter(help="The address to listen on. Any but this machine's own needs --token-file.")] = "127.0.0.1",
+    port: Annotated[int, Parameter(help="The port; 0 takes a free one.")] = 8000,
+    token_file: Annotated[
+        Path | None, Parameter(help="Where the token lies, or is written. Else a new one at each start.", show_default=False)
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        Parameter(help="A further name that clients call this server by; again for more.", negative="", show_default=False),
+    ] = None,
+    max_batch: Annotated[int, Parameter(help="Answers at once, up to 256.")] = 64,
+    max_queue: Annotated[int, Parameter(help="Requests that may wait beyond that; more are told 429.")] = 256,
+    cache_gb: Annotated[
+        float | None, Parameter(help="GiB of keys and values. Else what the device has left.", show_default=False)
+    ] = None,
+    device: Annotated[str, Parameter(help="auto, cuda or cpu.")] = "auto",
+    dtype: Annotated[str, Parameter(help="auto, bf16, fp16 or fp32.")] = "auto",
+    kernels: Annotated[
+        str, Parameter(help="auto; reference: plain PyTorch, no CUDA graphs; triton: its kernels or an error.")
+    ] = "auto",
+) -> None:
+    """Answer over HTTP as OpenAI's API does, on this machine alone.
+
+    Chat, completions, models; its token is in a file that is named at the start. Needs the extra `serve`.
+
+    tunesmith serve runs/first
+
+    tunesmith serve runs/first runs/second --docs manuals.sqlite
+
+    tunesmith serve embedded --adapters runs --port 9000 --max-batch 16
+    """
+    limits = {"batch": max_batch, "queue": max_queue}
+    tunesmith.serve(
+        models,
+        docs=docs,
+        passages=passages,
+        adapters=adapters,
+        host=host,
+        port=port,
+        token_file=token_file,
+        allow_hosts=allow_host or [],
+        limits=limits if cache_gb is None else limits | {"cache": int(cache_gb * 2**30)},
+        device=device,
+        dtype=dtype,
+        kernels=kernels,
+        say=_say,
+    )
+
+
+@verb
 def report(run: RunFolder, /) -> None:
     """Draw report.html of a run folder again."""
     _say(f"Written to {tunesmith.report(run)}")

@@ -34,7 +34,7 @@ from tunesmith.data.encode import END, FIELD, ID, START, Encoding, Op, eos_id
 from tunesmith.data.fields import ASSISTANT, FIELDS, GUARD, REASONING, SENTINEL, Chat, RowRefused, writable
 from tunesmith.data.layout import Document, Layouts, Real, Skeleton, values_of
 from tunesmith.data.template import Fault, Job, Sandbox, Texts
-from tunesmith.errors import TemplateError
+from tunesmith.errors import DataError, TemplateError
 from tunesmith.tokenizer import Tokenizer
 from tunesmith.types import Conversation, Example, Message, Origin
 
@@ -250,6 +250,14 @@ class Renderer:
     def raw_prompt(self, text: str) -> list[int]:
         """Ids of a prompt without template, as `completion` rows are trained: BOS where the tokenizer adds one, then the text."""
         return [*self.tokenizer.prefix_ids, *self.tokenizer.encode(text)]
+
+    def continued(self, text: str) -> list[int]:
+        """Ids of a text to be continued as it stands. Special tokens written in it are recognised: this is the person's own text,
+        not a row of data. BOS comes first where the tokenizer puts one, once. Raises DataError for half a surrogate pair."""
+        if not text.isascii() and text.encode(errors="ignore").decode() != text:
+            raise DataError("the prompt holds half a surrogate pair, which is no character", "write it as UTF-8")
+        ids, prefix = self.tokenizer.encode(text, special=True), list(self.tokenizer.prefix_ids)
+        return ids if prefix and ids[: len(prefix)] == prefix else [*prefix, *ids]
 
     def text(
         self, messages: Sequence[Message | Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), prompt: bool = False

@@ -1,0 +1,713 @@
+"""Continuous batching: one thread owns the model, and between two of its steps sequences join, leave, come back.
+
+A step is one stream of tokens: one token for each sequence that is writing, and pieces of the prompts of those that have not begun,
+at most `Limits.piece` tokens while others write, so that a long prompt does not hold them up. Sequences hold blocks of the cache
+for the tokens that they have, not for those that they may get. When blocks run out the youngest sequence gives its own back and
+waits; its tokens are computed again, and since a draw depends on the place alone, its answer stays the same.
+
+On an NVIDIA GPU a step of writing sequences is a CUDA graph, recorded for a few batch sizes, and the next step is begun before the
+last one's tokens are looked at (they stay on the card): text, stops and clients are dealt with while it computes. A sequence that
+turns out to have ended has then computed one token for nothing.
+
+Each row takes its own adapter (adapters/several.py): requests for different adapters share a step.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tunesmith.adapters.several import Bank
+from tunesmith.errors import AdapterError, ConfigError, DataError, DoesNotFit, ModelError, TunesmithError
+from tunesmith.generate import context
+from tunesmith.models import lean
+from tunesmith.models.decoder import Decoder
+from tunesmith.models.fast import linears
+from tunesmith.models.paged import Part, Pass, Pool, RecordedPass, bytes_per_block
+from tunesmith.ops import backend, paged
+from tunesmith.ops.attention import to_device
+from tunesmith.ops.paged import BLOCK
+from tunesmith.serve.job import Busy, Chosen, Job, Missing, Piece, Reason
+from tunesmith.serve.sampling import Drawn, Row, sample
+
+NAN = "the model's answers are nan: its weights are damaged, or its numbers too large for this dtype", "serve it in fp32"
+
+
+MIN_PIECE = 32  # tokens of a prompt in a step, however slow the device
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`batch`: sequences at once. `queue`: how many more may wait. `piece`: tokens of prompts in a step in which others write,
+    and fewer where a step would take longer than `pace` seconds; `prompts`: where nobody writes.
+    `cache`: bytes of keys and values; None: what the device has left. `graphs`: record steps (GPU)."""
+
+    batch: int = 64
+    queue: int = 256
+    piece: int = 512
+    prompts: int = 4096
+    pace: float = 0.2
+    cache: int | None = None
+    graphs: bool = True
+
+    @classmethod
+    def on(cls, device: torch.device, **more: Any) -> Limits:
+        """Defaults of a device."""
+        return cls(**({"prompts": 512} if device.type == "cpu" else {}) | more)
+
+
+@dataclass(eq=False)
+class Answer:
+    """One answer on its way. `ids`: prompt and what is known of the answer; `held`: how many tokens the cache holds."""
+
+    job: Job
+    adapter: int
+    room: int  # tokens the answer may have
+    ids: list[int]
+    held: int = 0
+    blocks: list[int] = field(default_factory=list)
+    made: int = 0
+    ahead: bool = False  # its next token is computed, and known to the device alone
+    place: int = 0  # of that token among the last step's
+    ended: Reason | None = None
+    text: Any = None
+    unsaid: str = ""  # text that may turn out to begin a stop
+    tokens: list[Chosen] = field(default_factory=list)  # whose text is in `unsaid`
+    follower: Any = None
+    row: int = -1  # in the engine's table of blocks
+    long: bool = False  # what it holds was computed under longrope's long table
+    cancelled: bool = False
+
+    @property
+    def pending(self) -> int:
+        """Tokens that the cache lacks; with one `ahead`, that one."""
+        return len(self.ids) + self.ahead - self.held
+
+
+class Handle:
+    """A client's hold on its answer."""
+
+    def __init__(self, engine: Engine, sequence: Answer):
+        self._engine, self._sequence = engine, sequence
+
+    def cancel(self) -> None:
+        """Ends it at the next step; its blocks are free then. Harmless when it has ended."""
+        self._engine._cancel(self._sequence)
+
+
+@dataclass(slots=True)
+class _Step:
+    """What was computed: the sequences whose next token it holds, in order."""
+
+    sequences: list[Answer]
+    drawn: Drawn
+    device_tokens: Tensor
+
+
+class Engine:
+    """Serves `model`, a Decoder, alone and with adapters. `start` begins the thread, `close` ends it; a context manager.
+
+    `base`: the name of the model without adapters. Raises ModelError for a model that has no blocks to cache in (transformers'),
+    DoesNotFit where the cache has no room.
+    """
+
+    def __init__(self, model: nn.Module, *, base: str = "", limits: Limits | None = None, ahead: bool | None = None):
+        if not isinstance(model, Decoder):
+            raise ModelError("this model runs through transformers, which has no cache that requests could share",
+                             "serve a native family (README, Limits), or this one with transformers serve or vLLM")  # fmt: skip
+        self.model, self.device, self.base = model.eval().requires_grad_(False), model.device, base
+        self.limits = limits or Limits.on(self.device)
+        if not 1 <= self.limits.batch <= Graphs.SIZES[-1]:
+            raise ConfigError(f"{self.limits.batch} sequences at once", f"from 1 to {Graphs.SIZES[-1]}")
+        self.dtype = model.model.norm.weight.dtype
+        self.switch = model.spec.rope.switch
+        self.bank = Bank(model)
+        self.lean: lean.Lean | None = None
+        self.context = context(model)
+        self.notes: list[str] = []
+        self.ahead = self.device.type == "cuda" if ahead is None else ahead
+        self._settle_path()
+        self.pool = self._new_pool()
+        self._reach = min(self.context or 1 << 30, self.pool.blocks.count * BLOCK)  # tokens of the longest sequence
+        self._tables = np.zeros((self.limits.batch, -(-self._reach // BLOCK)), np.int32)
+        self._rows = list(range(self.limits.batch))  # of the table that are free
+        self._graphs = Graphs(self) if self._records() else None
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._waiting: deque[Answer] = deque()
+        self._live: list[Answer] = []
+        self._last: _Step | None = None
+        self._count = 0  # submitted and not ended
+        self._lock, self._wake, self._closing = threading.Lock(), threading.Event(), False
+        self._thread: threading.Thread | None = None
+        self._fault: BaseException | None = None
+        self.steps = self.tokens = self.preempted = 0
+        self._rate = 0.0  # seconds a token of the last steps with prompts in them, where steps are waited for
+
+    # ---- for any thread
+
+    def start(self) -> Engine:
+        self._thread = threading.Thread(target=self._run, name="tunesmith-engine", daemon=True)
+        self._thread.start()
+        return self
+
+    def __enter__(self) -> Engine:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread after its step; answers on their way end as cancelled."""
+        self._closing = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def submit(self, *jobs: Job) -> list[Handle]:
+        """All or none. Raises Busy beyond the queue; DataError for a prompt without a token or too long for context or cache."""
+        if self._fault is not None or self._closing:
+            raise ModelError(f"the engine has stopped: {self._fault or 'it was closed'}", "start the server again")
+        sequences = [self._sequence(job) for job in jobs]
+        with self._lock:
+            if self._count + len(jobs) > self.limits.batch + self.limits.queue:
+                raise Busy(f"{self._count} requests are running or waiting, and no more may wait", self._patience())
+            self._count += len(jobs)
+        self._inbox.append(lambda: self._admit(sequences))
+        self._wake.set()
+        return [Handle(self, sequence) for sequence in sequences]
+
+    def call(self, function: Callable[[], Any], timeout: float = 600.0) -> Any:
+        """Run `function` on the engine's thread between two steps, and answer what it answers. The door for adapters."""
+        if self._thread is None:
+            return self._with_adapters(function)
+        done, out = threading.Event(), {}
+
+        def order() -> None:
+            try:
+                out["value"] = self._with_adapters(function)
+            except Exception as e:  # noqa: BLE001 - it is raised where it was asked for
+                out["error"] = e
+            done.set()
+
+        self._inbox.append(order)
+        self._wake.set()
+        if not done.wait(timeout):
+            raise ModelError("the engine did not answer", "see its log")
+        if "error" in out:
+            raise out["error"]
+        return out["value"]
+
+    def load(self, name: str, folder: Any) -> None:
+        self.call(lambda: self.bank.load(name, folder))
+
+    def adopt(self, name: str) -> None:
+        """The adapter that is on the model already gets a name; before the first request."""
+        self.call(lambda: self.bank.adopt(name))
+
+    def drop(self, name: str) -> None:
+        """Answers of this adapter that are on their way end as cancelled."""
+
+        def work() -> None:
+            number = self.bank.number(name)
+            for sequence in [s for s in (*self._live, *self._waiting) if s.adapter == number]:
+                self._end(sequence, "cancelled")
+            self._sweep()
+            self.bank.drop(name)
+
+        self.call(work)
+
+    @property
+    def free(self) -> int:
+        """Sequences that could join now without waiting; all of `limits.batch` when nothing runs."""
+        return self.limits.batch - len(self._live)
+
+    def state(self) -> dict[str, int]:
+        """Numbers for /health and tests."""
+        blocks = self.pool.blocks
+        return {
+            "alive": self._fault is None and not self._closing,
+            "running": len(self._live),
+            "waiting": len(self._waiting) + len(self._inbox),
+            "blocks": blocks.count,
+            "free_blocks": blocks.free,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "preempted": self.preempted,
+        }
+
+    # ---- set-up
+
+    def _settle_path(self) -> None:
+        """The lean path where it can, the composed one elsewhere; called again when adapters come and go."""
+        reason = lean.refusal(self.model) or ("" if self.bank.plain else "an adapter is more than a low-rank product")
+        if reason:
+            self.lean = self.lean if self.lean and self.bank.plain else None
+            self.notes = [f"layers one operation at a time: {reason}"]
+        else:
+            self.notes = []
+            if self.lean is None:
+                self.lean = lean.Lean(self.model)
+        if self.lean is not None:
+            for block, groups in zip(self.model.model.layers, self.lean.groups, strict=True):
+                for group, modules in zip(groups, linears(block), strict=True):
+                    group.low = self.bank.stacked(modules, group.starts, group.outputs)
+
+    def _records(self) -> bool:
+        spec = self.model.spec
+        one_table = spec.rope.kind not in ("longrope", "dynamic")
+        return self.limits.graphs and self.device.type == "cuda" and one_table and not backend.obstacle(self.device)
+
+    def _new_pool(self) -> Pool:
+        block = bytes_per_block(self.model.spec, self.dtype)
+        most = -(-(self.context or 1 << 15) // BLOCK) * self.limits.batch
+        if (room := self.limits.cache) is None:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+                free, total = torch.cuda.mem_get_info(self.device)
+                room = int(free - 0.05 * total - (2 << 30))  # a piece's activations, recordings, scores over the vocabulary
+            else:
+                room = min(main_memory() // 4, 4 << 30)
+        count = min(room // block, most + 1)
+        if count < 1 + 256 // BLOCK:
+            raise DoesNotFit(f"{room / 2**30:.2f} GiB are left for keys and values, too little for 256 tokens",
+                             "serve a smaller model, in 16 bits, or give the cache more with --cache-gb")  # fmt: skip
+        return Pool(self.model.spec, count, self.dtype, self.device)
+
+    def _sequence(self, job: Job) -> Answer:
+        try:
+            adapter = 0 if job.model in ("", self.base) else self.bank.number(job.model)
+        except AdapterError as e:
+            raise Missing(e.what, e.fix) from None
+        limit = self._reach
+        if not job.prompt:
+            raise DataError("the prompt has no token", "write something in it")
+        if len(job.prompt) >= limit:
+            what = "the model's context" if limit == self.context else "the cache"
+            raise DataError(f"the prompt has {len(job.prompt):,} tokens, and {what} holds {limit:,} with the answer", "shorten it")
+        room = min(limit - len(job.prompt), job.max_tokens if job.max_tokens is not None else limit)
+        sequence = Answer(job, adapter, max(1, room), list(job.prompt), text=job.words.stream(not job.keep_special))
+        if job.grammar is not None:
+            sequence.follower = job.grammar()
+        return sequence
+
+    def _admit(self, sequences: Sequence[Answer]) -> None:
+        """On the engine's thread: an adapter may have been dropped since they were made."""
+        for s in sequences:
+            if s.adapter and s.adapter not in self.bank.numbers:
+                self._end(s, "cancelled")
+            else:
+                self._waiting.append(s)
+
+    def _patience(self) -> int:
+        """Seconds until a place in the queue is likely free: a tenth of the waiting, at 30 answers a minute and place."""
+        return max(1, min(60, self._count // max(1, self.limits.batch)))
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        try:
+            self._warm()
+            while not self._closing:
+                if not self.step():
+                    self._wake.wait()
+                    self._wake.clear()
+        except BaseException as e:  # noqa: BLE001 - clients must not wait for ever for a thread that is gone
+            self._fault = e
+            traceback.print_exc()
+        fault = None if self._fault is None else ModelError(f"the engine failed: {type(self._fault).__name__}", "see its log")
+        for sequence in (*self._live, *self._waiting):
+            self._end(sequence, "cancelled" if fault is None else "error", fault)
+        self._sweep()
+        while self._inbox:
+            self._inbox.popleft()()
+        for sequence in list(self._waiting):
+            self._end(sequence, "cancelled")
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """One turn: orders, who joins, a pass, its tokens. False when there is nothing to do."""
+        while self._inbox:
+            self._inbox.popleft()()
+        for sequence in (*self._live, *self._waiting):
+            if sequence.cancelled:
+                self._end(sequence, "cancelled")
+        self._sweep()
+        self._join()
+        planned = self._plan()
+        last, self._last = self._last, None
+        begun = time.perf_counter()
+        step = self._launch(planned, last) if planned else None
+        if last is not None:
+            self._take(last)
+        if step is not None and not self.ahead:
+            self._take(step)
+            step = None
+            if (tokens := sum(n for _, n in planned)) > len(planned):
+                rate = (time.perf_counter() - begun) / tokens
+                self._rate = rate if not self._rate else 0.7 * self._rate + 0.3 * rate
+        self._last = step
+        self._sweep()
+        return bool(planned or last or self._live or self._inbox)
+
+    def _with_adapters(self, function: Callable[[], Any]) -> Any:
+        """Nothing is under way while it runs, and recordings are dropped after it."""
+        if self._last is not None:
+            self._take(self._last)
+            self._last = None
+            self._sweep()
+        with torch.no_grad():
+            try:
+                return function()
+            finally:
+                self._settle_path()
+                self._warm()
+
+    @torch.no_grad()
+    def _warm(self) -> None:
+        """Record what will be replayed, before anybody waits for it."""
+        if self._graphs is None:
+            return
+        self._graphs.forget()
+        try:
+            self._graphs.warm()
+        except Exception as e:  # noqa: BLE001 - a driver, a kernel's compiler, an operation that cannot be recorded: all go on without
+            self._graphs = None
+            reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else 'no reason'}"
+            self.notes = [*self.notes, f"steps are not recorded: {reason}"]
+            print(f"note    {self.notes[-1]}", file=sys.stderr, flush=True)
+
+    def _join(self) -> None:
+        """Those who wait, in their order, while there are places, and blocks for their prompts and one more each for all."""
+        while self._waiting and len(self._live) < self.limits.batch:
+            sequence = self._waiting[0]
+            if self._live and self.pool.blocks.free < -(-len(sequence.ids) // BLOCK) + len(self._live) + 1:
+                return
+            sequence.row = self._rows.pop()
+            self._live.append(self._waiting.popleft())
+
+    def _plan(self) -> list[tuple[Answer, int]]:
+        """Who gets how many tokens now: writers first, then pieces of prompts, in the order they joined."""
+        for s in self._live:
+            if self.switch is not None and s.held and not s.long and len(s.ids) > self.switch:
+                self._release(s)  # it has grown past its first context: all of it again, under the long table
+        planned = [(s, 1) for s in list(self._live) if s.pending == 1 and self._may_write(s) and self._grow(s, 1, writes=True)]
+        room = self._piece(len(planned)) if planned else self.limits.prompts
+        for s in list(self._live):
+            n = min(s.pending, room)
+            if s.pending > 1 and n > 1 and s.row >= 0 and self._grow(s, n, writes=False):
+                planned.append((s, n))
+                room -= n
+        planned = [(s, n) for s, n in planned if s.row >= 0]  # a later one may have taken an earlier one's blocks
+        assert planned or self._last is not None or not self._live, "sequences run and none can go on"
+        return planned
+
+    def _piece(self, writers: int) -> int:
+        """Tokens of prompts beside those who write: what `pace` affords, but four for each who writes, or prompts wait too long."""
+        if not self._rate:
+            return self.limits.piece
+        return min(self.limits.piece, max(MIN_PIECE, 4 * writers, int(self.limits.pace / self._rate)))
+
+    def _may_write(self, s: Answer) -> bool:
+        """Not where the token that the device alone knows may be the last one, or decides what comes next."""
+        if not s.ahead:
+            return True
+        return s.follower is None and s.made + 1 < s.room and (self.switch is None or s.long or len(s.ids) < self.switch)
+
+    def _grow(self, s: Answer, n: int, writes: bool) -> bool:
+        """Blocks for n more tokens. Where there are none, younger sequences give theirs, the youngest first; the youngest of all
+        gives its own, and waits, if it writes."""
+        if s.row < 0:
+            return False
+        wanted = -(-(s.held + n) // BLOCK) - len(s.blocks)
+        while wanted > 0 and (found := self.pool.blocks.take(wanted, s.blocks[-1] if s.blocks else None)) is None:
+            younger = [o for o in self._live[self._live.index(s) + 1 :] if o.blocks and not o.ahead]
+            if younger:
+                self._put_back(younger[-1])
+                continue
+            if writes and not s.ahead and len(self._live) > 1:
+                self._put_back(s)
+            return False
+        if wanted > 0:
+            self._tables[s.row, len(s.blocks) : len(s.blocks) + wanted] = found
+            s.blocks += found
+        return True
+
+    def _put_back(self, s: Answer) -> None:
+        """It waits, first in the queue, and begins again with all the tokens it has."""
+        self._leave(s)
+        self._live.remove(s)
+        self._waiting.appendleft(s)
+        self.preempted += 1
+
+    def _release(self, s: Answer) -> None:
+        self.pool.blocks.give(s.blocks)
+        s.blocks, s.held = [], 0
+
+    def _leave(self, s: Answer) -> None:
+        self._release(s)
+        self._rows.append(s.row)
+        s.row = -1
+
+    # ---- a pass
+
+    def _launch(self, planned: list[tuple[Answer, int]], last: _Step | None) -> _Step:
+        self.steps += 1
+        writers = [s for s, n in planned if n == 1]
+        others = [(s, n) for s, n in planned if n > 1]
+        for s, n in planned:
+            if not s.held:
+                s.long = self.switch is not None and max(len(s.ids), n) > self.switch
+        if self._graphs is not None and writers and (self.bank.plain or not any(s.adapter for s in writers)):
+            logits = [self._graphs.run(writers, self._inputs(writers, last))]
+            done = list(writers)
+            if others:
+                more, finished = self._forward(others, None)
+                logits += [more] if finished else []
+                done += finished
+        else:
+            found, done = self._forward(planned, last)
+            logits = [found]
+        for s, n in planned:
+            s.held += n
+        if not done:
+            empty = torch.empty(0, dtype=torch.int64)
+            return _Step([], Drawn(empty, empty), empty)
+        rows = [Row(s.job, s.made + s.ahead, self._allowed(s)) for s in done]
+        drawn = sample(logits[0] if len(logits) == 1 else torch.cat(logits), rows)
+        for place, s in enumerate(done):
+            s.ahead, s.place = True, place
+        return _Step(done, drawn.to_host(), drawn.tokens_L)
+
+    def _allowed(self, s: Answer) -> Tensor | None:
+        try:
+            return None if s.follower is None else s.follower.allowed()
+        except TunesmithError as e:
+            self._end(s, "error", e)
+            return None
+
+    def _inputs(self, writers: Sequence[Answer], last: _Step | None) -> Tensor:
+        """Each writer's newest token [n] on the device, wherever it is known."""
+        known = torch.tensor([0 if s.ahead else s.ids[s.held] for s in writers])
+        if not any(s.ahead for s in writers):
+            return to_device(known, self.device)
+        places = torch.tensor([s.place if s.ahead else 0 for s in writers])
+        picked = last.device_tokens.index_select(0, to_device(places, self.device))
+        if all(s.ahead for s in writers):
+            return picked
+        return torch.where(to_device(torch.tensor([s.ahead for s in writers]), self.device), picked, to_device(known, self.device))
+
+    def _forward(self, planned: list[tuple[Answer, int]], last: _Step | None) -> tuple[Tensor, list[Answer]]:
+        """(logits of those whose tokens are all computed now, who they are)."""
+        writers = [s for s, n in planned if n == 1]
+        pieces = [t for s, n in planned if n > 1 for t in s.ids[s.held : s.held + n]]
+        parts = [torch.tensor(pieces)] if pieces else []
+        tokens = torch.cat([self._inputs(writers, last), *(to_device(x, self.device) for x in parts)] if writers
+                           else [to_device(parts[0], self.device)])  # fmt: skip
+        where = Pass(self.pool, [Part(n, s.held, s.blocks, max(len(s.ids), s.held + n)) for s, n in planned])
+        done = [s for s, n in planned if n == s.pending]
+        ends = [end - 1 for (s, n), end in zip(planned, where.layout.bounds[1:], strict=True) if n == s.pending]
+        rows = to_device(torch.tensor(ends, dtype=torch.int64), self.device)
+        self.bank.choose([s.adapter for s, n in planned for _ in range(n)], rows)
+        x = self.hidden(tokens, where, rows)
+        return self.model.logits(x), done
+
+    def hidden(self, tokens_T: Tensor, where: Pass, rows: Tensor | None) -> Tensor:
+        """[L, D]: the stream's chosen rows after the final norm, by whichever path runs."""
+        if self.lean is not None:
+            return self.lean.hidden(tokens_T, where, rows)
+        return self.model.hidden(tokens_T, where.layout, rows=rows, cache=where)
+
+    # ---- what came out
+
+    def _take(self, step: _Step) -> None:
+        drawn = step.drawn
+        drawn.wait()
+        ids, largest = drawn.tokens_L.tolist(), drawn.largest_L.tolist()
+        logprobs = None if drawn.logprob_L is None else drawn.logprob_L.tolist()
+        top = None if drawn.top is None else [x.tolist() for x in drawn.top]
+        for i, s in enumerate(step.sequences):
+            s.ahead = s.held > len(s.ids)  # a step after this one has its next token
+            if s.ended is not None:
+                continue
+            if math.isnan(largest[i]):
+                self._end(s, "error", ModelError(*NAN))
+                continue
+            chosen = None
+            if s.job.logprobs is not None:
+                most = s.job.logprobs
+                beside = () if top is None else zip(top[1][i][:most], top[0][i][:most], strict=True)
+                beside = tuple(_chosen(s.job, t, p) for t, p in beside)
+                chosen = _chosen(s.job, ids[i], logprobs[i], beside)
+            self._append(s, ids[i], chosen)
+
+    def _append(self, s: Answer, token: int, chosen: Chosen | None) -> None:
+        self.tokens += 1
+        s.ids.append(token)
+        s.made += 1
+        if token in s.job.stop_ids:
+            self._end(s, "stop")
+            return
+        if chosen is not None:
+            s.tokens.append(chosen)
+        try:
+            if s.follower is not None:
+                s.follower.take(token)
+        except TunesmithError as e:
+            self._end(s, "error", e)
+            return
+        s.unsaid += s.text.push(token)
+        if self._stopped(s) or (s.follower is not None and s.follower.done):
+            self._end(s, "stop")
+        elif s.made >= s.room:
+            self._end(s, "length")
+        else:
+            self._say(s)
+
+    def _stopped(self, s: Answer) -> bool:
+        """Cuts the text at the first stop in it."""
+        found = [at for stop in s.job.stop if (at := s.unsaid.find(stop)) >= 0]
+        if found:
+            s.unsaid, s.text = s.unsaid[: min(found)], None
+        return bool(found)
+
+    def _say(self, s: Answer) -> None:
+        """All but what may begin a stop."""
+        keep = max((n for stop in s.job.stop for n in range(1, len(stop)) if s.unsaid.endswith(stop[:n])), default=0)
+        said = s.unsaid[: len(s.unsaid) - keep]
+        if said or (s.tokens and not keep):
+            s.unsaid = s.unsaid[len(said) :]
+            tokens, s.tokens = tuple(s.tokens), []
+            s.job.deliver(Piece(said, tokens, s.made))
+
+    def _end(self, s: Answer, reason: Reason, error: TunesmithError | None = None) -> None:
+        if s.ended is not None:
+            return
+        s.ended = reason
+        text = s.unsaid
+        if s.text is not None and reason in ("stop", "length"):
+            s.unsaid += s.text.flush()
+            self._stopped(s)
+            text = s.unsaid
+        with self._lock:
+            self._count -= 1
+        s.job.deliver(Piece(text, tuple(s.tokens), s.made, reason, error))
+
+    def _cancel(self, s: Answer) -> None:
+        s.cancelled = True
+        self._wake.set()
+
+    def _sweep(self) -> None:
+        """Those who have ended leave, and their blocks are free: what a pass under way writes there comes before any later one."""
+        if any(s.ended for s in self._live):
+            for s in self._live:
+                if s.ended:
+                    self._leave(s)
+            self._live = [s for s in self._live if not s.ended]
+        if any(s.ended for s in self._waiting):
+            self._waiting = deque(s for s in self._waiting if not s.ended)
+
+
+def _chosen(job: Job, token: int, logprob: float, top: tuple[Chosen, ...] = ()) -> Chosen:
+    text = job.words.decode([token])
+    return Chosen(token, text, max(logprob, -9999.0), top)
+
+
+def main_memory() -> int:
+    """Bytes of main memory that are free; 8 GiB where nobody says."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 8 << 30
+
+
+class Graphs:
+    """Decoding steps as CUDA graphs: one for each of a few batch sizes, with and without adapters. Places beyond the sequences
+    compute into block 0."""
+
+    SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.found: dict[tuple[int, bool], tuple[Any, ...]] = {}
+        self.pool: Any = None
+
+    def forget(self) -> None:
+        self.found.clear()
+        self.pool = None
+
+    def warm(self) -> None:
+        """The largest first: the others find room in its memory."""
+        for adapters in (False, True) if self.engine.bank.names and self.engine.bank.plain else (False,):
+            for size in reversed(self.SIZES):
+                if size <= self.size(self.engine.limits.batch):
+                    self.found[size, adapters] = self._record(size, adapters)
+
+    def size(self, n: int) -> int:
+        return next((s for s in self.SIZES if s >= n), n)
+
+    def run(self, writers: Sequence[Answer], tokens_n: Tensor) -> Tensor:
+        """Logits [n, V] of the writers' next tokens; valid until the next run."""
+        engine, n = self.engine, len(writers)
+        size, adapters, device = self.size(n), any(s.adapter for s in writers), engine.device
+        if (size, adapters) not in self.found:
+            self.found[size, adapters] = self._record(size, adapters)
+        graph, where, tokens, numbers, logits = self.found[size, adapters]
+        blocks = max(len(s.blocks) for s in writers)
+        table = np.zeros((size, blocks), np.int32)
+        table[:n] = engine._tables[[s.row for s in writers], :blocks]
+        held = torch.zeros(2, size, dtype=torch.int64)
+        held[:, :n] = torch.tensor([[s.held for s in writers], [s.adapter for s in writers]])
+        held = to_device(held, device)
+        where.tables_NM[:, :blocks].copy_(to_device(torch.from_numpy(table), device))
+        where.positions_T.copy_(held[0])
+        where.lengths_N.copy_(held[0] + 1)
+        numbers.copy_(held[1])
+        tokens[:n].copy_(tokens_n)
+        graph.replay()
+        return logits[:n]
+
+    def _record(self, size: int, adapters: bool) -> tuple[Any, ...]:
+        engine, device = self.engine, self.engine.device
+        blocks = engine._tables.shape[1]
+        splits = paged.splits_for(size, engine.model.spec.kv_heads, blocks * BLOCK)
+        where = RecordedPass(engine.pool, size, blocks, splits)
+        tokens, numbers = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2))
+        choice = engine.bank.choice
+
+        def body() -> Tensor:
+            choice.clear()
+            choice.number_T, choice.rows = (numbers if adapters else None), None
+            choice.present = frozenset(engine.bank.numbers) if adapters else frozenset()
+            where.find()
+            return engine.model.logits(engine.hidden(tokens, where, None))
+
+        graph, logits = self._capture(body)
+        choice.clear()
+        choice.number_T = None
+        return graph, where, tokens, numbers, logits
+
+    def _capture(self, body: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+        """(what replays it, where its result then lies)."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            body()  # compiles and loads kernels, which a capture may not
+            body()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            logits = body()
+        self.pool = self.pool or graph.pool()
+        return graph, logits
