@@ -26,6 +26,9 @@ class Words:
     def decode(self, ids, skip_special=False):
         return "".join(map(chr, ids))
 
+    def stream(self, skip_special=True):
+        return SimpleNamespace(push=chr, flush=str)
+
     def token(self, index):
         return chr(index)
 
