@@ -1,5 +1,8 @@
 """The gate's arithmetic and judgement on numbers made up for it."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -94,3 +97,28 @@ def test_a_runtime_that_dies_is_told_with_its_last_words(tmp_path):
     job = {"artefact": str(tmp_path / "none.gguf"), "adapter": None, "rows": [[1]], "positions": [[0]], "top": 4, "asked": []}
     with pytest.raises(parity.RuntimeFailed, match="exit code"):
         parity.ask("llama.cpp", job | {"prompts": [], "max_tokens": 1})
+
+
+def test_paths_may_be_relative(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert export(trained("llama"), "gguf", Path("out"), quant="f16").parity.state == "verified"
+
+
+def test_what_no_runtime_has_seen_can_be_told():
+    unseen = parity.Parity(
+        "merged", "transformers", reasons=["transformers not installed"], measured={"other_base": {"kl_mean": 1.0}}
+    )
+    assert unseen.lines() == [("loaded in", "transformers")]
+
+
+def test_losses_are_compared_over_the_same_tokens():
+    """The artefact tells its likeliest tokens alone; a target that is none of them is in neither loss."""
+    p, _ = distributions(3, places=200)
+    ids, logp = top(p, 10)
+    found = SimpleNamespace(logp_PV=p, targets=np.random.default_rng(0).integers(0, 50, 200))
+    numbers = parity._numbers(found, ids, logp, (1e-3, 5e-2))
+    told = (ids == found.targets[:, None]).any(1)
+    assert 10 < told.sum() < 100 and numbers["loss_live"] == numbers["loss_artefact"]
+    assert numbers["loss_live"] == pytest.approx(-p[np.arange(200), found.targets][told].mean(), rel=1e-6)
+    nothing = SimpleNamespace(logp_PV=p, targets=p.argmin(1))
+    assert parity._numbers(nothing, ids, logp, (1e-3, 5e-2))["loss_live"] is None

@@ -115,7 +115,7 @@ class Parity:
 
     def lines(self) -> list[tuple[str, str]]:
         m = self.measured
-        if not m:
+        if "words" not in m:  # the runtime is not here, or could not load it
             return [("loaded in", self.runtime)]
         words, numbers, answers = m["words"], m["numbers"], m["answers"]
         same = words["conversations"] - len(words["different"])
@@ -133,15 +133,19 @@ class Parity:
                 f"told over {numbers['bounds'][0]:g}, refused over {numbers['bounds'][1]:g}",
             ),
             ("likeliest token", f"the same at {numbers['top1']:.1%}"),
-            ("held-out loss", f"{numbers['loss_live']:.4f} live, {numbers['loss_artefact']:.4f} here"),
+            ("held-out loss", _both(numbers["loss_live"], numbers["loss_artefact"])),
             (
                 "greedy answers",
                 f"{answers['equal']} of {answers['count']} the same, {answers['ended']} of {answers['live_ended']} ended",
             ),
         ]
         if "metric" in answers:
-            out.append((answers["metric"], f"{answers['metric_live']:.4f} live, {answers['metric_artefact']:.4f} here"))
+            out.append((answers["metric"], _both(answers["metric_live"], answers["metric_artefact"])))
         return out
+
+
+def _both(live: float | None, here: float | None) -> str:
+    return "-" if live is None or here is None else f"{live:.4f} live, {here:.4f} here"
 
 
 # ---- the live model ------------------------------------------------------------------------------------------------------------
@@ -319,7 +323,8 @@ def ask(runtime: str, job: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [house, os.environ.get("PYTHONPATH", "")]))
     with tempfile.TemporaryDirectory(prefix="tunesmith-") as folder:
         question, result = Path(folder) / "job.json", Path(folder) / "result.npz"
-        question.write_text(json.dumps(job), "utf-8")
+        paths = {key: str(Path(job[key]).absolute()) for key in ("artefact", "adapter", "base") if job.get(key)}
+        question.write_text(json.dumps(job | paths), "utf-8")
         command = [sys.executable, "-m", f"tunesmith.export.runtimes.{RUNTIMES[runtime][0]}", str(question), str(result)]
         done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, errors="replace")
         if done.returncode or not result.is_file():
@@ -384,16 +389,16 @@ def _numbers(found: Live, ids_PK: np.ndarray, logp_PK: np.ndarray, bounds: tuple
     kl_P = divergence(found.logp_PV, ids_PK, logp_PK)
     rows = np.arange(len(ids_PK))
     at_target = ids_PK == found.targets[:, None]
-    rest = np.log(np.maximum(1 - np.exp(logp_PK.astype(np.float64)).sum(1), 1e-12))
-    loss = -np.where(at_target.any(1), logp_PK[rows, at_target.argmax(1)], rest)
+    told = at_target.any(1)  # the losses are over tokens that are among the artefact's likeliest
+    live, theirs = found.logp_PV[rows, found.targets][told], logp_PK[rows, at_target.argmax(1)][told]
     return {
         "positions": len(kl_P),
         "kl_mean": float(kl_P.mean()),
         "kl_p99": float(np.quantile(kl_P, 0.99)),
         "kl_max": float(kl_P.max()),
         "top1": float((found.logp_PV.argmax(1) == ids_PK[:, 0]).mean()),
-        "loss_live": float(-found.logp_PV[rows, found.targets].mean()),
-        "loss_artefact": float(loss.mean()),
+        "loss_live": float(-live.mean()) if told.any() else None,
+        "loss_artefact": float(-theirs.mean()) if told.any() else None,
         "bounds": list(bounds),
     }
 
