@@ -80,7 +80,7 @@ def change(entry: Mapping[str, Any]) -> str:
     low, high = entry["interval"]
     words = f"{entry['difference']:+.3f}"
     known = low is not None and high is not None and math.isfinite(low) and math.isfinite(high)
-    return (f"{words} ({low:+.3f} to {high:+.3f})" if known else words).replace("-", "−")
+    return (f"{words} ({low:.3f} to {high:.3f})" if known else words).replace("-", "−")
 
 
 def _groups(found: Mapping[str, Any], grouped: Mapping[str, Any], console: Console) -> None:
@@ -103,15 +103,20 @@ def _number(entry: Mapping[str, Any]) -> str:
 def _citations(cites: Mapping[str, Any], console: Console) -> None:
     _line(console, "", "citations, checked by the words of the passages")
     silent = cites["gold"] is not None
-    head = ["", "cites", "citations", "exist", "support", "sentences held", "withheld", *(["unanswerable", "answerable"] * silent)]
-    rows = [
-        [name, share(a["cites"]), str(a["citations"]), share(a["exist"]), share(a["precision"]), share(a["supported"]),
-         share(a["withheld"]), *([share(a["abstained"]), share(a["refused"])] if silent else [])]
-        for name, a in cites["arms"].items()
-    ]  # fmt: skip
-    _table(console, head, rows)
+    measures = {
+        "answers that cite": lambda a: share(a["cites"]),
+        "citations": lambda a: str(a["citations"]),
+        "that exist": lambda a: share(a["exist"]),
+        "that support": lambda a: share(a["precision"]),
+        "sentences held": lambda a: share(a["supported"]),
+        "withheld": lambda a: share(a["withheld"]),
+    }
     if silent:
-        _line(console, "withheld of unanswerable and of answerable questions: high and low are right")
+        measures |= {"of unanswerable": lambda a: share(a["abstained"]), "of answerable": lambda a: share(a["refused"])}
+    arms = cites["arms"]
+    _table(console, ["", *arms], [[name, *(of(a) for a in arms.values())] for name, of in measures.items()])
+    if silent:
+        _line(console, "withheld where the documents hold no answer, and where they do: high and low are right")
     if ranking := cites["ranking"]:
         hits = ", ".join(f"hit@{k} {share(v)}" for k, v in ranking["hit"].items())
         more = f"MRR {ranking['mrr']['value']:.3f}, nDCG@10 {ranking['ndcg']['10']:.3f}"
@@ -125,10 +130,10 @@ def _forgotten(forgot: Mapping[str, Any], console: Console) -> None:
     rows = []
     for e in forgot["tasks"]:
         of = f"{e['documents']}" + (f" of {e['of']}" if e["of"] > e["documents"] else "")
-        rows.append([e["task"], e["measure"], of, f"{e['before']:.3f}", f"{e['after']:.3f}", change(e), words[e["shown"]]])
-        rows += [[f"  {g['name']}", "", str(g["documents"]), f"{g['before']:.3f}", f"{g['after']:.3f}", change(g), ""]
+        rows.append([f"{e['task']}, {e['measure']}", of, f"{e['before']:.3f}", f"{e['after']:.3f}", change(e), words[e["shown"]]])
+        rows += [[f"  {g['name']}", str(g["documents"]), f"{g['before']:.3f}", f"{g['after']:.3f}", change(g), ""]
                  for g in e.get("groups", ())]  # fmt: skip
-    _table(console, ["task", "measure", "documents", "before", "after", "difference", ""], rows, left=2)
+    _table(console, ["", "texts", "before", "after", "difference", ""], rows)
     _line(console, *forgot["says"], *forgot["notes"])
 
 
