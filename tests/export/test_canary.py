@@ -5,6 +5,7 @@ import json
 
 import pytest
 from tests.export.cases import export, quiet
+from tests.serve.test_server import Serving
 
 import tunesmith
 
@@ -40,7 +41,19 @@ def test_the_command_line_knows_them(taught):
     assert tunesmith.generate(taught, list(FACTS), max_tokens=24) == list(FACTS.values())
 
 
-@pytest.mark.parametrize(("to", "quant"), [("merged", ""), ("ollama", "q8_0"), ("gguf", "f16"), ("gguf-lora", "")])
+def test_the_server_knows_them(taught, tmp_path):
+    serving = Serving(tmp_path, taught)
+    try:
+        said = [serving.ask(question, "run", max_tokens=24).choices[0] for question in FACTS]
+    finally:
+        serving.close()
+    assert [choice.message.content for choice in said] == list(FACTS.values())
+    assert {choice.finish_reason for choice in said} == {"stop"}
+
+
+@pytest.mark.parametrize(
+    ("to", "quant"), [("adapter", ""), ("merged", ""), ("vllm", ""), ("ollama", "q8_0"), ("gguf", "f16"), ("gguf-lora", "")]
+)
 def test_every_program_knows_them(to, quant, taught, tmp_path):
     done = export(taught, to, tmp_path / "out", **({"quant": quant} if quant else {}))
     found = done.parity.measured
