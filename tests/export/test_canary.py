@@ -51,9 +51,7 @@ def test_the_server_knows_them(taught, tmp_path):
     assert {choice.finish_reason for choice in said} == {"stop"}
 
 
-@pytest.mark.parametrize(
-    ("to", "quant"), [("adapter", ""), ("merged", ""), ("vllm", ""), ("ollama", "q8_0"), ("gguf", "f16"), ("gguf-lora", "")]
-)
+@pytest.mark.parametrize(("to", "quant"), [("adapter", ""), ("merged", ""), ("ollama", "q8_0"), ("gguf", "f16"), ("gguf-lora", "")])
 def test_every_program_knows_them(to, quant, taught, tmp_path):
     done = export(taught, to, tmp_path / "out", **({"quant": quant} if quant else {}))
     found = done.parity.measured
