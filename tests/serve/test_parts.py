@@ -10,14 +10,14 @@ from tests.serve.fake import Engine as Fake
 from tests.serve.fake import Words
 
 from tunesmith.data.render import Renderer
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, RunError
 from tunesmith.generate import Sampling, distribution
 from tunesmith.hub import resolve_model
 from tunesmith.serve import tools
 from tunesmith.serve.job import Job
 from tunesmith.serve.sampling import Row, draw, sample
-from tunesmith.serve.schema import ChatRequest, parse
-from tunesmith.serve.service import Served, Service, citations
+from tunesmith.serve.schema import ApiError, ChatRequest, parse
+from tunesmith.serve.service import Served, Service, citations, told
 from tunesmith.tokenizer import Tokenizer
 
 
@@ -67,6 +67,17 @@ def test_what_is_not_allowed_never_comes():
     for temperature in (0.0, 1.5):
         asked = [Row(Job([1], Words(), print, seed=s, temperature=temperature), 0, allowed) for s in range(200)]
         assert set(sample(logits, asked).tokens_L.tolist()) == {3, 7}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 1e-300}, {"temperature": 1e-40}, {"temperature": 1e-38}, {"temperature": 1.0, "top_p": 1e-300}],
+    ids=str,
+)
+def test_the_smallest_settings_are_the_likeliest_token(settings):
+    """Numbers that float32 rounds to 0, or whose quotients overflow, drew the last token, or one that a grammar forbids."""
+    logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(3)) * 5
+    assert torch.equal(sample(logits, rows(20, **settings)).tokens_L, logits.argmax(-1))
 
 
 def test_nan_shows():
@@ -161,6 +172,79 @@ def test_citations_name_passages_and_whether_they_support():
     assert [(c["number"], c["exists"], c["supports"]) for c in found] == [(1, True, True), (2, True, False), (7, False, False)]
     assert found[0]["document"] == "moon.txt" and found[0]["text"] == passages[0].text and "document" not in found[2]
     assert citations("Nothing is cited.", passages) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("../../home/x/manual.md", "manual.md"),
+        ("/srv/docs/a.txt", "a.txt"),
+        ("guide/start.md", "guide/start.md"),
+        ("a..b.md", "a..b.md"),
+    ],
+)
+def test_a_citation_says_nothing_of_where_documents_lie(name, shown):
+    passage = SimpleNamespace(document=name, start=0, end=30, text="The moon is made of grey rock.", context="")
+    assert citations("The moon is made of grey rock [1].", [passage])[0]["document"] == shown
+
+
+class Plain:
+    """A renderer without a template's process."""
+
+    tokenizer, templates, stop_ids = Words(), {"default": ""}, frozenset({0})
+
+    def prompt(self, messages, tools=()):
+        return [1]
+
+
+def chat_of(service, **more):
+    body = {"model": "q", "messages": [{"role": "user", "content": "Rain?"}]} | more
+    return service.chat(parse(json.dumps(body).encode(), ChatRequest))
+
+
+def test_an_index_that_fails_is_the_servers_fault_and_its_place_stays_here(capsys):
+    def search(question):
+        raise DataError("/home/x/index.sqlite: the index is empty", "tunesmith docs add FOLDER --index /home/x/index.sqlite")
+
+    with pytest.raises(ApiError) as caught:
+        chat_of(Service(Fake(), lambda: {"q": Served("q", Plain())}, search))
+    assert caught.value.status == 500 and "home" not in caught.value.message and "/home/x" in capsys.readouterr().err
+
+
+def test_faults_with_files_are_not_told_to_clients(capsys):
+    fault = told(RunError("/home/x/runs/first: the run is damaged", "rm -r /home/x/runs/first"))
+    assert fault.status == 500 and "home" not in fault.message and "/home/x" in capsys.readouterr().err
+
+
+def test_json_from_documents_that_do_not_answer_is_an_error_with_its_own_reason(monkeypatch):
+    """It was "max_tokens or a stop text ended it": nothing had been written."""
+    service = Service(Fake(), lambda: {"q": Served("q", Plain())}, lambda question: [])
+    monkeypatch.setattr(service, "_grammar", lambda served, schema: None)
+    with pytest.raises(ApiError, match="no passage fits") as caught:
+        chat_of(service, response_format={"type": "json_object"})
+    assert caught.value.status == 422 and caught.value.code == "no_passage"
+    assert chat_of(service).canned is not None
+
+
+def test_an_adapter_that_comes_and_goes_leaves_no_grammar_behind(monkeypatch):
+    from tunesmith.serve import grammar
+
+    class Grammars:
+        def __init__(self, tokenizer, stops):
+            made.append(self)
+
+        def compile(self, schema):
+            return ""
+
+    made = []
+    monkeypatch.setattr(grammar, "Grammars", Grammars)
+    served = {}
+    service = Service(Fake(), lambda: served)
+    for _ in range(5):
+        served["q"] = Served("q", Plain())
+        chat_of(service, response_format={"type": "json_object"})
+        chat_of(service, response_format={"type": "json_object"})
+    assert len(made) == 5 and len(service._grammars) == 1
 
 
 # ---- a request to a prompt
