@@ -15,6 +15,7 @@ from tunesmith.serve import http
 from tunesmith.serve.http import build
 from tunesmith.serve.job import Missing, Piece
 from tunesmith.serve.schema import parse
+from tunesmith.serve.service import Service
 
 
 class Shelf:
@@ -208,6 +209,18 @@ def test_a_long_request_is_read_beside_the_event_loop(monkeypatch):
     assert call(app(), "POST", "/v1/chat/completions", json=chat()).status_code == 200
     fault(call(app(), "POST", "/v1/completions", json={"model": "tiny"}), 400)
     assert len(where) == 2 and threading.main_thread() not in where
+
+
+def test_grammars_are_made_beside_the_event_loop(monkeypatch):
+    """3,000 patterns take two seconds for each answer."""
+    where, engine = [], Engine()
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda *jobs: where.append(threading.current_thread()) or submit(*jobs))
+    monkeypatch.setattr(Service, "_grammar", lambda self, served, schema: lambda: None)
+    engine.script = lambda job: ["{}"]
+    body = chat(response_format={"type": "json_object"})
+    assert call(app(engine), "POST", "/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"] == "{}"
+    assert len(where) == 1 and threading.main_thread() not in where
 
 
 def test_nothing_may_be_cached_or_guessed_and_unknown_paths_are_errors_too():

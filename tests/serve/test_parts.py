@@ -54,6 +54,15 @@ def test_a_row_is_drawn_the_same_among_any_others():
     assert together[0] == logits[0].argmax() and together[4] == logits[4].argmax()
 
 
+def test_equals_of_the_last_are_drawn_the_same_among_any_others():
+    """In bf16 many scores are equal: how many of them a row's top_k let in went by the widest row of the step."""
+    logits = torch.randn(1, 200, generator=torch.Generator().manual_seed(5)).mul(2).round().expand(61, -1)
+    for others in ({"temperature": 1.0, "top_k": 60}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 1.0, "top_k": 999}):
+        mine = rows(60, temperature=1.0, top_k=5)
+        together = sample(logits, [*mine, *rows(1, **others)]).tokens_L[:60]
+        assert torch.equal(together, sample(logits[:60], mine).tokens_L), others
+
+
 def test_draws_are_even_and_depend_on_all_three():
     found = [draw(7, i, p) for i in range(40) for p in range(100)]
     assert min(found) >= 0 and max(found) < 1 and abs(sum(found) / len(found) - 0.5) < 0.02 and len(set(found)) == 4000
@@ -138,6 +147,14 @@ def test_a_schema_that_cannot_be_followed_is_refused_with_the_reason(grammars, s
         ("<tool_call>", "x <tool_call>{oops</tool_call>", "x <tool_call>{oops</tool_call>", []),
         ("[TOOL_CALLS]", '[TOOL_CALLS] [{"name": "f", "arguments": {"a": "é"}}, {"name": "g", "arguments": {}}]', "",
          [("f", {"a": "é"}), ("g", {})]),
+        ("<tool_call>", '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}}</tool_call>', "",
+         [("f", {"a": "</tool_call>"})]),
+        ("<tool_call>", '<tool_call>{"name": "f"}', "", [("f", {})]),
+        ("<tool_call>", '<tool_call>{"name": "f"} or so</tool_call>', '<tool_call>{"name": "f"} or so</tool_call>', []),
+        ("<|python_tag|>", '{"name": "f", "parameters": {"name": "a; b"}}', "", [("f", {"name": "a; b"})]),
+        ("<|python_tag|>", '{"name": "f", "parameters": {}}; {"name": "g", "parameters": {"a": ";"}}', "",
+         [("f", {}), ("g", {"a": ";"})]),
+        ("<|python_tag|>", '{"name": "f", "parameters": {}} and more', '{"name": "f", "parameters": {}} and more', []),
         ("<|python_tag|>", '{"name": "f", "parameters": {"a": [1]}}', "", [("f", {"a": [1]})]),
         ("<|python_tag|>", '<|python_tag|>{"name": "f", "parameters": {}}', "", [("f", {})]),
         ("<|python_tag|>", 'I say {"name": "f"}', 'I say {"name": "f"}', []),

@@ -193,7 +193,10 @@ def build(service: Service, shelf: Any = None, **guard: Any) -> Starlette:
         asked, question = await in_thread(read)
         options = asked.stream_options
         answering = Answering(service, question, bool(asked.stream), bool(options and options.include_usage))
-        answering.begin()
+        if "grammar" in question.settings:  # a large schema's takes seconds for each answer
+            await in_thread(answering.begin)
+        else:
+            answering.begin()
         return answering
 
     async def chat(request: Request) -> Any:

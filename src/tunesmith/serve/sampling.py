@@ -123,28 +123,20 @@ def _pick(logits_LV: Tensor, rows: Sequence[Row]) -> Tensor:
 
     scores = logits_LV.float() / column([row.job.temperature for row in rows], torch.float32)
     draws = column([draw(row.job.seed, row.job.index, row.made) for row in rows], torch.float64)
-    cut = [i for i, row in enumerate(rows) if row.job.top_p < 1 or 0 < row.job.top_k < scores.shape[-1]]
+    if most := min(max(row.job.top_k for row in rows), scores.shape[-1]):
+        keep = column([row.job.top_k or scores.shape[-1] for row in rows], torch.int64)  # more than `most`: all
+        last = scores.topk(most).values.gather(-1, keep.clamp(max=most) - 1)
+        scores = scores.masked_fill((scores < last) & (keep <= most), -math.inf)  # equals of the last stay in
+    p = scores.softmax(-1)
+    cut = [i for i, row in enumerate(rows) if row.job.top_p < 1]
     if not cut:
-        return _inverse(scores.softmax(-1), draws)
-    out = torch.empty(len(rows), dtype=torch.int64, device=device)
+        return _inverse(p, draws)
     at = to_device(torch.tensor(cut), device)
-    if len(cut) < len(rows):
-        others = to_device(torch.tensor(sorted(set(range(len(rows))) - set(cut))), device)
-        out[others] = _inverse(scores[others].softmax(-1), draws[others])
-    rows = [rows[i] for i in cut]
-    width = scores.shape[-1]
-    most = max(row.job.top_k if row.job.top_p == 1 else width for row in rows)
-    ordered, ids = scores[at].topk(min(width, most)) if most < width else scores[at].sort(dim=-1, descending=True, stable=True)
-    if any(row.job.top_k for row in rows):
-        keep = column([min(row.job.top_k, ordered.shape[-1]) or ordered.shape[-1] for row in rows], torch.int64)
-        ordered = ordered.masked_fill(ordered < ordered.gather(-1, keep - 1), -math.inf)  # equals of the last stay in
-    p = ordered.softmax(-1)
-    top_p = column([row.job.top_p for row in rows], torch.float32)
-    outside = (p.cumsum(-1) - p >= top_p) & (top_p < 1)  # the token that crosses top_p stays in
+    ordered, ids = p[at].sort(dim=-1, descending=True, stable=True)
+    outside = ordered.cumsum(-1) - ordered >= column([rows[i].job.top_p for i in cut], torch.float32)  # who crosses top_p stays in
     outside[:, 0] = False  # a top_p that float32 rounds to 0
-    picked = _inverse(p.masked_fill(outside, 0.0), draws[at])
-    out[at] = ids.gather(-1, picked[:, None])[:, 0]
-    return out
+    picked = ids.gather(-1, _inverse(ordered.masked_fill(outside, 0.0), draws[at])[:, None])[:, 0]
+    return picked if len(cut) == len(rows) else _inverse(p, draws).index_copy(0, at, picked)
 
 
 def _inverse(p_LV: Tensor, draws_L1: Tensor) -> Tensor:
