@@ -14,10 +14,10 @@ from tunesmith.errors import DataError, RunError
 from tunesmith.generate import Sampling, distribution
 from tunesmith.hub import resolve_model
 from tunesmith.serve import tools
-from tunesmith.serve.job import Job
+from tunesmith.serve.job import Job, Piece
 from tunesmith.serve.sampling import Row, draw, sample
 from tunesmith.serve.schema import ApiError, ChatRequest, parse
-from tunesmith.serve.service import Served, Service, citations, told
+from tunesmith.serve.service import Draft, Question, Served, Service, citations, told
 from tunesmith.tokenizer import Tokenizer
 
 
@@ -177,6 +177,23 @@ def test_real_templates_are_told_apart(shared_data):
     for name, kind in wanted.items():
         found = tools.family((shared_data / "templates" / f"{name}.jinja").read_text("utf-8"))
         assert (found and found.name) == kind, name
+
+
+def test_special_tokens_are_in_no_text_beside_calls_either():
+    """They were cut from text without calls and from streams, and stood in a whole answer before its calls."""
+
+    class Marked(Words):
+        special_ids = frozenset({ord("§")})
+
+    class Renderer(Plain):
+        tokenizer = Marked()
+
+    question = Question(Served("q", Renderer()), [[1]], 1, {}, True, family=tools.FAMILIES["<tool_call>"])
+    for text, content in (('§Ok.§ <tool_call>{"name": "f"}</tool_call>', "Ok."), ("§Ok.§", "Ok.")):
+        whole, parts = Draft(question, 0), Draft(question, 0)
+        whole.take(Piece(text, (), 9, "stop"))
+        said = "".join(parts.take(Piece(c, (), k, "stop" if k == len(text) else None)) for k, c in enumerate(text, 1))
+        assert whole.chat_choice()["message"]["content"] == content == said.rstrip() and bool(whole.calls) == ("tool" in text)
 
 
 # ---- citations

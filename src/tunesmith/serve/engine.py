@@ -379,17 +379,23 @@ class Engine:
         return bool(planned or last or self._live or self._inbox)
 
     def _with_adapters(self, function: Callable[[], Any]) -> Any:
-        """Nothing is under way while it runs, and recordings are dropped after it."""
+        """Nothing is under way while it runs. Where adapters have come or gone, steps are recorded again; before the thread runs,
+        once for all of them, when it begins."""
         if self._last is not None:
             self._take(self._last)
             self._last = None
             self._sweep()
+        before = self.bank.numbers
         with torch.no_grad():
             try:
                 return function()
             finally:
-                self._settle_path()
-                self._warm()
+                if self.bank.numbers != before:
+                    self._settle_path()
+                    if self._thread is not None:
+                        self._warm()
+                    elif self._graphs is not None:
+                        self._graphs.forget()
 
     @torch.no_grad()
     def _warm(self) -> None:

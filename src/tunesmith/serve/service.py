@@ -208,7 +208,9 @@ class Draft:
         self.question, self.index = question, index
         self.text, self.tokens, self.made = "", [], 0
         self.reason: str | None = None
-        self._said = 0
+        self._said = self._until = 0  # of the text: characters said, and those that are no calls
+        words = question.served.renderer.tokenizer
+        self._special = [words.token(i) for i in words.special_ids] if question.family is not None else []
         self.calls: list[dict[str, Any]] = []
         self.content = ""
         self.citations: list[dict[str, Any]] | None = None
@@ -226,20 +228,24 @@ class Draft:
             self._finish(piece.reason)
         family, until = self.question.family, len(self.text)
         if self.calls:
-            until = len(self.content)
+            until = self._until
         elif family is not None and self.reason is None:
             until = family.sayable(self.text)
         new, self._said = self.text[self._said : until], max(self._said, until)
-        return new if family is None else _without_special(new, self.question.served.renderer.tokenizer)
+        return self._plain(new)
+
+    def _plain(self, text: str) -> str:
+        """Without special tokens, which are in the text where tool calls may be."""
+        for special in self._special if text else ():
+            text = text.replace(special, "")
+        return text
 
     def _finish(self, reason: str) -> None:
         self.content, self.reason = self.text, reason
         question = self.question
         if question.family is not None:
-            words = question.served.renderer.tokenizer
-            self.content, found = question.family.split(self.text)
-            if not found:
-                self.content = _without_special(self.text, words)
+            said, found = question.family.split(self.text)
+            self._until, self.content = len(said), self._plain(said)
             self.calls = [{"id": f"call_{secrets.token_hex(8)}", "type": "function",
                            "function": {"name": call.name, "arguments": call.arguments}} for call in found]  # fmt: skip
             if found:
@@ -272,12 +278,6 @@ def _whole_json(text: str, reason: str) -> None:
         why = "max_tokens or the context ended it" if reason == "length" else "a stop text ended it"
         raise ApiError(422, f"the answer's JSON is not whole: {why}; allow more tokens, or ask for less",
                        code="invalid_output", param="response_format") from None  # fmt: skip
-
-
-def _without_special(text: str, words: Any) -> str:
-    for index in getattr(words, "special_ids", ()):
-        text = text.replace(words.token(index), "")
-    return text
 
 
 def citations(answer: str, passages: Sequence[Any]) -> list[dict[str, Any]]:
