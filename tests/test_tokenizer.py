@@ -16,6 +16,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from tunesmith.errors import ModelError
+from tunesmith.hub import resolve_model
 from tunesmith.tokenizer import Tokenizer
 
 SENTENCEPIECE = [
@@ -206,6 +207,21 @@ def test_a_vocabulary_with_special_words(words):
 
 
 # ---- decoding
+
+
+def test_bytes_that_become_no_character_do_not_pile_up():
+    """Random and lone bytes join to the text of all of them, and what is looked at for each token stays short: 8,192 lone bytes
+    took 14 s, in which a server's other answers waited."""
+    tokenizer = Tokenizer.load(resolve_model("embedded").path)
+    single = [i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]) == "\ufffd"]
+    rng = random.Random(0)
+    letters = [*tokenizer.encode("aé漢😀 "), *single]
+    for ids in ([single[0]] * 300, [rng.choice(single) for _ in range(400)], [rng.choice(letters) for _ in range(400)]):
+        stream, looked = tokenizer.stream(), []
+        decode = stream._decode
+        stream._decode = lambda ids, decode=decode, looked=looked: looked.append(len(ids)) or decode(ids)
+        assert "".join([*map(stream.push, ids), stream.flush()]) == tokenizer.decode(ids, skip_special=True)
+        assert max(looked) < 80, max(looked)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "Mistral-7B-v0.1", "Qwen2.5"])

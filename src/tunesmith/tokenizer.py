@@ -418,8 +418,11 @@ class TextStream:
     """Turns ids into text piece by piece, only at whole characters: what was pushed joins to `decode` of all ids.
 
     A token may hold part of a character (byte fallback, byte-level BPE) and some decoders look at the token before, so each step
-    decodes a short window and gives what is new in it.
+    decodes a short window and gives what is new in it. Bytes that never become a character are given out, all but the last four
+    tokens, or the window would grow with the answer.
     """
+
+    LONGEST = 16  # tokens without a whole character; four bytes are the longest one
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool):
         self._decode = lambda ids: tokenizer.decode(ids, skip_special)
@@ -430,9 +433,15 @@ class TextStream:
         """The text that `index` completes; empty while a character is incomplete."""
         self._ids.append(int(index))
         given, now = self._decode(self._ids[self._from : self._read]), self._decode(self._ids[self._from :])
+        end = len(self._ids)
         if len(now) <= len(given) or now.endswith("\ufffd"):
-            return ""
-        self._from, self._read = self._read, len(self._ids)
+            if end - self._read < self.LONGEST:
+                return ""
+            found = ((e, self._decode(self._ids[self._from : e])) for e in range(end - 4, end - 8, -1))
+            end, now = next(((e, text) for e, text in found if now.startswith(text) and len(text) > len(given)), (0, ""))
+            if not end:
+                return ""
+        self._from, self._read = self._read, end
         return now[len(given) :]
 
     def flush(self) -> str:

@@ -1,8 +1,12 @@
 """models/paged.py and models/lean.py: sequences that come, go and share blocks get what the model gives without a cache."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+import torch.nn.functional as F
 
+from tunesmith.models import paged
 from tunesmith.models.decoder import Decoder
 from tunesmith.models.lean import Lean, densify, refusal
 from tunesmith.models.linear import Linear, NF4Linear
@@ -71,6 +75,39 @@ def test_pieces_and_steps_give_what_the_model_gives_at_once(family, lean):
     assert held == [70, 33, 50]
     for a, b in zip(found, wanted, strict=True):
         assert (torch.cat(a) - b).abs().max() < 2e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_prompts_take_the_kernel_for_ragged_lengths_alone_too(family, monkeypatch):
+    """As on a GPU, with the kernel's definition in its place: one fresh prompt, two, then pieces behind what the cache holds.
+    cuDNN, which `attention` takes for one document, would be planned again for each length."""
+    calls = []
+
+    def plain(q, k, v, ends_q, ends_k, longest_q, longest_k, scale, window):
+        calls.append((longest_q, longest_k))
+        out = []
+        for (a, b), (c, d) in zip(pairwise(ends_q.tolist()), pairwise(ends_k.tolist()), strict=True):
+            back = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)
+            mask = (back >= 0) & (back < (window or d))
+            heads = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+            out.append(F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale, enable_gqa=True)[0].transpose(0, 1))
+        return torch.cat(out)
+
+    monkeypatch.setattr(paged, "room_kernel", lambda like, width: True)
+    monkeypatch.setattr(paged, "varlen", plain)
+    monkeypatch.setattr(paged, "attention", lambda *args: pytest.fail("the kernel was left to attention's choice"))
+    whole = decoder(family)
+    lean, pool = Lean(decoder(family)), Pool(whole.spec, 40, torch.float32, "cpu")
+    tokens = [torch.randint(90, (n,), generator=torch.Generator().manual_seed(n)) for n in (70, 33)]
+    wanted = [whole.hidden(t, Layout.of([len(t)])) for t in tokens]
+    one, two = pool.blocks.take(5), pool.blocks.take(3)
+    alone = run(lean, pool, [Part(30, 0, one, 70)], tokens[0][:30])
+    both = run(lean, pool, [Part(25, 30, one, 70), Part(20, 0, two, 33)], torch.cat([tokens[0][30:55], tokens[1][:20]]))
+    last = run(lean, pool, [Part(1, 20, two, 33), Part(15, 55, one, 70)], torch.cat([tokens[1][20:21], tokens[0][55:]]))
+    first = torch.cat([alone, both[:25], last[1:]])
+    assert (first - wanted[0]).abs().max() < 2e-5 * wanted[0].abs().max()
+    assert (torch.cat([both[25:], last[:1]]) - wanted[1][:21]).abs().max() < 2e-5 * wanted[1].abs().max()
+    assert len(calls) == 3 * 3 and calls[0] == (30, 30) and calls[3] == (25, 55) and calls[6] == (15, 70)
 
 
 def test_rows_alone_are_those_rows():

@@ -13,7 +13,7 @@ from tunesmith import adapters, models
 from tunesmith.errors import AdapterError, ConfigError, DataError, DoesNotFit, ModelError
 from tunesmith.generate import generate
 from tunesmith.models.paged import bytes_per_block
-from tunesmith.serve.engine import Engine
+from tunesmith.serve.engine import Engine, _Step
 from tunesmith.serve.job import Busy, Missing
 
 
@@ -278,6 +278,109 @@ def test_what_cannot_be_answered_is_refused_before_it_waits(answers, place):
         answers.engine(cache=1 << 14)
     with pytest.raises(ConfigError, match="sequences at once"):
         answers.engine(batch=0)
+
+
+def test_ids_that_the_model_does_not_have_are_refused_and_harm_nobody(answers, place):
+    """Such an id in logit_bias or in a prompt raised on the engine's thread, which ended every answer."""
+    engine, vocab = answers.engine(), models.load(place.model).vocab
+    other = answers.ask(engine, "hello", max_tokens=8)
+    for change in ({"bias": {vocab: 5.0}}, {"bias": {999_999_999: -1.0, 1: 1.0}}):
+        with pytest.raises(DataError, match="logit_bias has a token id"):
+            answers.ask(engine, "hello", **change)
+    for ids_ in ([1, vocab], [-1, 2]):
+        with pytest.raises(DataError, match="the prompt has a token id"):
+            answers.ask(engine, ids_)
+    last = answers.ask(engine, "hello", bias={vocab - 1: 1.0, 0: -1.0}, max_tokens=3)
+    answers.run(engine)
+    assert other.reason == last.reason == "length"
+
+
+class Failing:
+    """A grammar that fails as a library does: with an error that is none of ours."""
+
+    done = False
+
+    def __init__(self, where):
+        self.where = where
+
+    def allowed(self):
+        if self.where == "allowed":
+            raise ValueError("a mask that cannot be")
+
+    def take(self, token):
+        if self.where == "take":
+            raise RuntimeError("a token that cannot be")
+
+
+@pytest.mark.parametrize("where", ["allowed", "take", "text"])
+def test_an_answer_that_fails_fails_alone(answers, place, capsys, where):
+    engine = answers.engine(ahead=True)
+    other = answers.ask(engine, "hello", max_tokens=12)
+    if where == "text":
+
+        class Words:
+            decode = staticmethod(lambda ids, skip_special=False: "")
+            stream = staticmethod(lambda skip_special=True: None)  # nothing that could be pushed to
+
+        bad = answers.ask(engine, "world", words=Words, logprobs=None)
+    else:
+        bad = answers.ask(engine, "world", grammar=lambda: Failing(where))
+    answers.run(engine)
+    assert bad.reason == "error" and "Error" in str(bad.error) and "cannot be" not in str(bad.error)
+    assert ids(other) == alone(models.load(place.model), list(b"hello"), 12) and "Error" in capsys.readouterr().err
+
+
+def test_a_request_that_comes_as_the_thread_ends_is_not_forgotten(answers):
+    """It passed the door, and the thread looked into its inbox for the last time before it lay there: nobody answered."""
+    engine = answers.engine().start()
+    made, sequence = threading.Event(), engine._sequence
+
+    def slow(job):
+        answer = sequence(job)
+        engine.close()
+        made.set()
+        return answer
+
+    engine._sequence = slow
+    with pytest.raises(ModelError, match="has stopped"):
+        answers.ask(engine, "hello")
+    assert made.is_set()
+    with pytest.raises(ModelError, match="has stopped"):
+        engine.call(print, timeout=5)
+
+
+def test_pieces_of_prompts_take_what_pace_allows(answers):
+    """A step a token of 1 ms: 20 tokens at a pace of 20 ms; a step that compiled something is forgotten with the next."""
+    for ahead in (False, True):
+        engine = answers.engine(ahead=ahead, piece=200, pace=0.02, batch=2)
+        assert engine._piece(1) == 200, "nothing is known yet"
+        for seconds in (5.0, 0.1):
+            engine._came = time.perf_counter() - seconds
+            engine._time(_Step([], None, None, engine._came - 1, 101, 1))
+        assert 32 <= engine._piece(1) <= 20 / 0.9 + 32 and engine._rate == pytest.approx(0.1 / 101, rel=0.2)
+        before = engine._rate
+        engine._time(_Step([], None, None, 0.0, 2, 2))
+        assert engine._rate == before, "a step without prompts says nothing"
+        engine._rate = 0.0
+        answers.ask(engine, "hello", max_tokens=2)
+        answers.run(engine)
+        assert engine._rate > 0
+
+
+def test_the_stops_are_looked_for_in_what_is_unsaid_alone(answers):
+    """16 stops of 256 characters cost 4,096 comparisons a token of every answer."""
+
+    class Counted(str):
+        looked = 0
+
+        def __getitem__(self, key):
+            Counted.looked += 1
+            return str.__getitem__(self, key)
+
+    engine = answers.engine()
+    record = answers.ask(engine, "hello", max_tokens=10, stop=(Counted("~" * 256),) * 16)
+    answers.run(engine)
+    assert record.made == 10 and Counted.looked < 10 * 16 * 8
 
 
 def test_a_model_of_nan_fails_its_requests_and_no_other_thing(answers, place):

@@ -3,6 +3,7 @@ vanish free their places. With an engine that has no model."""
 
 import asyncio
 import json
+import threading
 import time
 
 import httpx
@@ -10,8 +11,11 @@ import pytest
 from tests.serve.fake import HEADERS, TOKEN, Client, Engine, Server, chat, events, service, words_of
 
 from tunesmith.errors import AdapterError, DataError, ModelError
+from tunesmith.serve import http
 from tunesmith.serve.http import build
 from tunesmith.serve.job import Missing, Piece
+from tunesmith.serve.schema import parse
+from tunesmith.serve.service import Service
 
 
 class Shelf:
@@ -163,8 +167,60 @@ def test_a_body_that_does_not_come_is_not_waited_for():
         yield b"}"
 
     start = time.monotonic()
-    fault(call(app(patience=0.1), "POST", "/v1/chat/completions", content=slow()), 408)
+    response = call(app(patience=0.1), "POST", "/v1/chat/completions", content=slow())
+    assert fault(response, 408) and response.headers["connection"] == "close", "the rest of it would be read"
     assert time.monotonic() - start < 2
+
+
+def test_a_client_that_does_not_read_counts_as_gone(monkeypatch):
+    """Its stream held a place of the server, and its job one of the engine, as long as it liked."""
+    monkeypatch.setattr(http, "STALLED", 0.1)
+    engine, sent = Engine(step=0.01, words=2000), []
+    body = json.dumps(chat(stream=True)).encode()
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "raw_path": b"", "query_string": b"",
+             "root_path": "", "headers": [(k.encode(), v.encode()) for k, v in HEADERS.items()]}  # fmt: skip
+
+    async def go():
+        asked = False
+
+        async def receive():
+            nonlocal asked
+            if asked:
+                await asyncio.sleep(60)
+            asked = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message):
+            sent.append(message["type"])
+            if len(sent) > 3:
+                await asyncio.sleep(60)
+
+        await app(engine)(scope, receive, send)
+
+    start = time.monotonic()
+    asyncio.run(go())
+    assert time.monotonic() - start < 5 and engine.running == 0 and engine.cancelled == 1 and len(sent) == 4
+
+
+def test_a_long_request_is_read_beside_the_event_loop(monkeypatch):
+    """4 MiB of brackets take half a second, in which every stream stood still."""
+    where = []
+    monkeypatch.setattr(http, "parse", lambda body, kind: where.append(threading.current_thread()) or parse(body, kind))
+    assert call(app(), "POST", "/v1/chat/completions", json=chat()).status_code == 200
+    fault(call(app(), "POST", "/v1/completions", json={"model": "tiny"}), 400)
+    assert len(where) == 2 and threading.main_thread() not in where
+
+
+def test_grammars_are_made_beside_the_event_loop(monkeypatch):
+    """3,000 patterns take two seconds for each answer."""
+    where, engine = [], Engine()
+    submit = engine.submit
+    monkeypatch.setattr(engine, "submit", lambda *jobs: where.append(threading.current_thread()) or submit(*jobs))
+    monkeypatch.setattr(Service, "_grammar", lambda self, served, schema: lambda: None)
+    engine.script = lambda job: ["{}"]
+    body = chat(response_format={"type": "json_object"})
+    assert call(app(engine), "POST", "/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"] == "{}"
+    assert len(where) == 1 and threading.main_thread() not in where
 
 
 def test_nothing_may_be_cached_or_guessed_and_unknown_paths_are_errors_too():

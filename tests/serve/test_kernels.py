@@ -12,6 +12,7 @@ from tests.serve.fake import Words
 from tests.serve.test_engine import alone, ids, prompts
 
 from tunesmith import adapters, models
+from tunesmith.errors import AdapterError
 from tunesmith.models.lean import Lean
 from tunesmith.models.paged import Part, Pass, Pool, RecordedPass
 from tunesmith.ops import backend, paged
@@ -53,10 +54,11 @@ def test_a_step_in_kernels_is_the_step_in_plain_torch(family):
 class Played(Graphs):
     """Recorded steps on a CPU: a replay runs what would have been recorded, at the same places."""
 
-    replays = 0
+    replays = captures = 0
 
     def _capture(self, body):
         logits = body()
+        self.captures += 1
 
         def replay():
             self.replays += 1
@@ -85,6 +87,7 @@ def test_recorded_steps_serve_any_sequences(answers, place, monkeypatch, ahead):
     engine._graphs = Played(engine)
     for name in names[1:]:
         engine.load(name, place.adapters[name])
+    engine._warm()
     assert len(engine._graphs.found) == 2 * 5  # sizes 1, 2, 4, 8, 12; without and with adapters
     records = []
     while len(records) < len(asked) or engine.state()["running"]:
@@ -94,6 +97,32 @@ def test_recorded_steps_serve_any_sequences(answers, place, monkeypatch, ahead):
     answers.run(engine)
     assert engine._graphs.replays > 40
     assert {i: ids(r) for i, r in enumerate(records)} == wanted[0] | wanted[1] | wanted[2]
+
+
+def test_steps_are_recorded_when_adapters_have_changed_and_not_before(answers, place, monkeypatch):
+    """Each adapter at the start recorded all steps, and so did one that was refused, while everybody waited."""
+    monkeypatch.setattr(paged, "decode", lambda q, k, v, t, n, *how: paged.reference(q, k, v, t, n, *how[:3]))
+    engine = answers.engine(batch=2)
+    engine._graphs = Played(engine)
+    for name in ("plain", "wide"):
+        engine.load(name, place.adapters[name])
+    assert engine._graphs.captures == 0
+    with engine:
+        engine.call(lambda: None)
+        assert engine._graphs.captures == 2 * 2  # sizes 1, 2; without and with adapters
+        with pytest.raises(AdapterError):
+            engine.load("bad", place.model)
+        with pytest.raises(AdapterError):
+            engine.drop("none")
+        assert engine._graphs.captures == 2 * 2
+        record = answers.ask(engine, "hello", model="wide", max_tokens=5)
+        while record.reason is None:
+            time.sleep(0.01)
+        engine.drop("plain")
+        assert engine._graphs.captures == 4 * 2
+    model = models.load(place.model)
+    adapters.load(model, place.adapters["wide"])
+    assert ids(record) == alone(model.eval(), list(b"hello"), 5)
 
 
 def test_a_recording_that_fails_is_told_and_done_without(answers, capsys):
@@ -148,6 +177,7 @@ def test_adapters_share_recorded_steps(place):
         engine = Engine(model, base="base", limits=Limits(batch=16, cache=1 << 24, graphs=graphs), ahead=graphs)
         for name in ("plain", "wide"):
             engine.load(name, place.adapters[name])
+        engine._warm()
         records = [asking.ask(engine, p, model=m) for p in prompts(4, seed=3) for m in ("base", "plain", "wide")]
         Answers.run(engine)
         found[graphs] = [ids(r) for r in records]

@@ -10,14 +10,14 @@ from tests.serve.fake import Engine as Fake
 from tests.serve.fake import Words
 
 from tunesmith.data.render import Renderer
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, RunError
 from tunesmith.generate import Sampling, distribution
 from tunesmith.hub import resolve_model
 from tunesmith.serve import tools
-from tunesmith.serve.job import Job
+from tunesmith.serve.job import Job, Piece
 from tunesmith.serve.sampling import Row, draw, sample
-from tunesmith.serve.schema import ChatRequest, parse
-from tunesmith.serve.service import Served, Service, citations
+from tunesmith.serve.schema import ApiError, ChatRequest, parse
+from tunesmith.serve.service import Draft, Question, Served, Service, citations, told
 from tunesmith.tokenizer import Tokenizer
 
 
@@ -54,6 +54,15 @@ def test_a_row_is_drawn_the_same_among_any_others():
     assert together[0] == logits[0].argmax() and together[4] == logits[4].argmax()
 
 
+def test_equals_of_the_last_are_drawn_the_same_among_any_others():
+    """In bf16 many scores are equal: how many of them a row's top_k let in went by the widest row of the step."""
+    logits = torch.randn(1, 200, generator=torch.Generator().manual_seed(5)).mul(2).round().expand(61, -1)
+    for others in ({"temperature": 1.0, "top_k": 60}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 1.0, "top_k": 999}):
+        mine = rows(60, temperature=1.0, top_k=5)
+        together = sample(logits, [*mine, *rows(1, **others)]).tokens_L[:60]
+        assert torch.equal(together, sample(logits[:60], mine).tokens_L), others
+
+
 def test_draws_are_even_and_depend_on_all_three():
     found = [draw(7, i, p) for i in range(40) for p in range(100)]
     assert min(found) >= 0 and max(found) < 1 and abs(sum(found) / len(found) - 0.5) < 0.02 and len(set(found)) == 4000
@@ -67,6 +76,17 @@ def test_what_is_not_allowed_never_comes():
     for temperature in (0.0, 1.5):
         asked = [Row(Job([1], Words(), print, seed=s, temperature=temperature), 0, allowed) for s in range(200)]
         assert set(sample(logits, asked).tokens_L.tolist()) == {3, 7}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 1e-300}, {"temperature": 1e-40}, {"temperature": 1e-38}, {"temperature": 1.0, "top_p": 1e-300}],
+    ids=str,
+)
+def test_the_smallest_settings_are_the_likeliest_token(settings):
+    """Numbers that float32 rounds to 0, or whose quotients overflow, drew the last token, or one that a grammar forbids."""
+    logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(3)) * 5
+    assert torch.equal(sample(logits, rows(20, **settings)).tokens_L, logits.argmax(-1))
 
 
 def test_nan_shows():
@@ -127,6 +147,14 @@ def test_a_schema_that_cannot_be_followed_is_refused_with_the_reason(grammars, s
         ("<tool_call>", "x <tool_call>{oops</tool_call>", "x <tool_call>{oops</tool_call>", []),
         ("[TOOL_CALLS]", '[TOOL_CALLS] [{"name": "f", "arguments": {"a": "é"}}, {"name": "g", "arguments": {}}]', "",
          [("f", {"a": "é"}), ("g", {})]),
+        ("<tool_call>", '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}}</tool_call>', "",
+         [("f", {"a": "</tool_call>"})]),
+        ("<tool_call>", '<tool_call>{"name": "f"}', "", [("f", {})]),
+        ("<tool_call>", '<tool_call>{"name": "f"} or so</tool_call>', '<tool_call>{"name": "f"} or so</tool_call>', []),
+        ("<|python_tag|>", '{"name": "f", "parameters": {"name": "a; b"}}', "", [("f", {"name": "a; b"})]),
+        ("<|python_tag|>", '{"name": "f", "parameters": {}}; {"name": "g", "parameters": {"a": ";"}}', "",
+         [("f", {}), ("g", {"a": ";"})]),
+        ("<|python_tag|>", '{"name": "f", "parameters": {}} and more', '{"name": "f", "parameters": {}} and more', []),
         ("<|python_tag|>", '{"name": "f", "parameters": {"a": [1]}}', "", [("f", {"a": [1]})]),
         ("<|python_tag|>", '<|python_tag|>{"name": "f", "parameters": {}}', "", [("f", {})]),
         ("<|python_tag|>", 'I say {"name": "f"}', 'I say {"name": "f"}', []),
@@ -151,6 +179,23 @@ def test_real_templates_are_told_apart(shared_data):
         assert (found and found.name) == kind, name
 
 
+def test_special_tokens_are_in_no_text_beside_calls_either():
+    """They were cut from text without calls and from streams, and stood in a whole answer before its calls."""
+
+    class Marked(Words):
+        special_ids = frozenset({ord("§")})
+
+    class Renderer(Plain):
+        tokenizer = Marked()
+
+    question = Question(Served("q", Renderer()), [[1]], 1, {}, True, family=tools.FAMILIES["<tool_call>"])
+    for text, content in (('§Ok.§ <tool_call>{"name": "f"}</tool_call>', "Ok."), ("§Ok.§", "Ok.")):
+        whole, parts = Draft(question, 0), Draft(question, 0)
+        whole.take(Piece(text, (), 9, "stop"))
+        said = "".join(parts.take(Piece(c, (), k, "stop" if k == len(text) else None)) for k, c in enumerate(text, 1))
+        assert whole.chat_choice()["message"]["content"] == content == said.rstrip() and bool(whole.calls) == ("tool" in text)
+
+
 # ---- citations
 
 
@@ -161,6 +206,79 @@ def test_citations_name_passages_and_whether_they_support():
     assert [(c["number"], c["exists"], c["supports"]) for c in found] == [(1, True, True), (2, True, False), (7, False, False)]
     assert found[0]["document"] == "moon.txt" and found[0]["text"] == passages[0].text and "document" not in found[2]
     assert citations("Nothing is cited.", passages) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("../../home/x/manual.md", "manual.md"),
+        ("/srv/docs/a.txt", "a.txt"),
+        ("guide/start.md", "guide/start.md"),
+        ("a..b.md", "a..b.md"),
+    ],
+)
+def test_a_citation_says_nothing_of_where_documents_lie(name, shown):
+    passage = SimpleNamespace(document=name, start=0, end=30, text="The moon is made of grey rock.", context="")
+    assert citations("The moon is made of grey rock [1].", [passage])[0]["document"] == shown
+
+
+class Plain:
+    """A renderer without a template's process."""
+
+    tokenizer, templates, stop_ids = Words(), {"default": ""}, frozenset({0})
+
+    def prompt(self, messages, tools=()):
+        return [1]
+
+
+def chat_of(service, **more):
+    body = {"model": "q", "messages": [{"role": "user", "content": "Rain?"}]} | more
+    return service.chat(parse(json.dumps(body).encode(), ChatRequest))
+
+
+def test_an_index_that_fails_is_the_servers_fault_and_its_place_stays_here(capsys):
+    def search(question):
+        raise DataError("/home/x/index.sqlite: the index is empty", "tunesmith docs add FOLDER --index /home/x/index.sqlite")
+
+    with pytest.raises(ApiError) as caught:
+        chat_of(Service(Fake(), lambda: {"q": Served("q", Plain())}, search))
+    assert caught.value.status == 500 and "home" not in caught.value.message and "/home/x" in capsys.readouterr().err
+
+
+def test_faults_with_files_are_not_told_to_clients(capsys):
+    fault = told(RunError("/home/x/runs/first: the run is damaged", "rm -r /home/x/runs/first"))
+    assert fault.status == 500 and "home" not in fault.message and "/home/x" in capsys.readouterr().err
+
+
+def test_json_from_documents_that_do_not_answer_is_an_error_with_its_own_reason(monkeypatch):
+    """It was "max_tokens or a stop text ended it": nothing had been written."""
+    service = Service(Fake(), lambda: {"q": Served("q", Plain())}, lambda question: [])
+    monkeypatch.setattr(service, "_grammar", lambda served, schema: None)
+    with pytest.raises(ApiError, match="no passage fits") as caught:
+        chat_of(service, response_format={"type": "json_object"})
+    assert caught.value.status == 422 and caught.value.code == "no_passage"
+    assert chat_of(service).canned is not None
+
+
+def test_an_adapter_that_comes_and_goes_leaves_no_grammar_behind(monkeypatch):
+    from tunesmith.serve import grammar
+
+    class Grammars:
+        def __init__(self, tokenizer, stops):
+            made.append(self)
+
+        def compile(self, schema):
+            return ""
+
+    made = []
+    monkeypatch.setattr(grammar, "Grammars", Grammars)
+    served = {}
+    service = Service(Fake(), lambda: served)
+    for _ in range(5):
+        served["q"] = Served("q", Plain())
+        chat_of(service, response_format={"type": "json_object"})
+        chat_of(service, response_format={"type": "json_object"})
+    assert len(made) == 5 and len(service._grammars) == 1
 
 
 # ---- a request to a prompt

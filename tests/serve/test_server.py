@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,9 @@ import pytest
 import tunesmith
 from tunesmith.chat import Talker
 from tunesmith.config.schema import Memory
-from tunesmith.errors import AdapterError, ConfigError, MissingExtra, RunError
+from tunesmith.errors import AdapterError, ConfigError, Interrupted, MissingExtra, RunError
 from tunesmith.retrieve import Index
+from tunesmith.serve import shelf as shelf_module
 from tunesmith.serve import start
 from tunesmith.serve.job import Job
 from tunesmith.serve.shelf import Shelf
@@ -265,6 +267,35 @@ def test_a_run_over_4_bits_is_served_over_the_same_numbers(runs):
         shelf.close()
 
 
+def test_a_damaged_run_hides_no_other_and_no_path_is_told(runs, tiny, tmp_path, capsys, monkeypatch):
+    """A folder that cannot be looked into made every look into --adapters an error; a damaged run told clients where it lies."""
+    folder, found = tmp_path / "secret" / "adapters", Shelf._found
+    folder.mkdir(parents=True)
+    for name in ("good", "bad", "torn", "worse", "closed"):
+        shutil.copytree(runs / "one", folder / name)
+    next((folder / "bad").rglob("adapter_config.json")).write_text("{")
+    (folder / "torn" / "run.yaml").write_text("model: [")
+    shutil.rmtree(next((folder / "worse").rglob("tokenizer.json")).parent)
+
+    def closed(path):
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path / "run.yaml"))
+        return found(path)
+
+    monkeypatch.setattr(Shelf, "_found", staticmethod(closed))
+    shelf = Shelf([tiny.model], folder=folder, limits=LIMITS)
+    try:
+        assert shelf.adapters() == {"good": False, "bad": False, "torn": False, "worse": False}
+        assert "note    closed:" in capsys.readouterr().err
+        assert shelf.load("good").name == "good"
+        for name in ("bad", "torn", "worse"):
+            with pytest.raises(AdapterError) as caught:
+                shelf.load(name)
+            assert name in str(caught.value) and "secret" not in str(caught.value), caught.value
+    finally:
+        shelf.close()
+
+
 def test_what_cannot_be_served_is_told_at_the_start(runs, tiny, tmp_path):
     with pytest.raises(AdapterError, match="in 4 bits"):
         Shelf([runs / "one", runs / "four"], limits=LIMITS)
@@ -322,7 +353,9 @@ def test_a_taken_port_is_told():
     sock.close()
 
 
-def test_the_command_line_serves_and_ends_on_a_signal(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_the_command_line_serves_and_ends_on_a_signal(tmp_path, number):
+    """In its own words, and after it has closed what it opened."""
     env = os.environ | {"TUNESMITH_CACHE": str(tmp_path)}
     command = [sys.executable, "-m", "tunesmith.cli", "serve", "embedded", "--port", "0", "--cache-gb", "0.1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
@@ -335,11 +368,26 @@ def test_the_command_line_serves_and_ends_on_a_signal(tmp_path):
     with open(file) as f:
         client = openai.OpenAI(base_url=url, api_key=f.read().strip(), max_retries=2)
     assert client.chat.completions.create(model="embedded", messages=[{"role": "user", "content": "Hi"}], max_tokens=5).id
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode in (0, -signal.SIGTERM) and "Traceback" not in err, err
-    refused = subprocess.run([*command[:4], "embedded", "--host", "0.0.0.0"], capture_output=True, text=True, env=env)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 0 and "Traceback" not in err and "training" not in err, err
+    assert out.splitlines()[-1] == "Stopped serving"
+
+
+def test_the_command_line_refuses_an_open_address_without_a_token(tmp_path):
+    env = os.environ | {"TUNESMITH_CACHE": str(tmp_path)}
+    command = [sys.executable, "-m", "tunesmith.cli", "serve"]
+    refused = subprocess.run([*command, "embedded", "--host", "0.0.0.0"], capture_output=True, text=True, env=env)
     assert refused.returncode == 2 and "open to other machines" in refused.stderr and "--token-file" in refused.stderr
+
+
+def test_a_signal_before_it_serves_is_told_as_such(monkeypatch, tmp_path):
+    def interrupted(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shelf_module, "Shelf", interrupted)
+    with pytest.raises(Interrupted, match="before it served"):
+        tunesmith.serve("embedded", port=0, token_file=tmp_path / "token")
 
 
 def test_without_the_extra_the_way_to_it_is_told(monkeypatch):

@@ -25,6 +25,7 @@ from tunesmith.adapters import storage
 from tunesmith.adapters.lora import Lora, Twin, is_conv1d, is_linear
 from tunesmith.adapters.swap import at, root, twins, vocabulary
 from tunesmith.errors import AdapterError
+from tunesmith.ops.attention import to_device
 from tunesmith.registry import did_you_mean
 
 MERGE = "merge it and serve the merged folder alone: tunesmith merge RUN OUT"
@@ -170,8 +171,7 @@ class Bank:
         self.choice.clear()
         self.choice.present = frozenset(numbers) - {0}
         self.choice.rows = rows
-        device = self.model.device
-        self.choice.number_T = torch.tensor(numbers, device=device) if self.choice.present else None
+        self.choice.number_T = to_device(torch.tensor(numbers), self.model.device) if self.choice.present else None
 
     def adopt(self, name: str) -> None:
         """The adapter that is on the model already, under this name."""

@@ -210,10 +210,11 @@ class Pass:
                 softcap: float | None) -> Tensor:  # fmt: skip
         """Prompts and pieces of prompts."""
         parts, first = self.parts[self.singles :], self.singles
-        if not any(part.past for part in parts):
-            return attention(q, k, v, self._pieces_layout(), scale, window, softcap)
+        fresh = not any(part.past for part in parts)
         if softcap is None and room_kernel(q, q.shape[-1]):
-            return self._flash(q, keys, values, scale, window)
+            return self._flash(q, k, v, keys, values, scale, window, fresh)
+        if fresh:
+            return attention(q, k, v, self._pieces_layout(), scale, window, softcap)
         out = []
         for i, (part, own) in enumerate(zip(parts, q.split([part.new for part in parts]), strict=True), first):
             k_one, v_one = self._held(i, keys, values)
@@ -235,8 +236,13 @@ class Pass:
             )
         return self._alone
 
-    def _flash(self, q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
-        """torch's variable-length kernel; it counts back from the last key, so each piece sees what stands before it."""
+    def _flash(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None,
+               fresh: bool) -> Tensor:  # fmt: skip
+        """torch's variable-length kernel; it counts back from the last key, so each piece sees what stands before it. Not
+        `attention`'s choice, which for a prompt alone in its step is cuDNN: that plans anew for each length it has not met."""
+        if fresh:
+            layout = self._pieces_layout()
+            return varlen(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.longest, layout.longest, scale, window)
         if self._joined is None:
             parts, device = self.parts[self.singles :], q.device
             held = [part.past + part.new for part in parts]
@@ -245,9 +251,15 @@ class Pass:
             placed = (to_device(x, device) for x in (torch.from_numpy(slots), *ends))
             self._joined = (*placed, max(part.new for part in parts), max(held))
         slots, *ends = self._joined
-        k, v = keys.index_select(0, slots), values.index_select(0, slots)
-        back = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
-        return torch.ops.aten._flash_attention_forward(q.contiguous(), k, v, *ends, 0.0, True, False, scale=scale, **back)[0]
+        return varlen(q, keys.index_select(0, slots), values.index_select(0, slots), *ends, scale, window)
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, longest_q: int, longest_k: int, scale: float,
+           window: int | None) -> Tensor:  # fmt: skip
+    """FA2 of several sequences, causal from each one's last key; `ends`: int32 bounds on the device."""
+    back = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+    args = q.contiguous(), k, v, ends_q, ends_k, longest_q, longest_k, 0.0, True, False
+    return torch.ops.aten._flash_attention_forward(*args, scale=scale, **back)[0]
 
 
 class RecordedPass(Pass):

@@ -40,7 +40,7 @@ from tunesmith.ops import backend, paged
 from tunesmith.ops.attention import to_device
 from tunesmith.ops.paged import BLOCK
 from tunesmith.serve.job import Busy, Chosen, Job, Missing, Piece, Reason
-from tunesmith.serve.sampling import Drawn, Row, sample
+from tunesmith.serve.sampling import Drawn, Row, nothing, sample
 
 NAN = "the model's answers are nan: its weights are damaged, or its numbers too large for this dtype", "serve it in fp32"
 
@@ -56,7 +56,7 @@ class Limits:
 
     batch: int = 64
     queue: int = 256
-    piece: int = 512
+    piece: int = 2048
     prompts: int = 4096
     pace: float = 0.2
     cache: int | None = None
@@ -65,7 +65,7 @@ class Limits:
     @classmethod
     def on(cls, device: torch.device, **more: Any) -> Limits:
         """Defaults of a device."""
-        return cls(**({"prompts": 512} if device.type == "cpu" else {}) | more)
+        return cls(**({"piece": 512, "prompts": 512} if device.type == "cpu" else {}) | more)
 
 
 @dataclass(eq=False)
@@ -114,6 +114,9 @@ class _Step:
     sequences: list[Answer]
     drawn: Drawn
     device_tokens: Tensor
+    begun: float  # by perf_counter
+    tokens: int  # that went in
+    writers: int  # of them
 
 
 class Engine:
@@ -151,9 +154,11 @@ class Engine:
         self._count = 0  # submitted and not ended
         self._lock, self._wake, self._closing = threading.Lock(), threading.Event(), False
         self._thread: threading.Thread | None = None
+        self._deaf = False  # the thread has looked into its inbox for the last time
         self._fault: BaseException | None = None
         self.steps = self.tokens = self.preempted = 0
-        self._rate = 0.0  # seconds a token of the last steps with prompts in them, where steps are waited for
+        self._rate = 0.0  # seconds a token of the last steps with prompts in them
+        self._came = 0.0  # when the last step's tokens came, by perf_counter
 
     # ---- for any thread
 
@@ -177,14 +182,13 @@ class Engine:
 
     def submit(self, *jobs: Job) -> list[Handle]:
         """All or none. Raises Busy beyond the queue; DataError for a prompt without a token or too long for context or cache."""
-        if self._fault is not None or self._closing:
-            raise ModelError(f"the engine has stopped: {self._fault or 'it was closed'}", "start the server again")
         sequences = [self._sequence(job) for job in jobs]
         with self._lock:
+            self._hears()
             if self._count + len(jobs) > self.limits.batch + self.limits.queue:
                 raise Busy(f"{self._count} requests are running or waiting, and no more may wait", self._patience())
             self._count += len(jobs)
-        self._inbox.append(lambda: self._admit(sequences))
+            self._inbox.append(lambda: self._admit(sequences))
         self._wake.set()
         return [Handle(self, sequence) for sequence in sequences]
 
@@ -201,13 +205,21 @@ class Engine:
                 out["error"] = e
             done.set()
 
-        self._inbox.append(order)
+        with self._lock:
+            self._hears()
+            self._inbox.append(order)
         self._wake.set()
         if not done.wait(timeout):
             raise ModelError("the engine did not answer", "see its log")
         if "error" in out:
             raise out["error"]
         return out["value"]
+
+    def _hears(self) -> None:
+        """With the lock held: whoever puts something into the inbox must know that the thread will still look into it."""
+        if self._deaf or self._closing:
+            raise ModelError(f"the engine has stopped: {'it was closed' if self._fault is None else type(self._fault).__name__}",
+                             "start the server again; its log has more")  # fmt: skip
 
     def load(self, name: str, folder: Any) -> None:
         self.call(lambda: self.bank.load(name, folder))
@@ -290,12 +302,19 @@ class Engine:
             adapter = 0 if job.model in ("", self.base) else self.bank.number(job.model)
         except AdapterError as e:
             raise Missing(e.what, e.fix) from None
-        limit = self._reach
+        limit, vocab = self._reach, self.model.vocab
         if not job.prompt:
             raise DataError("the prompt has no token", "write something in it")
         if len(job.prompt) >= limit:
             what = "the model's context" if limit == self.context else "the cache"
             raise DataError(f"the prompt has {len(job.prompt):,} tokens, and {what} holds {limit:,} with the answer", "shorten it")
+        for ids, what in (
+            (job.prompt, "the prompt"),
+            (job.bias, "logit_bias"),
+        ):  # one such id would end the thread, and all answers
+            if ids and (min(ids) < 0 or max(ids) >= vocab):
+                raise DataError(f"{what} has a token id that is not from 0 to {vocab - 1:,}, the model's vocabulary",
+                                "use the ids of this model's tokenizer")  # fmt: skip
         room = min(limit - len(job.prompt), job.max_tokens if job.max_tokens is not None else limit)
         sequence = Answer(job, adapter, max(1, room), list(job.prompt), text=job.words.stream(not job.keep_special))
         if job.grammar is not None:
@@ -311,7 +330,7 @@ class Engine:
                 self._waiting.append(s)
 
     def _patience(self) -> int:
-        """Seconds until a place in the queue is likely free: a tenth of the waiting, at 30 answers a minute and place."""
+        """Seconds until a place in the queue is likely free: one for each batch that waits."""
         return max(1, min(60, self._count // max(1, self.limits.batch)))
 
     # ---- the thread
@@ -330,6 +349,8 @@ class Engine:
         for sequence in (*self._live, *self._waiting):
             self._end(sequence, "cancelled" if fault is None else "error", fault)
         self._sweep()
+        with self._lock:
+            self._deaf = True
         while self._inbox:
             self._inbox.popleft()()
         for sequence in list(self._waiting):
@@ -347,32 +368,34 @@ class Engine:
         self._join()
         planned = self._plan()
         last, self._last = self._last, None
-        begun = time.perf_counter()
         step = self._launch(planned, last) if planned else None
         if last is not None:
             self._take(last)
         if step is not None and not self.ahead:
             self._take(step)
             step = None
-            if (tokens := sum(n for _, n in planned)) > len(planned):
-                rate = (time.perf_counter() - begun) / tokens
-                self._rate = rate if not self._rate else 0.7 * self._rate + 0.3 * rate
         self._last = step
         self._sweep()
         return bool(planned or last or self._live or self._inbox)
 
     def _with_adapters(self, function: Callable[[], Any]) -> Any:
-        """Nothing is under way while it runs, and recordings are dropped after it."""
+        """Nothing is under way while it runs. Where adapters have come or gone, steps are recorded again; before the thread runs,
+        once for all of them, when it begins."""
         if self._last is not None:
             self._take(self._last)
             self._last = None
             self._sweep()
+        before = self.bank.numbers
         with torch.no_grad():
             try:
                 return function()
             finally:
-                self._settle_path()
-                self._warm()
+                if self.bank.numbers != before:
+                    self._settle_path()
+                    if self._thread is not None:
+                        self._warm()
+                    elif self._graphs is not None:
+                        self._graphs.forget()
 
     @torch.no_grad()
     def _warm(self) -> None:
@@ -464,6 +487,7 @@ class Engine:
 
     def _launch(self, planned: list[tuple[Answer, int]], last: _Step | None) -> _Step:
         self.steps += 1
+        begun = time.perf_counter()
         writers = [s for s, n in planned if n == 1]
         others = [(s, n) for s, n in planned if n > 1]
         for s, n in planned:
@@ -481,20 +505,21 @@ class Engine:
             logits = [found]
         for s, n in planned:
             s.held += n
+        size = begun, sum(n for _, n in planned), len(writers)
         if not done:
-            empty = torch.empty(0, dtype=torch.int64)
-            return _Step([], Drawn(empty, empty), empty)
+            drawn = nothing(self.device)
+            return _Step([], drawn, drawn.tokens_L, *size)
         rows = [Row(s.job, s.made + s.ahead, self._allowed(s)) for s in done]
         drawn = sample(logits[0] if len(logits) == 1 else torch.cat(logits), rows)
         for place, s in enumerate(done):
             s.ahead, s.place = True, place
-        return _Step(done, drawn.to_host(), drawn.tokens_L)
+        return _Step(done, drawn.to_host(), drawn.tokens_L, *size)
 
     def _allowed(self, s: Answer) -> Tensor | None:
         try:
             return None if s.follower is None else s.follower.allowed()
-        except TunesmithError as e:
-            self._end(s, "error", e)
+        except Exception as e:  # noqa: BLE001 - it is this answer's alone
+            self._fail(s, e)
             return None
 
     def _inputs(self, writers: Sequence[Answer], last: _Step | None) -> Tensor:
@@ -534,6 +559,7 @@ class Engine:
     def _take(self, step: _Step) -> None:
         drawn = step.drawn
         drawn.wait()
+        self._time(step)
         ids, largest = drawn.tokens_L.tolist(), drawn.largest_L.tolist()
         logprobs = None if drawn.logprob_L is None else drawn.logprob_L.tolist()
         top = None if drawn.top is None else [x.tolist() for x in drawn.top]
@@ -552,6 +578,14 @@ class Engine:
                 chosen = _chosen(s.job, ids[i], logprobs[i], beside)
             self._append(s, ids[i], chosen)
 
+    def _time(self, step: _Step) -> None:
+        """`_rate` from a step that has just been waited for. Its own time begins where the one before it ended. A slower step
+        counts a third, a faster one in full: kernels that compiled, or a busy machine, are forgotten at once."""
+        begun, self._came = max(step.begun, self._came), time.perf_counter()
+        if step.tokens > step.writers:
+            rate = (self._came - begun) / step.tokens
+            self._rate = min(rate, 0.7 * self._rate + 0.3 * rate) if self._rate else rate
+
     def _append(self, s: Answer, token: int, chosen: Chosen | None) -> None:
         self.tokens += 1
         s.ids.append(token)
@@ -564,10 +598,10 @@ class Engine:
         try:
             if s.follower is not None:
                 s.follower.take(token)
-        except TunesmithError as e:
-            self._end(s, "error", e)
+            s.unsaid += s.text.push(token)
+        except Exception as e:  # noqa: BLE001 - a grammar or a tokenizer that fails ends one answer, not all
+            self._fail(s, e)
             return
-        s.unsaid += s.text.push(token)
         if self._stopped(s) or (s.follower is not None and s.follower.done):
             self._end(s, "stop")
         elif s.made >= s.room:
@@ -584,7 +618,8 @@ class Engine:
 
     def _say(self, s: Answer) -> None:
         """All but what may begin a stop."""
-        keep = max((n for stop in s.job.stop for n in range(1, len(stop)) if s.unsaid.endswith(stop[:n])), default=0)
+        most, unsaid = len(s.unsaid), s.unsaid
+        keep = max((n for stop in s.job.stop for n in range(1, min(len(stop), most + 1)) if unsaid.endswith(stop[:n])), default=0)
         said = s.unsaid[: len(s.unsaid) - keep]
         if said or (s.tokens and not keep):
             s.unsaid = s.unsaid[len(said) :]
@@ -603,6 +638,12 @@ class Engine:
         with self._lock:
             self._count -= 1
         s.job.deliver(Piece(text, tuple(s.tokens), s.made, reason, error))
+
+    def _fail(self, s: Answer, fault: Exception) -> None:
+        if not isinstance(fault, TunesmithError):
+            traceback.print_exception(fault)
+            fault = ModelError(f"the answer failed: {type(fault).__name__}", "this is a bug in the server; its log has more")
+        self._end(s, "error", fault)
 
     def _cancel(self, s: Answer) -> None:
         s.cancelled = True

@@ -48,7 +48,7 @@ class Guard:
         try:
             headers = self._headers(scope)
             self._who(headers)
-            length = self._what(scope["method"], headers)
+            self._what(scope["method"], headers)
             if self.open >= self.most_requests:
                 raise ApiError(429, f"{self.open} requests are open", code="rate_limited", headers={"retry-after": "1"})
         except ApiError as fault:
@@ -56,9 +56,9 @@ class Guard:
         self.open += 1
         try:
             try:
-                body = await asyncio.wait_for(self._read(receive, length), self.patience)
+                body = await asyncio.wait_for(self._read(receive), self.patience)
             except TimeoutError:
-                return await respond(ApiError(408, "the body did not come in time"), guarded)
+                return await respond(ApiError(408, "the body did not come in time", headers={"connection": "close"}), guarded)
             except ApiError as fault:
                 return await respond(fault, guarded)
             if body is not None:
@@ -93,8 +93,7 @@ class Guard:
             raise ApiError(401, "this server needs its token: Authorization: Bearer ... (the file that it named when it started)",
                            code="invalid_api_key", headers={"www-authenticate": "Bearer"})  # fmt: skip
 
-    def _what(self, method: str, headers: Mapping[bytes, bytes]) -> int | None:
-        """The body's announced length; None: a stream."""
+    def _what(self, method: str, headers: Mapping[bytes, bytes]) -> None:
         kind = headers.get(b"content-type")
         announced = headers.get(b"content-length")
         has_body = (
@@ -106,17 +105,16 @@ class Guard:
                 raise ApiError(415, "bodies are application/json in UTF-8", code="content_type")
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise ApiError(415, "bodies are sent as they are, not compressed", code="content_encoding")
-        if announced is None:
-            return None
+        if announced is None:  # a stream, counted as it comes
+            return
         if not announced.isdigit():
             raise ApiError(400, "Content-Length is no number")
         if len(announced) > 18 or int(announced) > self.most_bytes:
             raise ApiError(
                 413, f"the body has more than {self.most_bytes:,} bytes", code="too_large", headers={"connection": "close"}
             )
-        return int(announced)
 
-    async def _read(self, receive: Any, length: int | None) -> bytes | None:
+    async def _read(self, receive: Any) -> bytes | None:
         """The body; None when the client has gone."""
         parts, size = [], 0
         while True:

@@ -27,6 +27,7 @@ from tunesmith.serve.schema import AdapterRequest, ApiError, ChatRequest, Comple
 from tunesmith.serve.service import Draft, Question, Service, chat_logprob, completion_logprobs, told
 
 QUIET = 15.0  # seconds without a token until a stream says that it lives
+STALLED = 30.0  # seconds that a client may leave a full connection unread until it counts as gone
 
 
 class Outbox:
@@ -80,7 +81,7 @@ class Answering:
         try:
             await asyncio.wait((gone, work), return_when=asyncio.FIRST_COMPLETED)
             if work.done():
-                with suppress(OSError):  # the client went while it was told
+                with suppress(OSError):  # the client went while it was told, or it does not read (TimeoutError)
                     work.result()
         finally:
             for ticket in self.tickets:
@@ -121,7 +122,8 @@ class Answering:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
         async def say(data: bytes) -> None:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+            async with asyncio.timeout(STALLED):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
 
         q, begun = self.question, set()
         try:
@@ -183,11 +185,18 @@ def build(service: Service, shelf: Any = None, **guard: Any) -> Starlette:
         return await asyncio.to_thread(function, *args)
 
     async def ask(request: Request, kind: Any, ready: Callable[[Any], Question]) -> Response | Answering:
-        asked = parse(await request.body(), kind)
-        question = await in_thread(ready, asked)
+        def read() -> tuple[Any, Question]:  # 4 MiB of brackets take half a second
+            asked = parse(body, kind)
+            return asked, ready(asked)
+
+        body = await request.body()
+        asked, question = await in_thread(read)
         options = asked.stream_options
         answering = Answering(service, question, bool(asked.stream), bool(options and options.include_usage))
-        answering.begin()
+        if "grammar" in question.settings:  # a large schema's takes seconds for each answer
+            await in_thread(answering.begin)
+        else:
+            answering.begin()
         return answering
 
     async def chat(request: Request) -> Any:

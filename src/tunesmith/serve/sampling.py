@@ -21,6 +21,7 @@ from tunesmith.ops.attention import to_device
 from tunesmith.serve.job import Job
 
 MOST = 20  # likeliest tokens that can be told
+COLDEST = 1e-5  # below this temperature the likeliest token has it all, and scores divided by it would overflow
 
 
 def draw(seed: int, index: int, position: int) -> float:
@@ -54,13 +55,23 @@ class Drawn:
             return self
         copies = [None if x is None else _to_host(x) for x in (self.tokens_L, self.largest_L, self.logprob_L)]
         top = None if self.top is None else tuple(_to_host(x) for x in self.top)
-        event = torch.cuda.Event()
-        event.record()
-        return Drawn(*copies, top, event)
+        return Drawn(*copies, top, _mark())
 
     def wait(self) -> None:
         if self.event is not None:
             self.event.synchronize()
+
+
+def nothing(device: torch.device) -> Drawn:
+    """No token, of a step that can be waited for all the same."""
+    empty = torch.empty(0, dtype=torch.int64)
+    return Drawn(empty, empty, event=_mark() if device.type == "cuda" else None)
+
+
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 def _to_host(x: Tensor) -> Tensor:
@@ -72,7 +83,7 @@ def sample(logits_LV: Tensor, rows: Sequence[Row]) -> Drawn:
     """One token a row. A row whose scores are nan shows as a `largest` that is not finite."""
     logits_LV = _adjusted(logits_LV, rows)
     largest, tokens = logits_LV.max(-1)
-    random = [i for i, row in enumerate(rows) if row.job.temperature > 0]
+    random = [i for i, row in enumerate(rows) if row.job.temperature > COLDEST]
     if random:
         device = logits_LV.device
         at = to_device(torch.tensor(random), device)
@@ -94,8 +105,8 @@ def _adjusted(logits_LV: Tensor, rows: Sequence[Row]) -> Tensor:
     logits_LV = logits_LV.clone()
     for i in changed:
         if rows[i].job.bias:
-            ids = torch.tensor(list(rows[i].job.bias), device=logits_LV.device)
-            logits_LV[i, ids] += torch.tensor(list(rows[i].job.bias.values()), device=logits_LV.device).to(logits_LV.dtype)
+            ids = to_device(torch.tensor(list(rows[i].job.bias)), logits_LV.device)
+            logits_LV[i, ids] += to_device(torch.tensor(list(rows[i].job.bias.values()), dtype=logits_LV.dtype), logits_LV.device)
         if (allowed := rows[i].allowed) is not None:
             hidden = torch.ones(logits_LV.shape[-1], dtype=torch.bool)
             hidden[: len(allowed)] = ~allowed[: len(hidden)]
@@ -112,26 +123,20 @@ def _pick(logits_LV: Tensor, rows: Sequence[Row]) -> Tensor:
 
     scores = logits_LV.float() / column([row.job.temperature for row in rows], torch.float32)
     draws = column([draw(row.job.seed, row.job.index, row.made) for row in rows], torch.float64)
-    cut = [i for i, row in enumerate(rows) if row.job.top_p < 1 or 0 < row.job.top_k < scores.shape[-1]]
+    if most := min(max(row.job.top_k for row in rows), scores.shape[-1]):
+        keep = column([row.job.top_k or scores.shape[-1] for row in rows], torch.int64)  # more than `most`: all
+        last = scores.topk(most).values.gather(-1, keep.clamp(max=most) - 1)
+        scores = scores.masked_fill((scores < last) & (keep <= most), -math.inf)  # equals of the last stay in
+    p = scores.softmax(-1)
+    cut = [i for i, row in enumerate(rows) if row.job.top_p < 1]
     if not cut:
-        return _inverse(scores.softmax(-1), draws)
-    out = torch.empty(len(rows), dtype=torch.int64, device=device)
+        return _inverse(p, draws)
     at = to_device(torch.tensor(cut), device)
-    if len(cut) < len(rows):
-        others = to_device(torch.tensor(sorted(set(range(len(rows))) - set(cut))), device)
-        out[others] = _inverse(scores[others].softmax(-1), draws[others])
-    rows = [rows[i] for i in cut]
-    width = scores.shape[-1]
-    most = max(row.job.top_k if row.job.top_p == 1 else width for row in rows)
-    ordered, ids = scores[at].topk(min(width, most)) if most < width else scores[at].sort(dim=-1, descending=True, stable=True)
-    if any(row.job.top_k for row in rows):
-        keep = column([min(row.job.top_k, ordered.shape[-1]) or ordered.shape[-1] for row in rows], torch.int64)
-        ordered = ordered.masked_fill(ordered < ordered.gather(-1, keep - 1), -math.inf)  # equals of the last stay in
-    p = ordered.softmax(-1)
-    outside = p.cumsum(-1) - p >= column([row.job.top_p for row in rows], torch.float32)  # the token that crosses top_p stays in
-    picked = _inverse(p.masked_fill(outside & (column([row.job.top_p for row in rows], torch.float32) < 1), 0.0), draws[at])
-    out[at] = ids.gather(-1, picked[:, None])[:, 0]
-    return out
+    ordered, ids = p[at].sort(dim=-1, descending=True, stable=True)
+    outside = ordered.cumsum(-1) - ordered >= column([rows[i].job.top_p for i in cut], torch.float32)  # who crosses top_p stays in
+    outside[:, 0] = False  # a top_p that float32 rounds to 0
+    picked = ids.gather(-1, _inverse(ordered.masked_fill(outside, 0.0), draws[at])[:, None])[:, 0]
+    return picked if len(cut) == len(rows) else _inverse(p, draws).index_copy(0, at, picked)
 
 
 def _inverse(p_LV: Tensor, draws_L1: Tensor) -> Tensor:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Protocol
 
-from tunesmith.errors import DataError, TunesmithError
+from tunesmith.errors import DataError, MissingExtra, ModelError, TunesmithError
 from tunesmith.registry import did_you_mean
 from tunesmith.serve import tools
 from tunesmith.serve.job import Chosen, Engine, Job, Missing, Piece
@@ -42,7 +44,6 @@ class Served:
     adapter: str = ""
     base: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
-    grammars: Any = None  # serve/grammar.py's for its tokenizer, made when first asked for
 
 
 @dataclass(slots=True)
@@ -97,7 +98,7 @@ class Service:
                  search: Callable[[str], Sequence[Any]] | None = None):  # fmt: skip
         self.engine, self.models, self.search = engine, models, search
         self.lock = threading.Lock()
-        self._grammars: dict[int, Any] = {}
+        self._grammars: dict[str, tuple[Any, Any]] = {}  # by model name: its renderer, the grammars of its tokenizer
 
     def find(self, name: str) -> Served:
         served = self.models()
@@ -119,6 +120,10 @@ class Service:
             question.prompts = [served.renderer.prompt(messages, offered)]
             if schema is not None:
                 question.settings["grammar"] = self._grammar(served, schema)
+                if question.canned is not None:
+                    raise ApiError(
+                        422, "no passage fits the question, so no model was asked and there is no JSON", code="no_passage"
+                    )
         if offered:
             templates = served.renderer.templates
             question.family = tools.family(templates.get("tool_use") or templates["default"])
@@ -136,20 +141,24 @@ class Service:
         from tunesmith.retrieve import cite
 
         asked = messages[-1]["content"]
-        question.passages = list(self.search(asked)) if asked.strip() else []
+        try:
+            question.passages = list(self.search(asked)) if asked.strip() else []
+        except TunesmithError as e:  # of the index, not of the request
+            _log(e)
+            raise ApiError(500, "the documents cannot be searched; the server's log has more") from None
         if question.passages:
             messages[-1]["content"] = cite.prompt(asked, question.passages)
         else:
             question.canned = cite.ABSTAIN
 
     def _grammar(self, served: Served, schema: dict[str, Any]) -> Callable[[], Any]:
-        """A follower for each answer. One set of grammars for each tokenizer."""
+        """A follower for each answer. One set of grammars for each name that is served: one loaded again has another renderer."""
         from tunesmith.serve.grammar import Grammars
 
-        key = id(served.renderer)
-        if key not in self._grammars:
-            self._grammars[key] = Grammars(served.renderer.tokenizer, served.renderer.stop_ids), served.renderer
-        grammars = self._grammars[key][0]
+        renderer, grammars = self._grammars.get(served.name, (None, None))
+        if renderer is not served.renderer:
+            grammars = Grammars(served.renderer.tokenizer, served.renderer.stop_ids)
+            self._grammars[served.name] = served.renderer, grammars
         text = grammars.compile(schema)
         return lambda: grammars.follow(text)
 
@@ -176,13 +185,20 @@ class _told:
 
 
 def told(error: TunesmithError) -> ApiError:
-    """What a client may know of an error of ours: its own faults in words; what is wrong with files here, not."""
+    """What a client may know of an error of ours: its own faults and the engine's in words; what is wrong with files here, not."""
     if isinstance(error, DataError):
         long = "context holds" in error.what or "cache holds" in error.what
         return ApiError.of(error, 400, code="context_length_exceeded" if long else "invalid_value")
     if isinstance(error, Missing):
         return ApiError.of(error, 404, code="not_found")
-    return ApiError.of(error, 500)
+    if type(error) in (ModelError, MissingExtra):
+        return ApiError.of(error, 500)
+    _log(error)
+    return ApiError(500, "something is wrong on the server's side; its log has more")
+
+
+def _log(error: TunesmithError) -> None:
+    print(f"error   {error}", file=sys.stderr, flush=True)
 
 
 class Draft:
@@ -192,7 +208,9 @@ class Draft:
         self.question, self.index = question, index
         self.text, self.tokens, self.made = "", [], 0
         self.reason: str | None = None
-        self._said = 0
+        self._said = self._until = 0  # of the text: characters said, and those that are no calls
+        words = question.served.renderer.tokenizer
+        self._special = [words.token(i) for i in words.special_ids] if question.family is not None else []
         self.calls: list[dict[str, Any]] = []
         self.content = ""
         self.citations: list[dict[str, Any]] | None = None
@@ -210,20 +228,24 @@ class Draft:
             self._finish(piece.reason)
         family, until = self.question.family, len(self.text)
         if self.calls:
-            until = len(self.content)
+            until = self._until
         elif family is not None and self.reason is None:
             until = family.sayable(self.text)
         new, self._said = self.text[self._said : until], max(self._said, until)
-        return new if family is None else _without_special(new, self.question.served.renderer.tokenizer)
+        return self._plain(new)
+
+    def _plain(self, text: str) -> str:
+        """Without special tokens, which are in the text where tool calls may be."""
+        for special in self._special if text else ():
+            text = text.replace(special, "")
+        return text
 
     def _finish(self, reason: str) -> None:
         self.content, self.reason = self.text, reason
         question = self.question
         if question.family is not None:
-            words = question.served.renderer.tokenizer
-            self.content, found = question.family.split(self.text)
-            if not found:
-                self.content = _without_special(self.text, words)
+            said, found = question.family.split(self.text)
+            self._until, self.content = len(said), self._plain(said)
             self.calls = [{"id": f"call_{secrets.token_hex(8)}", "type": "function",
                            "function": {"name": call.name, "arguments": call.arguments}} for call in found]  # fmt: skip
             if found:
@@ -258,12 +280,6 @@ def _whole_json(text: str, reason: str) -> None:
                        code="invalid_output", param="response_format") from None  # fmt: skip
 
 
-def _without_special(text: str, words: Any) -> str:
-    for index in getattr(words, "special_ids", ()):
-        text = text.replace(words.token(index), "")
-    return text
-
-
 def citations(answer: str, passages: Sequence[Any]) -> list[dict[str, Any]]:
     """Each `[n]` of an answer: its passage, and whether that supports the sentence (the rule of retrieve/cite.py)."""
     from tunesmith.retrieve import cite
@@ -274,10 +290,17 @@ def citations(answer: str, passages: Sequence[Any]) -> list[dict[str, Any]]:
             found.setdefault(c.number, {"number": c.number, "exists": False, "supports": False})
             continue
         p = passages[c.number - 1]
-        entry = found.setdefault(c.number, {"number": c.number, "exists": True, "supports": False, "document": p.document,
-                                            "start": p.start, "end": p.end, "text": p.text})  # fmt: skip
+        entry = found.setdefault(c.number, {"number": c.number, "exists": True, "supports": False,
+                                            "document": _document(p.document), "start": p.start, "end": p.end,
+                                            "text": p.text})  # fmt: skip
         entry["supports"] = entry["supports"] or c.supports
     return [found[n] for n in sorted(found)]
+
+
+def _document(name: str) -> str:
+    """As clients may see it: its path within the index's folder, or the file's name alone where it lies elsewhere."""
+    path = PurePath(name)
+    return path.name if path.is_absolute() or ".." in path.parts else name
 
 
 def chat_logprob(token: Chosen) -> dict[str, Any]:

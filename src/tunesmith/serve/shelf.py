@@ -7,6 +7,8 @@ again whenever a name is asked for. A name from a client is looked up among thes
 
 from __future__ import annotations
 
+import re
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from tunesmith import adapters
 from tunesmith.chat import ADAPTER, Talker, renderer_of
 from tunesmith.config.schema import Memory
 from tunesmith.data.render import Renderer, build_renderer
-from tunesmith.errors import AdapterError, ConfigError, RunError
+from tunesmith.errors import AdapterError, ConfigError, RunError, TunesmithError
 from tunesmith.hub import resolve_model
 from tunesmith.models import lean
 from tunesmith.registry import did_you_mean
@@ -94,13 +96,13 @@ class Shelf:
             if name not in known:
                 raise Missing(f"no adapter {name[:80]!r} here", did_you_mean(name[:80], known) or "name its folder at start")
             found = known[name]
-            if found.run is not None:
-                self._same_base(found.run)
-            renderer = self._renderer(found)
             try:
+                if found.run is not None:
+                    self._same_base(found.run)
+                renderer = self._renderer(found)
                 self.engine.load(name, found.adapter)
-            except AdapterError as e:  # clients may read it: the name says enough
-                raise AdapterError(e.what.replace(str(found.adapter), name), e.fix) from None
+            except TunesmithError as e:  # clients may read it: names say enough
+                raise AdapterError(_placeless(e.what, found, name), _placeless(e.fix, found, name)) from None
             return self._put(name, renderer, adapter=name, base=self._under)
 
     def drop(self, name: str) -> None:
@@ -128,8 +130,15 @@ class Shelf:
 
     def _known(self) -> dict[str, Found]:
         """By name: the sources given at start, and what the folder holds now."""
-        inside = sorted(self.folder.iterdir()) if self.folder is not None else []
-        found = {self._name(f): f for p in inside if p.is_dir() and (f := self._found(p)) is not None}
+        found: dict[str, Found] = {}
+        for path in sorted(self.folder.iterdir()) if self.folder is not None else ():
+            try:
+                one = self._found(path)
+            except (TunesmithError, OSError) as e:  # damaged, or being written: not offered, and the others are
+                print(f"note    {path.name}: {str(e).splitlines()[0]}", file=sys.stderr, flush=True)
+                continue
+            if one is not None:
+                found[self._name(one)] = one
         return found | self._sources
 
     @staticmethod
@@ -158,7 +167,7 @@ class Shelf:
         base, ours = resolve_model(config.model).path, resolve_model(self.base).path
         if Path(base).resolve() != Path(ours).resolve():
             raise AdapterError(
-                f"{run.path.name}: it was tuned over {config.model}, another base", "serve it with a server of its own"
+                f"{run.path.name}: it was tuned over {_short(config.model)}, another base", "serve it with a server of its own"
             )
         store = "nf4" if config.method == "qlora" else "dense"
         if store != self.store:
@@ -188,3 +197,11 @@ class Shelf:
 def _short(model: str) -> str:
     """What clients call a base: a folder's own name, no path of this machine; a hub id without its revision."""
     return Path(model).absolute().name if Path(model).exists() else model.partition("@")[0]
+
+
+def _placeless(text: str, found: Found, name: str) -> str:
+    """Without folders of this machine: the adapter's own becomes its name, any other path its last part."""
+    for path in (found.adapter, *(() if found.run is None else (found.run.path,))):
+        for place in (path.resolve(), path.absolute(), path):
+            text = text.replace(str(place), name)
+    return re.sub(r"(?<![\w.:/])(?:~|\.{1,2})?/(?:[^\s/'\":,;]+/)*(?=[^\s/])", "", text)

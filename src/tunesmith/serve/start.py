@@ -5,13 +5,16 @@ from __future__ import annotations
 import ipaddress
 import os
 import secrets
+import signal
 import socket
 import stat
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import ConfigError, MissingExtra, TunesmithError, install
+from tunesmith.errors import ConfigError, Interrupted, MissingExtra, TunesmithError, install
 
 SHORTEST = 16  # characters of a token that somebody wrote
 
@@ -92,8 +95,10 @@ def run(sources: Sequence[str | Path], *, docs: Path | None = None, passages: in
         host: str = "127.0.0.1", port: int = 8000, token: Path | None = None, allow_hosts: Sequence[str] = (),
         limits: dict[str, Any] | None = None, memory: Any = None, kernels: str = "auto", say: Callable[[str], None] = print,
         ready: Callable[[Any], None] | None = None) -> None:  # fmt: skip
-    """Open `sources`, serve until SIGINT or SIGTERM. `ready` gets uvicorn's server once it is made (its `should_exit` ends it).
-    `kernels`: as in ops/backend.py; `reference` also records no steps."""
+    """Open `sources`, serve until SIGINT or SIGTERM, then return; Interrupted where SIGINT comes before it serves.
+
+    `ready` gets uvicorn's server once it is made (its `should_exit` ends it). `kernels`: as in ops/backend.py; `reference` also
+    records no steps."""
     uvicorn = library()
     sock = listen(host, port)
     try:
@@ -109,6 +114,9 @@ def run(sources: Sequence[str | Path], *, docs: Path | None = None, passages: in
             limits = (limits or {}) | {"graphs": False}
         search, close = _search(docs, passages)
         shelf = Shelf(sources, folder=adapters, memory=memory, limits=limits)
+    except KeyboardInterrupt:
+        sock.close()
+        raise Interrupted("stopped before it served", "give the same command again") from None
     except BaseException:
         sock.close()
         raise
@@ -129,12 +137,28 @@ def run(sources: Sequence[str | Path], *, docs: Path | None = None, passages: in
         say(f"Serving http://{f'[{host}]' if ':' in host else host}:{port}/v1")
         if ready is not None:
             ready(server)
-        server.run(sockets=[sock])
+        with _swallowed():
+            server.run(sockets=[sock])
+        say("Stopped serving")
     finally:
         shelf.close()
         sock.close()
         if close is not None:
             close()
+
+
+@contextmanager
+def _swallowed() -> Iterator[None]:
+    """uvicorn ends on SIGINT and SIGTERM and then sends itself the signal again, which would end the process before the engine and
+    the templates' processes are closed, or look like a run that was interrupted."""
+    former = {}
+    if threading.current_thread() is threading.main_thread():
+        former = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _search(docs: Path | None, passages: int) -> tuple[Callable[[str], Any] | None, Callable[[], None] | None]:

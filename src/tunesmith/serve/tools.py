@@ -10,7 +10,6 @@ Which one is read off the template. Text that does not parse stays text: a clien
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,21 +68,34 @@ def _call(value: Any, key: str = "arguments") -> Call:
 
 
 def _hermes(text: str) -> Iterator[Call]:
-    blocks = re.findall(r"<tool_call>(.*?)(?:</tool_call>|\Z)", text, re.S)
-    yield from (_call(json.loads(block)) for block in blocks)
+    while (at := text.find("<tool_call>")) >= 0:
+        value, rest = _value(text[at + len("<tool_call>") :])
+        if rest and not rest.startswith("</tool_call>"):
+            raise ValueError("a call that does not end")
+        yield _call(value)
+        text = rest
 
 
 def _mistral(text: str) -> Iterator[Call]:
-    value = json.JSONDecoder().raw_decode(text.removeprefix("[TOOL_CALLS]").lstrip())[0]
+    value, _ = _value(text.removeprefix("[TOOL_CALLS]"))
     yield from (_call(v) for v in (value if isinstance(value, list) else [value]))
 
 
 def _llama(text: str) -> Iterator[Call]:
-    text = text.removeprefix("<|python_tag|>").strip()
-    parts = text.split(";") if text.count('"name"') > 1 else [text]
-    for part in parts:
-        value = json.loads(part)
-        yield _call(value, "parameters" if "parameters" in value else "arguments")
+    text = text.removeprefix("<|python_tag|>")
+    while text:
+        value, rest = _value(text)
+        if rest and not rest.startswith(";"):
+            raise ValueError("more than calls")
+        yield _call(value, "parameters" if isinstance(value, Mapping) and "parameters" in value else "arguments")
+        text = rest[1:].strip()
+
+
+def _value(text: str) -> tuple[Any, str]:
+    """(the JSON value that a text begins with, what stands behind it): what looks like a mark may stand within a value."""
+    text = text.lstrip()
+    value, end = json.JSONDecoder().raw_decode(text)
+    return value, text[end:].lstrip()
 
 
 FAMILIES = {
