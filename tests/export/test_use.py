@@ -75,12 +75,28 @@ def test_a_link_stays_one(trained, tmp_path, unchecked):
 
 
 def test_a_full_disk_is_told_before_a_byte_is_written(trained, tmp_path, monkeypatch):
+    run = trained("llama")
     monkeypatch.setattr("tunesmith.files.free_bytes", lambda path: 5000)
     monkeypatch.setattr(gguf, "encoded", lambda *a: pytest.fail("written all the same"))
     monkeypatch.setattr(source.Weights, "tensor", lambda *a: pytest.fail("written all the same"))
     for to in ("gguf", "merged"):
         with pytest.raises(DoesNotFit, match=r"the export needs .* 5,000 are free"):
-            export(trained("llama"), to, tmp_path / "out")
+            export(run, to, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["gguf", "gguf-lora", "merged"])
+def test_a_disk_that_fills_while_an_export_is_written_is_told(to, trained, tmp_path, monkeypatch):
+    """numpy says it without an error number; a limit on a file's size does the same without a small disk."""
+    script = (
+        "import resource, signal, sys, tunesmith.cli\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "sys.exit(tunesmith.cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, "export", str(trained("llama")), "--to", to, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, env=_env(), capture_output=True, text=True)
+    assert done.returncode == 2 and "fix: " in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -104,6 +120,11 @@ def test_nothing_to_do_is_an_error(trained, no_work):
     for to in ("", ",", []):
         with pytest.raises(RunError, match="--to names no format"):
             tunesmith.export(trained("llama"), to, console=quiet())
+
+
+def test_a_quantisation_of_what_has_none_is_refused(trained, no_work):
+    with pytest.raises(RunError, match="--to adapter, merged is not quantised"):
+        tunesmith.export(trained("llama"), "merged,adapter", quant="q4_0", console=quiet())
 
 
 def test_formats_may_have_spaces_between(trained, tmp_path, unchecked):
@@ -233,10 +254,12 @@ def test_serve_sh_serves_its_own_folder_whatever_that_is_called(name, trained, t
     tool.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     tool.chmod(0o755)
     path = {"PATH": f"{tool.parent}:/usr/bin:/bin"}
-    wanted = ["serve", str(done.path), "--served-model-name", "run"]
-    for command in (["sh", str(done.path / "serve.sh")], ["sh", "-c", done.hints[0]]):
-        said = subprocess.run(command, env=path, capture_output=True, text=True, check=True).stdout.splitlines()
-        assert said[:4] == wanted
+    for command, where, shown in (
+        (["sh", str(tmp_path / name / "serve.sh")], "/", tmp_path / name),
+        (["sh", "-c", done.hints[0]], tmp_path, done.path),
+    ):
+        said = subprocess.run(command, env=path, cwd=where, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert said[:4] == ["serve", str(shown), "--served-model-name", "run"]
     assert str(tmp_path) not in (done.path / "README.md").read_text()
 
 

@@ -216,8 +216,12 @@ def export_run(
         if len(rows) > 1:
             raise RunError("--push with several formats: a repository holds one", "export and push one at a time")
         check_login(push)
-    check_quant(options.quant)
     names = {name for name, _ in rows}
+    if options.quant != Options.quant and not names & {"gguf", "ollama"}:
+        raise RunError(
+            f"--quant {options.quant}: --to {', '.join(sorted(names))} is not quantised", "leave it out, or export --to gguf"
+        )
+    check_quant(options.quant)
     if names & {"gguf", "gguf-lora", "ollama"}:
         the_package()
     source = open_run(path)

@@ -101,7 +101,7 @@ def _write(source: Source, path: Path, quant: str, onto: str, adapter: bool) -> 
             total = int(np.prod(tensor.shape)) // block * size
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), total, raw_dtype=kind)
             needed += total
-        ensure_room(path.parent, needed, "the export")
+        ensure_room(path.parent.parent, needed, "the export")
         _open(writer, path)
         for tensor, kind in zip(model.tensors, kinds, strict=True):
             writer.write_tensor_data(encoded(gguf, tensor.name, tensor.make(), kind))

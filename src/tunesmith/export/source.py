@@ -119,7 +119,7 @@ class Source:
         """A Hugging Face folder: weights, config, tokenizer, template, what ends an answer."""
         if self.native:
             with self.opened(onto) as found:
-                ensure_room(folder, sum(map(math.prod, found.shapes.values())) * self.dtype.itemsize, "the export")
+                ensure_room(folder.parent, sum(map(math.prod, found.shapes.values())) * self.dtype.itemsize, "the export")
                 write_checkpoint(folder, found.config, found.shapes, found.tensor, self.dtype, shard_bytes=shard_bytes)
                 written, faults = find_tensors(folder)
                 faults += [] if faults else check(found.spec, written)[1]
