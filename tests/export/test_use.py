@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from tests.export.test_files import Hub
 
 import tunesmith
 from tunesmith.chat import Talker
-from tunesmith.errors import DoesNotFit, RunError
+from tunesmith.errors import DoesNotFit, ModelError, RunError
 from tunesmith.export import gguf, parity, source
 from tunesmith.export.runtimes.transformers_ import _fits
 
@@ -160,6 +161,25 @@ def test_the_live_model_has_gone_when_the_next_one_is_loaded(trained, tmp_path, 
     monkeypatch.setattr(EXPORTING, "_other_base", other)
     done = export(trained("llama", method="qlora"), "merged", tmp_path / "out")
     assert done.parity.measured["other_base"]["held"] is False
+
+
+def test_the_other_base_is_left_out_where_main_memory_has_no_room_for_it(trained, tmp_path, monkeypatch, unchecked):
+    run = trained("llama", method="qlora")
+    monkeypatch.setattr("tunesmith.devices.local_device", lambda wanted: SimpleNamespace(free=1000))
+    assert "other_base" not in export(run, "merged", tmp_path / "out").parity.measured
+
+
+def test_a_base_that_has_gone_is_named_and_so_is_what_to_do(trained, tmp_path):
+    run = tmp_path / "moved"
+    shutil.copytree(trained("llama"), run)
+    (run / "run.yaml").write_text(
+        (run / "run.yaml").read_text().replace(str(trained("llama").parent / "model"), str(tmp_path / "b"))
+    )
+    with pytest.raises(ModelError, match=r"the base of this run: .*no such folder") as fault:
+        export(run, "merged", tmp_path / "out")
+    assert f"write that as `model` in {run / 'run.yaml'}" in fault.value.fix
+    shutil.copytree(trained("llama").parent / "model", tmp_path / "b")
+    assert export(run, "gguf", tmp_path / "out", quant="f16").parity.state == "verified"
 
 
 def test_at_most_so_many_rows_are_compared():

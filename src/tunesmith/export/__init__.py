@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -334,11 +335,17 @@ def _other_base(source: Source, found: Live, onto: str) -> dict[str, Any] | None
 
     from tunesmith import adapters, models
     from tunesmith.chat import Talker
+    from tunesmith.devices import local_device
     from tunesmith.export import parity
     from tunesmith.models.place import place
 
     store = "dense" if source.store(onto) == "nf4" else "nf4"
     where = place(source.run.config.memory)
+    if where.device.type == "cpu" and store == "dense" and source.native:  # no error there: the system would end the export
+        with source.opened(store) as weights:
+            needed = sum(map(prod, weights.shapes.values())) * where.dtype.itemsize
+        if needed > local_device("cpu").free:
+            return None
     try:
         model = models.load(source.base.path, dtype=where.dtype, device=where.device, store=store)
         adapters.load(model, source.run.adapter)

@@ -146,7 +146,7 @@ def _name_the_ids(folder: Path, renderer: Renderer) -> None:
 
 
 def open_run(path: Path) -> Source:
-    """Raises RunError for a run without a result, and where the base is not what it was."""
+    """Raises RunError for a run without a result, and where the base is not what it was; ModelError where it is not there."""
     run = Run.open(path)
     config, state = run.config, run.status().state
     dtype = DTYPES.get(run.manifest.get("dtype") or "") or place(config.memory).dtype
@@ -158,7 +158,11 @@ def open_run(path: Path) -> Source:
         return Source(run, ResolvedModel(run.model, str(run.model)), dtype)
     if not (run.adapter / storage.CONFIG).is_file():
         raise RunError(f"{path}: this run has no adapter yet, its state is {state}", "finish it: tunesmith train RUN.yaml --resume")
-    base = resolve_model(config.model)
+    try:
+        base = resolve_model(config.model)
+    except ModelError as fault:
+        moved = f"where it lies elsewhere now, write that as `model` in {run.path / 'run.yaml'}"
+        raise ModelError(f"the base of this run: {fault.what}", f"{fault.fix}; {moved}") from None
     if run.manifest.get("base") not in (None, base_fingerprint(base.path)):
         raise RunError(
             f"{base.path}: is not the base this run was trained on: its files have changed since", "put the former files back"
