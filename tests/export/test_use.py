@@ -227,7 +227,7 @@ def test_a_hung_or_killed_runtime_says_nothing_about_the_file(trained, tmp_path,
 
 
 def test_last_words_name_no_path_of_this_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "_run", lambda *a: (1, f"cannot open {tmp_path}/x.gguf"))
+    monkeypatch.setattr(parity, "_run", lambda *a: (1, f'  File "{tmp_path}/a.py", line 1\n    x\ncannot open {tmp_path}/x.gguf'))
     with pytest.raises(parity.RuntimeFailed) as fault:
         parity.ask("llama.cpp", {"artefact": str(tmp_path / "x.gguf")})
     assert str(fault.value) == "exit code 1: cannot open x.gguf"

@@ -343,7 +343,7 @@ def ask(
         if code == -getattr(signal, "SIGKILL", 9):
             raise RuntimeLost("the system ended it, as it does where memory runs out: check it on a larger machine")
         if code or not result.is_file():
-            last = " / ".join([line for line in said.splitlines() if line.strip()][-3:])
+            last = " / ".join([line for line in said.splitlines() if line.strip() and not line.startswith("  ")][-3:])  # no frames
             for path in paths.values():  # the card quotes it: no path of this machine
                 last = last.replace(path, Path(path).name)
             raise RuntimeFailed(f"exit code {code}: {last or 'no word'}")
