@@ -55,15 +55,15 @@ def held(folder):
 
 REPO = ["config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
         "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja",
-        "pytorch_model.bin", "modeling_evil.py", "consolidated.safetensors", "original/model.safetensors", "flax_model.msgpack",
-        "model.gguf", "training_args.bin", "README.md"]  # fmt: skip
+        "README.md", "pytorch_model.bin", "modeling_evil.py", "consolidated.safetensors", "original/model.safetensors",
+        "flax_model.msgpack", "model.gguf", "training_args.bin"]  # fmt: skip
 
 
 def test_a_model_is_pinned_and_only_what_is_needed_is_taken(cloud):
     cloud.files = REPO
     found = resolve_model("owner/name")
     assert (found.name, found.revision) == ("owner/name", SHA)
-    assert held(found.path) == sorted(REPO[:9])
+    assert held(found.path) == sorted(REPO[:10])
     resolve_model("owner/name@refs/pr/3")
     assert cloud.asked[-1]["revision"] == "refs/pr/3" and cloud.asked[0]["revision"] is None
 
@@ -71,8 +71,8 @@ def test_a_model_is_pinned_and_only_what_is_needed_is_taken(cloud):
 def test_without_weights_only_config_and_tokenizer_are_taken(cloud):
     cloud.files = REPO
     found = resolve_model("owner/name", weights=False)
-    assert held(found.path) == [f for f in sorted(REPO[:9]) if "safetensors" not in f]
-    assert resolve_model("owner/name") == found and held(found.path) == sorted(REPO[:9]), "the same folder, now with weights"
+    assert held(found.path) == [f for f in sorted(REPO[:10]) if "safetensors" not in f]
+    assert resolve_model("owner/name") == found and held(found.path) == sorted(REPO[:10]), "the same folder, now with weights"
     cloud.files = ["config.json", "a.bin"]
     assert resolve_model("owner/other", weights=False).name == "owner/other"
 

@@ -531,7 +531,7 @@ def export(
     """
     from tunesmith.export import Options, export_run
 
-    formats = [name for name in to.split(",") if name] if isinstance(to, str) else list(to)
+    formats = [name.strip() for name in to.split(",") if name.strip()] if isinstance(to, str) else list(to)
     where = Path(out) if out is not None else None
     options = Options(quant=quant.lower(), onto=onto)
     return export_run(Path(run), to=formats, options=options, out=where, force=force, push=push, console=_console(console))

@@ -331,9 +331,11 @@ def _file_problem(path: Path, size: int, digest: str | None) -> str:
 
 
 def _full(e: Exception) -> int | None:
-    """The error number when the disk is full; safetensors tells it only in its text."""
-    if isinstance(e, OSError):
+    """The error number when the disk is full; safetensors and numpy's `tofile` tell it only in their text."""
+    if isinstance(e, OSError) and e.errno is not None:
         return e.errno if e.errno in FULL else None
+    if re.fullmatch(r"\d+ requested and \d+ written", str(e)):
+        return errno.ENOSPC
     match = re.search(r"\(os error (\d+)\)", str(e))
     return int(match[1]) if match and int(match[1]) in FULL else None
 

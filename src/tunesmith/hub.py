@@ -25,6 +25,7 @@ EMBEDDED = Path(__file__).parent / "assets" / "embedded"
 WORDS_FILES = (  # all that check and plan read: some megabytes
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "README.md",  # names the licence, which what is made of it inherits
 )  # fmt: skip
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 NOT_THESE = ("*/*",)  # patterns match slashes too: nothing below the top folder, where some keep a second copy of the weights

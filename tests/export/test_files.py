@@ -47,8 +47,7 @@ def test_a_vllm_folder_comes_with_the_line_that_serves_it(trained, tmp_path, unc
     assert done.hints == (line,) and (done.path / "model.safetensors").is_file()
     assert (done.path / "serve.sh").read_text() == line.replace(str(done.path), '"$(dirname "$0")"') + "\n"
     assert any("vLLM is not installed" in note for note in done.parity.notes)
-    source = SimpleNamespace(name="run", base=SimpleNamespace(name="a/b", revision="1"))
-    assert "--max-lora-rank 16 --lora-modules run=out" in adapter_line(source, "out", 12)
+    assert "serve a/b --enable-lora --max-lora-rank 16 --lora-modules run=out" in adapter_line("run", "a/b", Path("out"), 12)
 
 
 def test_an_export_is_whole_and_its_card_names_what_it_is_made_of(trained, tmp_path):
@@ -146,6 +145,7 @@ class Hub:
 def test_push_sends_the_export_to_a_private_repository(trained, tmp_path, monkeypatch):
     import huggingface_hub
 
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
     calls = []
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(calls))
     console = quiet()
@@ -160,6 +160,7 @@ def test_push_sends_the_export_to_a_private_repository(trained, tmp_path, monkey
 def test_nothing_is_pushed_that_was_not_verified_or_not_asked_for(trained, tmp_path, monkeypatch, unchecked):
     import huggingface_hub
 
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
     calls = []
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(calls))
     export(trained("llama"), "gguf", tmp_path / "a", push="me/x")

@@ -14,9 +14,14 @@ Torch is loaded with `export_run`, not with this module's import.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import ExportRefused, RunError
@@ -46,15 +51,15 @@ class Artefact:
     quant: str = ""  # '' for 16 and 32 bits of safetensors
     stops: list[int] | None = None  # what ends an answer, where the runtime cannot say
     notes: list[str] = field(default_factory=list)
-    hints: list[str] = field(default_factory=list)  # commands that load it; OUT stands for its folder
+    hints: Callable[[Path, str], list[str]] = lambda out, base: []  # commands that load it from `out`, over `base`
     aside: list[Path] = field(default_factory=list)  # made for the gate alone
 
 
 @dataclass(frozen=True)
 class Exporter:
-    """A row of EXPORTERS. `write(source, folder, out, options)` fills `folder`, which becomes `out`."""
+    """A row of EXPORTERS. `write(source, folder, options)` fills `folder`."""
 
-    write: Callable[[Source, Path, Path, Options], Artefact]
+    write: Callable[[Source, Path, Options], Artefact]
     says: str
 
 
@@ -76,7 +81,7 @@ class Exported:
 # ---- the exporters ---------------------------------------------------------------------------------------------------------------
 
 
-def _adapter(source: Source, folder: Path, out: Path, options: Options) -> Artefact:
+def _adapter(source: Source, folder: Path, options: Options) -> Artefact:
     from importlib.util import find_spec
 
     from tunesmith.export import adapter
@@ -88,31 +93,33 @@ def _adapter(source: Source, folder: Path, out: Path, options: Options) -> Artef
     notes = []
     if source.run.config.method == "qlora" and not nf4:
         notes.append("loaded over the 16-bit base: bitsandbytes is not here, and the adapter was trained over 4 bits")
-    return Artefact(job, "peft", notes=notes, hints=[adapter_line(source, out, source.run.config.lora.rank)])
+    rank = source.run.config.lora.rank
+    return Artefact(job, "peft", notes=notes, hints=lambda out, base: [adapter_line(source.name, base, out, rank)])
 
 
-def _merged(source: Source, folder: Path, out: Path, options: Options) -> Artefact:
+def _merged(source: Source, folder: Path, options: Options) -> Artefact:
     from tunesmith.export import merged
 
     merged.write(source, folder, options.onto)
-    return Artefact({"artefact": str(folder)}, "transformers", hints=[f"tunesmith chat {out}"])
+    return Artefact({"artefact": str(folder)}, "transformers", hints=lambda out, base: [f"tunesmith chat {quote(str(out))}"])
 
 
-def _vllm(source: Source, folder: Path, out: Path, options: Options) -> Artefact:
+def _vllm(source: Source, folder: Path, options: Options) -> Artefact:
     from tunesmith.export import parity
-    from tunesmith.export.vllm import serve_line
+    from tunesmith.export.vllm import serve_options
 
-    found = _merged(source, folder, out, options)
-    found.hints = [serve_line(source, out, folder)]
+    found = _merged(source, folder, options)
+    serving = serve_options(source.name, folder)
+    found.hints = lambda out, base: [f"vllm serve {quote(str(out))} {serving}"]
     if parity.missing("vllm"):
         found.notes.append("vLLM is not installed: checked in transformers, which loads the same files")
     else:
         found.runtime = "vllm"
-    (folder / "serve.sh").write_text(found.hints[0].replace(str(out), '"$(dirname "$0")"') + "\n", "utf-8")
+    (folder / "serve.sh").write_text(f'vllm serve "$(dirname "$0")" {serving}\n', "utf-8")
     return found
 
 
-def _gguf(source: Source, folder: Path, out: Path, options: Options) -> Artefact:
+def _gguf(source: Source, folder: Path, options: Options) -> Artefact:
     from tunesmith.export import gguf
     from tunesmith.export.gguf_read import read_gguf
 
@@ -122,36 +129,38 @@ def _gguf(source: Source, folder: Path, out: Path, options: Options) -> Artefact
     names = ("eos", "eot", "eom")
     stops = [keys[key] for name in names if (key := f"tokenizer.ggml.{name}_token_id") in keys]
     job = {"artefact": str(path)}
-    return Artefact(job, "llama.cpp", options.quant, stops, notes, [f"llama-server -m {out / path.name} --jinja"])
+    hints = lambda out, base: [f"llama-server -m {quote(str(out / path.name))} --jinja"]  # noqa: E731
+    return Artefact(job, "llama.cpp", options.quant, stops, notes, hints)
 
 
-def _gguf_lora(source: Source, folder: Path, out: Path, options: Options) -> Artefact:
+def _gguf_lora(source: Source, folder: Path, options: Options) -> Artefact:
     from tunesmith.export import gguf
     from tunesmith.export.gguf_read import read_gguf
 
     path = folder / f"{source.name}-lora{gguf.SUFFIX}"
     notes = gguf.write_adapter(source, path)
-    base = folder.with_name(f"{folder.name}.base{gguf.SUFFIX}")
+    base = folder / f".base{gguf.SUFFIX}"
     kind = "bf16" if _word(source) == "bfloat16" else "f16"
     gguf.write(source, base, kind, "dense" if options.onto == "auto" else options.onto, adapter=False)
     keys = read_gguf(base).keys
     stops = [keys[key] for name in ("eos", "eot", "eom") if (key := f"tokenizer.ggml.{name}_token_id") in keys]
     notes.append(f"it holds no words: tokenizer and template come from the base's GGUF; checked over one in {kind} with this run's")
     job = {"artefact": str(base), "adapter": str(path)}
-    hints = [f"llama-server -m BASE.gguf --lora {out / path.name} --jinja"]
+    hints = lambda out, base: [f"llama-server -m BASE.gguf --lora {quote(str(out / path.name))} --jinja"]  # noqa: E731
     return Artefact(job, "llama.cpp", stops=stops, notes=notes, hints=hints, aside=[base])
 
 
-def _ollama(source: Source, folder: Path, out: Path, options: Options) -> Artefact:
+def _ollama(source: Source, folder: Path, options: Options) -> Artefact:
     from tunesmith.export.gguf_read import read_gguf
     from tunesmith.export.ollama import modelfile
 
-    found = _gguf(source, folder, out, options)
+    found = _gguf(source, folder, options)
     path = Path(found.job["artefact"])
     keys = read_gguf(path).keys
     reach = keys[f"{keys['general.architecture']}.context_length"]
     (folder / "Modelfile").write_text(modelfile(path.name, source.renderer, reach), "utf-8")
-    found.hints = [f"ollama create {source.name} -f {out / 'Modelfile'}", f"ollama run {source.name}"]
+    name = re.sub(r"[^\w.-]+", "-", source.name, flags=re.ASCII)
+    found.hints = lambda out, base: [f"ollama create {name} -f {quote(str(out / 'Modelfile'))}", f"ollama run {name}"]
     found.notes.append("checked in llama.cpp, which Ollama runs; Ollama itself was not started")
     return found
 
@@ -173,6 +182,7 @@ EXPORTERS = Registry(
     group="exporters",
     error=RunError,
 )
+FOLDED = {"merged", "vllm", "gguf", "ollama"}  # formats with the adapter in the weights
 
 
 # ---- the verb --------------------------------------------------------------------------------------------------------------------
@@ -195,27 +205,45 @@ def export_run(
     result, ModelError for a model that a format cannot hold, MissingExtra for a format whose writer is not installed.
     """
     from tunesmith.export import parity
-    from tunesmith.export.gguf import check_quant
-    from tunesmith.export.push import check_name
+    from tunesmith.export.gguf import check_quant, the_package
+    from tunesmith.export.push import check_login, check_name
     from tunesmith.export.source import open_run
 
     rows = [(name, EXPORTERS[name]) for name in dict.fromkeys(to)]
+    if not rows:
+        raise RunError("--to names no format", f"write one or several of {', '.join(EXPORTERS)}")
     if push:
         check_name(push)
         if len(rows) > 1:
             raise RunError("--push with several formats: a repository holds one", "export and push one at a time")
+        check_login(push)
+    names = {name for name, _ in rows}
+    if options.quant != Options.quant and not names & {"gguf", "ollama"}:
+        raise RunError(
+            f"--quant {options.quant}: --to {', '.join(sorted(names))} is not quantised", "leave it out, or export --to gguf"
+        )
     check_quant(options.quant)
+    if names & {"gguf", "gguf-lora", "ollama"}:
+        the_package()
     source = open_run(path)
     source.store(options.onto)
+    if source.full and (none := names & {"adapter", "gguf-lora"}):
+        raise RunError(f"{path}: method full has no adapter for --to {', '.join(sorted(none))}", "export --to merged or gguf")
     places = [_place(source, name, options, out, alone=len(rows) == 1) for name, _ in rows]
     console.print(f"live    {source.name}, as tunesmith chat loads it", markup=False, highlight=False, soft_wrap=True)
-    found = parity.live(source)
-    other = _other_base(source, found, options.onto)
+    with _bar(console, "asking the live model"):
+        found = parity.live(source)
+    other = None
+    if names & FOLDED and source.run.config.method == "qlora":
+        with _bar(console, "asking it over the other base"):
+            other = _other_base(source, found, options.onto)
     done, refused = [], []
     for (name, exporter), place in zip(rows, places, strict=True):
         result = _one(source, name, exporter, place, options, found, other, force, console)
         (done if result.parity.state != "refused" or force else refused).append(result)
-    if push and done and done[0].exit_code == 0:
+    if push and done and done[0].parity.state not in ("verified", "warned"):
+        console.print(f"kept, not pushed: it is {done[0].parity.state}", markup=False, soft_wrap=True)
+    elif push and done:
         from tunesmith.export.push import push as upload
 
         console.print(f"pushed  {upload(done[0].path, push, what=f'{source.name} as {rows[0][0]}')}", markup=False, soft_wrap=True)
@@ -226,12 +254,21 @@ def export_run(
 
 
 def _place(source: Source, name: str, options: Options, out: Path | None, *, alone: bool) -> Path:
-    from tunesmith.export.merged import free_place
+    """Where it will lie: where nothing is, or an earlier export and nothing else. RunError elsewhere."""
+    from tunesmith.export.merged import free_place, usable_place
 
     label = f"{name}-{options.quant}" if name in ("gguf", "ollama") else name
-    place = source.run.path / "export" / label if out is None else out if alone else out / label
-    ours = (place / "parity.json").is_file() and (place / "manifest.json").is_file()
-    return place if ours else free_place(place)  # an earlier export is replaced
+    place = usable_place(source.run.path / "export" / label if out is None else out if alone else out / label)
+    if not (place / "parity.json").is_file():
+        return free_place(place)
+    try:
+        written = json.loads((place / "manifest.json").read_text("utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return free_place(place)
+    found = (p.relative_to(place).as_posix() for p in place.rglob("*") if not p.is_dir())
+    if others := sorted(name for name in found if name not in written and name != "manifest.json"):
+        raise RunError(f"{place}: beside an earlier export it holds {others[0]}", "move that away, or name a new folder")
+    return place
 
 
 def _one(source: Source, name: str, exporter: Exporter, place: Path, options: Options, found: Live,
@@ -249,61 +286,71 @@ def _one(source: Source, name: str, exporter: Exporter, place: Path, options: Op
     result = None
     try:
         with folder_atomic(place) as temp:
-            say(f"\n{name:<8}{place}")
-            artefact = exporter.write(source, temp, place, options)
-            try:
-                verdict = parity.check(name, artefact.quant, artefact.runtime, found, source, artefact.job, stops=artefact.stops)
-            finally:
-                for path in artefact.aside:
-                    path.unlink(missing_ok=True)
+            say(f"\n{name}  {place}")
+            with _bar(console, "writing") as source.tell:
+                artefact = exporter.write(source, temp, options)
+            with _bar(console, f"asking {artefact.runtime}") as tell:
+                verdict = parity.check(
+                    name, artefact.quant, artefact.runtime, found, source, artefact.job, stops=artefact.stops, tell=tell
+                )
+            for path in artefact.aside:
+                path.unlink()
             verdict.notes += artefact.notes
-            if other is not None and name in ("merged", "vllm", "gguf", "ollama"):
+            if other is not None and name in FOLDED:
                 verdict.measured["other_base"] = other
                 verdict.notes.append(
                     f"KL a token of the live model to the same adapter over {other['onto']}: {other['kl_mean']:.2g}"
                 )
             verdict.print(console)
-            result = Exported(name, place, verdict, tuple(artefact.hints), forced=force)
+            base = source.hub_name or str(source.base.path)
+            result = Exported(name, place, verdict, tuple(artefact.hints(place, base)), forced=force)
             if verdict.state == "refused" and not force:
                 raise Refused
             verdict.save(temp)
-            (temp / "README.md").write_text(
-                card(source, name, verdict, _portable(artefact.hints, place, source), licence_of(source.base.path)), "utf-8"
-            )
+            portable = artefact.hints(Path(place.name), source.hub_name or source.base.path.name)  # no path of this machine
+            (temp / "README.md").write_text(card(source, name, verdict, portable, licence_of(source.base.path)), "utf-8")
     except Refused:
         return result
-    for hint in artefact.hints:
+    for hint in result.hints:
         say(f"next    {hint}")
     return result
 
 
-def _portable(hints: list[str], place: Path, source: Source) -> list[str]:
-    """Commands as they are given beside the export's folder: no path of this machine."""
-    base = source.base.path
-    return [hint.replace(str(place), place.name).replace(str(base), base.name) for hint in hints]
+@contextmanager
+def _bar(console: Console, what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """On a terminal, what is being done, how far it is and how long it has taken; it goes when it ends."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _other_base(source: Source, found: Live, onto: str) -> dict[str, Any] | None:
-    """How far the adapter over the base that it is not folded into is from the live model; None where there is one base only.
-
-    Measured with our own decoder: nothing is written for it.
+    """How far the adapter of a QLoRA run over the base that it is not folded into is from the live model; None where that model has
+    no room here. Measured with our own decoder: nothing is written for it.
     """
-    if source.run.config.method != "qlora":
-        return None
     import torch
 
     from tunesmith import adapters, models
     from tunesmith.chat import Talker
+    from tunesmith.devices import local_device
     from tunesmith.export import parity
     from tunesmith.models.place import place
 
     store = "dense" if source.store(onto) == "nf4" else "nf4"
     where = place(source.run.config.memory)
+    if where.device.type == "cpu" and store == "dense" and source.native:  # no error there: the system would end the export
+        with source.opened(store) as weights:
+            needed = sum(map(prod, weights.shapes.values())) * where.dtype.itemsize
+        if needed > local_device("cpu").free:
+            return None
     try:
         model = models.load(source.base.path, dtype=where.dtype, device=where.device, store=store)
+        adapters.load(model, source.run.adapter)
+        kl = parity.divergence_of_models(found, Talker(model.eval(), source.renderer, source.name))
     except torch.OutOfMemoryError:
         return None
-    adapters.load(model, source.run.adapter)
-    kl = parity.divergence_of_models(found, Talker(model.eval(), source.renderer, source.name))
     words = {"dense": "the original weights (--onto dense)", "nf4": "the 4-bit base (--onto nf4)"}
     return {"onto": words[store], "kl_mean": kl}

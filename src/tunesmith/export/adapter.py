@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 from tunesmith.adapters import storage
-from tunesmith.errors import RunError
 from tunesmith.export.source import Source
 
 
 def write(source: Source, folder: Path) -> None:
-    """Raises RunError for a run that has no adapter."""
-    if source.full:
-        raise RunError(f"{source.run.path}: method full has no adapter", "export --to merged: its weights are whole already")
-    for name in (storage.CONFIG, storage.WEIGHTS):
-        shutil.copyfile(source.run.adapter / name, folder / name)
+    shutil.copyfile(source.run.adapter / storage.WEIGHTS, folder / storage.WEIGHTS)
+    config = json.loads((source.run.adapter / storage.CONFIG).read_text("utf-8"))
+    if not source.hub_name:  # a folder of this machine is nothing to others, and what it is called is nobody's business
+        config["base_model_name_or_path"] = None
+    (folder / storage.CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     source.write_words(folder)

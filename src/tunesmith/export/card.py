@@ -37,19 +37,18 @@ def licence_of(folder: Path) -> str | None:
 def card(source: Source, to: str, parity: Parity, hints: list[str], licence: str | None) -> str:
     """The whole text. `hints` are lines that say how to load it."""
     run, manifest = source.run, source.run.manifest
-    base = source.run.config.model if source.full else source.base.name
-    local = Path(base).is_absolute() or Path(base).exists() or base == "embedded"
-    shown = Path(base).name if local else base
+    base = source.hub_name
+    shown = base or Path(run.config.model).name
     front = {
         "library_name": LOADED[to],
         "pipeline_tag": "text-generation",
-        **({} if local else {"base_model": base.partition("@")[0]}),
+        **({"base_model": base} if base else {}),
         **({"license": licence} if licence else {}),
         "tags": list(dict.fromkeys(["tunesmith", run.config.method, *(["lora"] if not source.full else [])])),
     }
     lines = [RULE, yaml.safe_dump(front, sort_keys=False).rstrip(), RULE, "", f"# {source.name}", ""]
     lines += [f"Tuned from **{shown}** with Tunesmith {manifest['versions'].get('tunesmith', '')}.".replace(" .", "."), ""]
-    lines += ["| | |", "|---|---|", f"| Base | {shown} |", f"| Base revision | {source.base.revision or 'none'} |"]
+    lines += ["| | |", "|---|---|", f"| Base | {shown} |", f"| Base revision | {manifest.get('base_revision') or 'none'} |"]
     lines += [
         f"| Base fingerprint | `{manifest.get('base') or 'unknown'}` |",
         f"| Data fingerprint | `{manifest.get('data') or 'unknown'}` |",

@@ -23,10 +23,12 @@ from tunesmith.errors import MissingExtra, ModelError, RunError, install
 from tunesmith.export.gguf_model import PERMUTED, Model, gguf_name, model_of, paired, scale_ratio
 from tunesmith.export.gguf_words import keys_of, swallows_spaces
 from tunesmith.export.source import Source
+from tunesmith.files import ensure_room
 from tunesmith.spec import read_config, spec_of
 
 SUFFIX = ".gguf"
 ROWS = 1 << 24  # weights quantised at once: 64 MiB in float32
+SLOWEST = 2_000_000  # bytes a second that llama.cpp's quantiser reads on the slowest machine, after ten minutes
 OURS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 K_QUANTS = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k")
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12,
@@ -71,6 +73,7 @@ def write(source: Source, path: Path, quant: str, onto: str, *, adapter: bool = 
     whole = path.with_name(f".{path.name}.f32")
     try:
         notes = _write(source, whole, "bf16" if source.dtype == torch.bfloat16 else "f16", onto, adapter)
+        source.tell(0, None)
         _quantise(whole, path, quant)
     finally:
         whole.unlink(missing_ok=True)
@@ -92,10 +95,13 @@ def _write(source: Source, path: Path, quant: str, onto: str, adapter: bool) -> 
         for name, value in keys_of(source.renderer, weights.spec.vocab).items():
             _add(writer, gguf, f"tokenizer.{name}", value)
         kinds = [_kind(gguf, quant, t.role, t.shape) for t in model.tensors]
+        needed = 0
         for tensor, kind in zip(model.tensors, kinds, strict=True):
             block, size = gguf.GGML_QUANT_SIZES[kind]
             total = int(np.prod(tensor.shape)) // block * size
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), total, raw_dtype=kind)
+            needed += total
+        ensure_room(path.parent.parent, needed, "the export")
         _open(writer, path)
         for tensor, kind in zip(model.tensors, kinds, strict=True):
             writer.write_tensor_data(encoded(gguf, tensor.name, tensor.make(), kind))
@@ -173,7 +179,11 @@ def _quantise(whole: Path, out: Path, quant: str) -> None:
         command = ["llama-quantize", str(whole), str(out), quant.upper()]
     else:
         command = [sys.executable, "-c", _BINDING, str(whole), str(out), str(FILE_TYPES[quant])]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    limit = 600 + whole.stat().st_size / SLOWEST
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, timeout=limit)
+    except subprocess.TimeoutExpired:
+        raise ModelError(f"llama.cpp's quantiser was ended after {limit / 60:.0f} minutes", "use --quant q8_0") from None
     if done.returncode or not out.is_file():
         last = (done.stderr or done.stdout).strip().splitlines()[-3:]
         raise ModelError("\n".join([f"llama.cpp's quantiser failed with {done.returncode}", *last]), "use --quant q8_0")

@@ -13,8 +13,21 @@ def write(source: Source, folder: Path, onto: str) -> None:
     source.write_model(folder, onto)
 
 
+def usable_place(out: Path) -> Path:
+    """Where a folder can be put in one step; what a link leads to. RunError, before any work, where none can."""
+    if out.is_symlink() or out.name in ("", ".."):
+        out = out.resolve()
+    if out.is_dir() and (out.is_mount() or out.samefile(Path())):
+        raise RunError(f"{out}: is {'a mounted disk' if out.is_mount() else 'the folder you are in'}", "name a new folder in it")
+    home = next(p for p in out.absolute().parents if p.exists())
+    if not home.is_dir():
+        raise RunError(f"{home}: is a file", "name another folder")
+    return out
+
+
 def free_place(out: Path) -> Path:
-    """RunError where something is there already."""
+    """`usable_place`, and RunError where something is there already."""
+    out = usable_place(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise RunError(f"{out}: is {'not empty' if out.is_dir() else 'a file'}", "name a new folder")
     return out

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +37,8 @@ from tunesmith.data.render import Renderer
 from tunesmith.errors import install
 from tunesmith.evaluate import metrics
 from tunesmith.export.gguf_words import begins_with_bos
-from tunesmith.export.source import Source
+from tunesmith.export.runtimes import PROGRESS
+from tunesmith.export.source import Source, untold
 from tunesmith.files import finite
 from tunesmith.generate import context, stream
 from tunesmith.ops.attention import Layout
@@ -48,6 +51,8 @@ ASKED = 16  # questions that are answered
 MAX_TOKENS = 48
 SURE = 1.0
 TOP = 2048
+SILENCE = 600.0  # seconds a runtime may take to load, for a row or an answer, and one more for every
+SLOWEST = 10_000_000  # bytes that it loads: a disk, a memory and a CPU that are all slow
 REST = 1e-4  # what the others have together is known to 1e-5 of float32 logarithms: below this it is taken as this on both sides
 
 BOUNDS = {  # KL a token: over the first it is told, over the second refused; the embedded model's own: docs/export.md
@@ -193,7 +198,8 @@ def live(source: Source, talker: Talker | None = None) -> Live:
     questions = [q for c in held if (q := renderer.question(c)) is not None and len(q.ids) + MAX_TOKENS < limit]
     prompts, golds = [list(q.ids) for q in questions], [q.gold for q in questions]
     if not rows:
-        notes.append("no held-out rows: compared on its own answers to four fixed questions")
+        none = f"no held-out row of at most {limit:,} tokens" if held else "no held-out rows"
+        notes.append(f"{none}: compared on its own answers to four fixed questions")
         prompts, golds = [renderer.prompt([{"role": "user", "content": q}]) for q in FALLBACK_QUESTIONS], []
     keep = spread(len(prompts), ASKED)
     prompts, golds = [prompts[i] for i in keep], [golds[i] for i in keep] if golds else []
@@ -227,7 +233,8 @@ def _rows(renderer: Renderer, held: Sequence[Conversation], limit: int) -> tuple
             if len(example.ids) <= limit and (at := [p for p in at if p >= 0]):
                 rows.append([int(i) for i in example.ids])
                 positions.append(at)
-    return rows, positions
+    keep = spread(len(rows), ROWS)  # a conversation may be several rows
+    return [rows[i] for i in keep], [positions[i] for i in keep]
 
 
 def _asked(renderer: Renderer, held: Iterable[Conversation]) -> tuple[list[dict[str, Any]], list[list[int]], int]:
@@ -314,8 +321,14 @@ class RuntimeFailed(Exception):
     """The runtime could not load or run the artefact; the text is its last words."""
 
 
-def ask(runtime: str, job: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """The runtime's ids [P, K], logp [P, K] and facts, from a process of its own. Raises RuntimeFailed."""
+class RuntimeLost(Exception):
+    """The runtime hung, or the system ended it: neither says that the artefact is wrong."""
+
+
+def ask(
+    runtime: str, job: dict[str, Any], tell: Callable[[int, int | None], None] = untold
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """The runtime's ids [P, K], logp [P, K] and facts, from a process of its own. Raises RuntimeFailed, RuntimeLost."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the live model is gone, and the runtime wants its room
     house = str(Path(__file__).resolve().parents[2])
@@ -326,27 +339,67 @@ def ask(runtime: str, job: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict
         paths = {key: str(Path(job[key]).absolute()) for key in ("artefact", "adapter", "base") if job.get(key)}
         question.write_text(json.dumps(job | paths), "utf-8")
         command = [sys.executable, "-m", f"tunesmith.export.runtimes.{RUNTIMES[runtime][0]}", str(question), str(result)]
-        done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, errors="replace")
-        if done.returncode or not result.is_file():
-            last = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()][-3:]
-            raise RuntimeFailed(f"exit code {done.returncode}: {' / '.join(last) or 'no word'}")
+        code, said = _run(command, env, Path(folder), SILENCE + sum(map(_bytes, paths.values())) / SLOWEST, tell)
+        if code == -getattr(signal, "SIGKILL", 9):
+            raise RuntimeLost("the system ended it, as it does where memory runs out: check it on a larger machine")
+        if code or not result.is_file():
+            last = " / ".join([line for line in said.splitlines() if line.strip() and not line.startswith("  ")][-3:])  # no frames
+            for path in paths.values():  # the card quotes it: no path of this machine
+                last = last.replace(path, Path(path).name)
+            raise RuntimeFailed(f"exit code {code}: {last or 'no word'}")
         with np.load(result, allow_pickle=False) as found:
             return found["ids"], found["logp"], json.loads(str(found["facts"]))
+
+
+def _run(
+    command: list[str], env: dict[str, str], folder: Path, silence: float, tell: Callable[[int, int | None], None]
+) -> tuple[int, str]:
+    """(exit code, what it said). Raises RuntimeLost where its progress stands still for `silence` seconds."""
+    out, err, progress = folder / "out", folder / "err", folder / PROGRESS
+    with out.open("wb") as o, err.open("wb") as e, \
+            subprocess.Popen(command, env=env, cwd=folder, stdin=subprocess.PIPE, stdout=o, stderr=e) as process:  # fmt: skip
+        heard, last = time.monotonic(), ""
+        try:
+            while process.poll() is None:
+                time.sleep(0.05)
+                now = progress.read_text() if progress.is_file() else ""
+                if now != last:
+                    heard, last = time.monotonic(), now
+                    tell(*map(int, now.split()))
+                elif time.monotonic() - heard > silence:
+                    done = " of ".join(last.split()) or "no"
+                    raise RuntimeLost(
+                        f"no sign of life for {silence / 60:.0f} minutes after {done} tokens and answers, so it was ended: "
+                        "export again; where it hangs again, try another version of it"
+                    )
+        finally:
+            if process.poll() is None:
+                process.kill()
+    return process.returncode, (err.read_text("utf-8", "replace").strip() or out.read_text("utf-8", "replace").strip())
+
+
+def _bytes(path: str) -> int:
+    found = Path(path)
+    return sum(p.stat().st_size for p in (found.rglob("*") if found.is_dir() else [found]) if p.is_file())
 
 
 # ---- the verdict ---------------------------------------------------------------------------------------------------------------
 
 
 def check(
-    format: str, quant: str, runtime: str, found: Live, source: Source, job: dict[str, Any], *, stops: Sequence[int] | None
-) -> Parity:
+    format: str, quant: str, runtime: str, found: Live, source: Source, job: dict[str, Any], *, stops: Sequence[int] | None,
+    tell: Callable[[int, int | None], None] = untold,
+) -> Parity:  # fmt: skip
     """Ask the runtime and judge. `stops`: what the artefact's own file says ends an answer, where its runtime cannot say."""
     parity = Parity(format, runtime, notes=list(found.notes))
     if why := missing(runtime):
         parity.reasons.append(why)
         return parity
     try:
-        ids, logp, facts = ask(runtime, {"adapter": None, "base": None, **found.job, **job})
+        ids, logp, facts = ask(runtime, {"adapter": None, "base": None, **found.job, **job}, tell)
+    except RuntimeLost as fault:
+        parity.reasons = [f"{runtime}: {fault}"]
+        return parity
     except RuntimeFailed as fault:
         parity.state, parity.reasons = "refused", [f"{runtime} cannot load or run it: {fault}"]
         return parity

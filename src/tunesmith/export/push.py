@@ -18,6 +18,14 @@ def check_name(repo: str) -> str:
     return repo
 
 
+def check_login(repo: str) -> None:
+    """Raises RunError where nobody is logged in: told before an hour of work, not after it."""
+    import huggingface_hub
+
+    if huggingface_hub.get_token() is None:
+        raise RunError(f"--push {repo}: nobody is logged in to the hub", "hf auth login, or set HF_TOKEN")
+
+
 def push(folder: Path, repo: str, *, what: str) -> str:
     """Upload `folder` and return its address. Raises RunError with the fix for a missing login, right or connection."""
     import huggingface_hub

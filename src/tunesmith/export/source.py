@@ -10,7 +10,9 @@ Models that run through transformers are loaded whole instead: their modules are
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -25,7 +27,7 @@ from tunesmith.adapters.swap import PREFIX, Settings, set_config
 from tunesmith.data import formats
 from tunesmith.data.render import Renderer, build_renderer
 from tunesmith.errors import AdapterError, ModelError, RunError
-from tunesmith.files import write_atomic
+from tunesmith.files import ensure_room, write_atomic
 from tunesmith.hub import ResolvedModel, resolve_model
 from tunesmith.models import weights
 from tunesmith.models.decoder import Decoder
@@ -39,13 +41,19 @@ from tunesmith.types import Conversation
 STORES = ("auto", "nf4", "dense")
 
 
-@dataclass(frozen=True)
+def untold(done: int, total: int | None) -> None:
+    """Progress that nobody looks at."""
+
+
+@dataclass
 class Source:
-    """A finished run and where its weights come from. `base` is the checkpoint under the adapter, for method full the run's own."""
+    """A finished run and where its weights come from. `base` is the checkpoint under the adapter, for method full the run's own.
+    `tell` hears how many of how many tensors were made; None: nobody knows how many."""
 
     run: Run
     base: ResolvedModel
     dtype: torch.dtype  # what an export in 16 or 32 bits is written in: the run's own
+    tell: Callable[[int, int | None], None] = untold
 
     @property
     def full(self) -> bool:
@@ -53,7 +61,13 @@ class Source:
 
     @property
     def name(self) -> str:
-        return self.run.path.name
+        return Path(os.path.abspath(self.run.path)).name  # the path may end in ..
+
+    @property
+    def hub_name(self) -> str:
+        """owner/name of the model that was tuned; '' where it was a folder or the embedded one."""
+        manifest = self.run.manifest
+        return str(manifest.get("base_name") or "") if manifest.get("base_revision") else ""
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -85,9 +99,8 @@ class Source:
     def opened(self, onto: str, *, adapter: bool = True) -> Iterator[Weights]:
         """The result's weights while the files are open, or its base's alone. Raises ModelError for a model that is not native."""
         with Files() as files:
-            yield Weights(
-                self.base.path, self.run.adapter if adapter and not self.full else None, self.store(onto), self.dtype, files
-            )
+            folder = self.run.adapter if adapter and not self.full else None
+            yield Weights(self.base.path, folder, self.store(onto), self.dtype, files, self.tell)
 
     @property
     def native(self) -> bool:
@@ -106,6 +119,7 @@ class Source:
         """A Hugging Face folder: weights, config, tokenizer, template, what ends an answer."""
         if self.native:
             with self.opened(onto) as found:
+                ensure_room(folder.parent, sum(map(math.prod, found.shapes.values())) * self.dtype.itemsize, "the export")
                 write_checkpoint(folder, found.config, found.shapes, found.tensor, self.dtype, shard_bytes=shard_bytes)
                 written, faults = find_tensors(folder)
                 faults += [] if faults else check(found.spec, written)[1]
@@ -132,7 +146,7 @@ def _name_the_ids(folder: Path, renderer: Renderer) -> None:
 
 
 def open_run(path: Path) -> Source:
-    """Raises RunError for a run without a result, and where the base is not what it was."""
+    """Raises RunError for a run without a result, and where the base is not what it was; ModelError where it is not there."""
     run = Run.open(path)
     config, state = run.config, run.status().state
     dtype = DTYPES.get(run.manifest.get("dtype") or "") or place(config.memory).dtype
@@ -144,7 +158,11 @@ def open_run(path: Path) -> Source:
         return Source(run, ResolvedModel(run.model, str(run.model)), dtype)
     if not (run.adapter / storage.CONFIG).is_file():
         raise RunError(f"{path}: this run has no adapter yet, its state is {state}", "finish it: tunesmith train RUN.yaml --resume")
-    base = resolve_model(config.model)
+    try:
+        base = resolve_model(config.model)
+    except ModelError as fault:
+        moved = f"where it lies elsewhere now, write that as `model` in {run.path / 'run.yaml'}"
+        raise ModelError(f"the base of this run: {fault.what}", f"{fault.fix}; {moved}") from None
     if run.manifest.get("base") not in (None, base_fingerprint(base.path)):
         raise RunError(
             f"{base.path}: is not the base this run was trained on: its files have changed since", "put the former files back"
@@ -159,9 +177,14 @@ class Weights:
     adapter  folder of a PEFT adapter, or None
     store    nf4: each linear of a layer is quantised and decoded before the adapter is added, as it was under the training
     dtype    of every tensor given
+    tell     hears of each
     """
 
-    def __init__(self, base: Path, adapter: Path | None, store: str, dtype: torch.dtype, files: Files):
+    def __init__(
+        self, base: Path, adapter: Path | None, store: str, dtype: torch.dtype, files: Files,
+        tell: Callable[[int, int | None], None] = untold,
+    ):  # fmt: skip
+        self._tell, self._made = tell, 0
         config = read_config(base)
         self.spec = spec_of(config)
         self.dtype, self.store, self._files = dtype, store, files
@@ -228,6 +251,8 @@ class Weights:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of this name on the CPU in `dtype`, freshly made."""
+        self._tell(self._made, len(self.shapes))
+        self._made += 1
         path, _, leaf = name.rpartition(".")
         settings = self.settings
         if settings is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.export.runtimes import Answer, main
+from tunesmith.export.runtimes import Answer, Told, main
 
 
 class Server:
@@ -34,19 +34,20 @@ class Server:
             params.lora_adapters = [adapter]
         self.server = xllamacpp.Server(params)
         self.version = xllamacpp.__version__
+        self.door = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # http_proxy is not for what stays here
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The answer as JSON; an error of the server as its text."""
         headers = {"content-type": "application/json", "authorization": f"Bearer {self.key}"}
         data = None if body is None else json.dumps(body).encode()
         try:
-            with urllib.request.urlopen(urllib.request.Request(self.server.listening_address + path, data, headers)) as reply:
+            with self.door.open(urllib.request.Request(self.server.listening_address + path, data, headers)) as reply:
                 return json.loads(reply.read())
         except urllib.error.HTTPError as e:
             raise RuntimeError(f"llama.cpp's server answered {e.code} to {path}: {e.read()[:500]!r}") from None
 
 
-def answer(job: dict[str, Any]) -> Answer:
+def answer(job: dict[str, Any], told: Told) -> Answer:
     server = Server(job)
     ids, logp = [], []
     # Where the token drawn ends the answer, or is half a character, the server gives no list. A bias draws a plain one always; the
@@ -60,6 +61,7 @@ def answer(job: dict[str, Any]) -> Answer:
             found.sort(key=lambda one: -one["logprob"])
             ids.append([one["id"] for one in found])
             logp.append([one["logprob"] if one["logprob"] is not None else -np.inf for one in found])
+            told(1)
     answers, texts, ended = [], [], []
     for prompt in job["prompts"]:
         body = {"prompt": prompt, "n_predict": job["max_tokens"], "temperature": 0, "return_tokens": True, "cache_prompt": True}
@@ -68,6 +70,7 @@ def answer(job: dict[str, Any]) -> Answer:
         tokens = made["tokens"]
         answers.append(tokens[: made["tokens_predicted"] - ended[-1]])
         texts.append(made["content"])
+        told(1)
     props = server.ask("/props")
     facts = {
         "rendered": [_rendered(server, asked) for asked in job["asked"]],

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.export.runtimes import Answer, main
+from tunesmith.export.runtimes import Answer, Told, main
 
 
-def answer(job: dict[str, Any]) -> Answer:
+def answer(job: dict[str, Any], told: Told) -> Answer:
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,9 +25,14 @@ def answer(job: dict[str, Any]) -> Answer:
         except RuntimeError as fault:  # bitsandbytes on a CPU needs widths that 64 divides
             job["nf4"] = False
             notes[:] = [f"over the 16-bit base: bitsandbytes cannot run it in 4 bits here ({fault})"]
+            del model  # else both are in memory
             model = _model(job, torch, AutoModelForCausalLM, notes)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.eval().to(device) if not job.get("nf4") else model.eval()
+    model.eval()
+    if torch.cuda.is_available() and not job.get("nf4"):
+        if _fits(model, torch):
+            model.to("cuda")
+        else:  # a run over 4 bits may have been trained on a card that has no room for it in 16
+            notes.append("run on the CPU: the GPU has no room for it")
     device = next(model.parameters()).device
     ids, logp = [], []
     with torch.no_grad():
@@ -37,6 +42,7 @@ def answer(job: dict[str, Any]) -> Answer:
             best = found.topk(min(job["top"], found.shape[-1]))
             ids.append(best.indices.cpu().numpy())
             logp.append(best.values.cpu().numpy())
+            told(len(positions))
         stops = _stops(model, tokenizer)
         answers, ended = [], []
         for prompt in job["prompts"]:
@@ -46,6 +52,7 @@ def answer(job: dict[str, Any]) -> Answer:
             )[0, len(prompt) :].tolist()
             ended.append(bool(made) and made[-1] in stops)
             answers.append(made[:-1] if ended[-1] else made)
+            told(1)
     facts = {
         "rendered": [_rendered(tokenizer, asked) for asked in job["asked"]],
         "answers": answers,
@@ -82,6 +89,12 @@ def _model(job: dict[str, Any], torch: Any, auto: Any, notes: list[str]) -> Any:
     if need > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(need)
     return PeftModel.from_pretrained(base, job["adapter"])
+
+
+def _fits(model: Any, torch: Any) -> bool:
+    """Whether the GPU has room for the weights, and for what is computed with them: a fifth of them and 2 GiB."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return weights * 1.2 + 2 * 2**30 < torch.cuda.mem_get_info()[0]
 
 
 def _peft() -> str:

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.export.runtimes import Answer, main
+from tunesmith.export.runtimes import Answer, Told, main
 
 
-def answer(job: dict[str, Any]) -> Answer:
+def answer(job: dict[str, Any], told: Told) -> Answer:
     import vllm
     from vllm import LLM, SamplingParams
 
@@ -25,6 +25,7 @@ def answer(job: dict[str, Any]) -> Answer:
             found = sorted(made.outputs[0].logprobs[0].items(), key=lambda item: -item[1].logprob)[:top]
             ids.append([i for i, _ in found])
             logp.append([entry.logprob for _, entry in found])
+        told(len(positions))
     long = SamplingParams(max_tokens=job["max_tokens"], temperature=0)
     made = model.generate([{"prompt_token_ids": p} for p in job["prompts"]], long, use_tqdm=False)
     outputs = [m.outputs[0] for m in made]
