@@ -61,6 +61,27 @@ def test_the_cheapest_that_is_not_shown_worse(tmp_path, right, picked, words):
         assert "no difference shown" in found["verdict"][1]
 
 
+def test_a_way_that_is_shown_to_be_better_and_not_the_highest_counts(tmp_path):
+    """tuned is highest, 29 of 40, and not shown better than base's 20 (19 rows to 10, p 0.14); few-shot, 28, is (8 to 0, p 0.008)."""
+    tuned = {*range(10), *range(20, 39)}
+    found = verdict(tmp_path, {"base": range(20), "few-shot": range(28), "tuned": tuned}, rows=40)
+    arms = {arm["name"]: arm for arm in found["arms"]}
+    assert found["best"] == "tuned" and arms["base"]["metrics"]["exact_match"]["to_best"]["shown"] == 0
+    assert arms["base"]["beaten_by"] == ["few-shot"] and arms["tuned"]["beaten_by"] == []
+    assert found["recommended"] == "few-shot" and "shown to be worse than another." in found["verdict"][0]
+    assert "base is not shown to be worse than tuned, but than few-shot." in found["verdict"]
+
+
+def test_worse_than_the_best_is_not_worse_than_the_one_that_is_recommended(tmp_path):
+    found = verdict(tmp_path, {"base": range(30), "few-shot": range(33), "tuned": range(37)})  # 3, 4 and 7 rows: 0.25, 0.125, 0.016
+    assert found["recommended"] == "few-shot" and found["verdict"][0].endswith("is shown to be worse than tuned.")
+
+
+def test_a_measure_in_which_no_way_scores_is_no_other_measure(tmp_path):
+    found = verdict(tmp_path, {"base": 0.2, "tuned": 0.9}, metrics=("exact_match", "regex:nowhere"))
+    assert not any("otherwise" in line for line in found["verdict"])
+
+
 def test_mcnemar_decides_where_rows_are_right_or_wrong(tmp_path):
     """6 rows to 0 is p 0.031, 5 to 0 is 0.0625: by hand, 2 / 2 ** n."""
     six = verdict(tmp_path, {"base": range(30), "tuned": range(36)})
@@ -109,12 +130,23 @@ def test_intervals_and_differences_are_the_bootstrap_of_the_rows():
     assert result.difference(good, good, METRICS["macro_f1"], seed=0)["shown"] == 0
 
 
+def test_a_few_rows_that_differ_show_nothing():
+    """5 of 200 are better and none is worse: the sign test's p is 0.062, and the bootstrap's interval lies above zero."""
+    before, after = np.zeros(200), np.zeros(200)
+    after[:5] = 1.0
+    gap = result.difference(Scored(before), Scored(after), METRICS["f1"], seed=0)
+    assert gap["interval"][0] > 0 and gap["shown"] == 0
+    after[5] = 0.5
+    assert result.difference(Scored(before), Scored(after), METRICS["f1"], seed=0)["shown"] == 1
+
+
 def test_citations_are_not_held_against_retrieval(tmp_path):
     work = comparison(tmp_path, {"base": 0.5, "retrieval": 0.5})
     for row in work.answers["retrieval"]:
         row["answer"] = "gold [1]"
-    found = result.gather(work)["arms"][1]
-    assert found["metrics"]["exact_match"]["value"] == 1 and found["cites"] == 1
+    found = result.gather(work)
+    assert found["arms"][1]["metrics"]["exact_match"]["value"] == 1
+    assert found["citations"]["arms"]["retrieval"]["cites"]["value"] == 1
 
 
 def test_wins_and_losses_are_the_rows_that_changed_most(tmp_path):

@@ -1,7 +1,7 @@
 """What came of a comparison: every arm by every metric with its interval, which way is worth it, the page, the table. No torch.
 
-The recommendation is the cheapest arm that is not shown to be worse than the best (scoring.py says what shown means). A dearer arm
-must win; a tie goes to the prompt.
+The recommendation is the cheapest arm that no other is shown to be better than (scoring.py says what shown means). A dearer arm must
+win; a tie goes to the prompt.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tunesmith.compare import citing, guard, scoring, told
-from tunesmith.compare.arms import ARMS, Arm, cited
+from tunesmith.compare.arms import ARMS, Arm
 from tunesmith.compare.scoring import difference, interval
 from tunesmith.compare.work import Comparison
 from tunesmith.evaluate import compare_page
@@ -67,9 +67,11 @@ def gather(work: Comparison) -> dict[str, Any]:
     first, seed = work.metrics[0], work.options.seed
     best = scoring.leading(own, scored, first.name)
     base = next((arm for arm in work.arms if arm.name == "base"), None)
+    beaten = scoring.beaten(own, scored, first, seed)
     rows = []
     for arm in work.arms:
         entry: dict[str, Any] = {"name": arm.name, "says": arm.says, "model": arm.model, **_cost(work, arm), "metrics": {}}
+        entry["beaten_by"] = beaten.get(arm.name)  # by the metric that decides; None where the arm is not weighed
         for metric in work.metrics:
             value = scored[arm.name][metric.name]
             mean, low, high = interval(value, metric, seed)
@@ -102,14 +104,10 @@ def _cost(work: Comparison, arm: Arm) -> dict[str, Any]:
         numbers = [row[key] for row in rows if row[key] is not None]
         return sum(numbers) / len(numbers) if numbers else None
 
-    out = {
+    return {
         "prompt_tokens": mean("prompt_tokens"), "answer_tokens": mean("answer_tokens"), "seconds": mean("seconds"),
         "cut": sum(row["ended"] == "length" for row in rows) / len(rows),
     }  # fmt: skip
-    if arm.passages:
-        pairs = list(zip(rows, work.prompts[arm.name], strict=True))
-        out["cites"] = sum(bool(cited(row["answer"], len(p.passages))) for row, p in pairs) / len(pairs)
-    return out
 
 
 def _loss(work: Comparison) -> dict[str, Any] | None:
@@ -143,7 +141,7 @@ def _settings(work: Comparison) -> dict[str, Any]:
 
 
 def recommend(found: Mapping[str, Any], own: Sequence[Arm]) -> dict[str, Any]:
-    """{recommended, verdict: [sentence, reason], doubts}: the cheapest of `own` that is not shown worse than the best."""
+    """{recommended, verdict: [sentence, reason], doubts}: the cheapest of `own` that none of them is shown to be better than."""
     metric = found["metrics"][0]["name"]
     by_name = {arm["name"]: arm for arm in found["arms"]}
     best = by_name[found["best"]]
@@ -164,9 +162,11 @@ def recommend(found: Mapping[str, Any], own: Sequence[Arm]) -> dict[str, Any]:
         }  # fmt: skip
     ordered = sorted(own, key=lambda arm: arm.order)
     names = [arm.name for arm in ordered]
-    standing = [n for n in names if n == best["name"] or at(by_name[n])["to_best"]["shown"] >= 0]
-    pick = by_name[standing[0]]
-    head = f"Use {pick['says']}: {say(at(pick)['value'])} in {metric}, and every way that costs less is shown to be worse."
+    pick = by_name[next(n for n in names if not by_name[n]["beaten_by"])]  # the best is one: none has a higher mean
+    worse = names[: names.index(pick["name"])]
+    to_best = [n for n in worse if best["name"] in by_name[n]["beaten_by"]]
+    than = " than another" if len(to_best) < len(worse) else "" if pick is best else f" than {best['name']}"
+    head = f"Use {pick['says']}: {say(at(pick)['value'])} in {metric}, and every way that costs less is shown to be worse{than}."
     if len(names) == 1:
         head = f"Only one way was tried, {pick['says']}: {say(at(pick)['value'])} in {metric}."
     elif names[0] == pick["name"]:
@@ -178,12 +178,14 @@ def recommend(found: Mapping[str, Any], own: Sequence[Arm]) -> dict[str, Any]:
             f"{best['name']} has {say(at(best)['value'])}, a difference of {_signed(gap['difference'])} "
             f"({_range(gap['interval'])}{_p(gap)}): no difference shown."
         )
-    if worse := [n for n in names[: names.index(pick["name"])] if n not in standing]:
-        told = [
-            f"{n} by {_signed(at(by_name[n])['to_best']['difference'])} ({_range(at(by_name[n])['to_best']['interval'])})"
-            for n in worse
-        ]
-        reasons.append(f"Shown to be worse than {best['name']}: {', '.join(told)}.")
+    if to_best:
+        gaps = [(n, at(by_name[n])["to_best"]) for n in to_best]
+        lags = [f"{n} by {_signed(gap['difference'])} ({_range(gap['interval'])})" for n, gap in gaps]
+        reasons.append(f"Shown to be worse than {best['name']}: {', '.join(lags)}.")
+    reasons += [
+        f"{n} is not shown to be worse than {best['name']}, but than {', '.join(by_name[n]['beaten_by'])}."
+        for n in worse if n not in to_best
+    ]  # fmt: skip
     for arm in found["arms"]:
         if arm["model"] == "endpoint" and arm["name"] not in names:
             gap = at(arm)["to_best"]
@@ -192,7 +194,8 @@ def recommend(found: Mapping[str, Any], own: Sequence[Arm]) -> dict[str, Any]:
                 f"Beside {best['name']}, {arm['says']} has {say(at(arm)['value'])}, {_signed(gap['difference'])} "
                 f"({_range(gap['interval'])}): {word}. It is not weighed here: its price and its privacy are yours to judge."
             )
-    if others := [w["says"] for w in found["winners"][1:] if w["best"] != best["name"] or w["level"]]:
+    high = [w for w in found["winners"][1:] if w["value"] > 0]
+    if others := [w["says"] for w in high if w["best"] != best["name"] or w["level"]]:
         reasons.append(f"By another measure it may be otherwise. {' '.join(others)}")
     return {"recommended": pick["name"], "verdict": [head, *reasons], "doubts": doubts}
 
