@@ -158,8 +158,8 @@ class LocalJudge(Judge):
 
 
 def judged(work: Comparison, judge: Judge, best: str, rows: int, store: Any, bar: Any) -> dict[str, Any]:
-    """Ask what is missing, keep each reply as it comes, and count; `bar(all, done)` gives the step of each. RunError where the judge
-    fails for good; what came is kept."""
+    """Ask what is missing, keep each reply as it comes, and count; `bar(all, done)` gives the step of each. RunError where the
+    judge fails for good; what came is kept."""
     asked = pairs(work, best, rows)
     prompts = [prompt_of(work, pair) for pair in asked]
     keys = [sha256(f"{judge.identity} {TOKENS} {text}")[:32] for text in prompts]

@@ -1,7 +1,7 @@
 """What came of a comparison: every arm by every metric with its interval, which way is worth it, the page, the table. No torch.
 
-The recommendation is the cheapest arm that no other is shown to be better than (scoring.py says what shown means). A dearer arm must
-win; a tie goes to the prompt.
+The recommendation is the cheapest arm that no other is shown to be better than (scoring.py says what shown means). A dearer arm
+must win; a tie goes to the prompt.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def _doubts(found: Mapping[str, Any], own: Sequence[Arm]) -> list[str]:
     if overlap := (found["loss"] or {}).get("overlap"):
         out.append(f"{overlap} of {found['held_out']} held-out rows are nearly training rows, which flatters the tuned model.")
     if metric["form"]:
-        out.append(f"{metric['name']} sees an answer's form alone ({metric['says']}), not at whether it is right: read the rows.")
+        out.append(f"{metric['name']} sees an answer's form alone ({metric['says']}), not whether it is right: read the rows.")
     elif not metric["binary"]:
         out.append(f"{metric['name']} counts: {metric['says']}. It does not know whether an answer is true; read the rows.")
     if judge := found.get("judge"):

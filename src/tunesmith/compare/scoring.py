@@ -1,7 +1,7 @@
 """Answers as numbers: each arm by each metric with its interval, differences row by row, and who wins what. No torch.
 
-Shown means: McNemar's exact p below 0.05 where each row is right or wrong, else a paired bootstrap interval of 95 % without zero and
-at least FEW_CHANGED rows that differ.
+Shown means: McNemar's exact p below 0.05 where each row is right or wrong, else a paired bootstrap interval of 95 % without zero
+and at least FEW_CHANGED rows that differ.
 """
 
 from __future__ import annotations

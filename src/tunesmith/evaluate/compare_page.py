@@ -144,7 +144,8 @@ def _table(found: Mapping[str, Any]) -> list[Markup]:
         "Means over the rows. A model here writes several answers at a time, and its seconds are the batch's, shared; an "
         "endpoint's are those of one question, on its way and back. Prompt tokens are read anew for each question."
     )
-    differences = [el("p", note, class_="note"), table(head, beside, numbers=range(1, 2 + binary), style="cards")] if beside else []
+    gaps_table = parts.tight(table(head, beside, numbers=range(1, 2 + binary), style="cards"))
+    differences = [el("p", note, class_="note"), gaps_table] if beside else []
     values = parts.tight(table(["way", *names], rows, numbers=range(1, 1 + len(names)), style="cards"))
     costs = parts.tight(table(cost_head, cost, numbers=range(1, 5 + trained), style="cards"))
     return [
