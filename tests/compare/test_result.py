@@ -190,3 +190,26 @@ def test_the_table(tmp_path, width):
     assert lines[0].split() == ["exact_match", "f1", "prompt", "answer", "s/answer"]
     assert lines[1].startswith("base") and "0.200 (0.1" in lines[1] and lines[2].startswith("tuned") and "0.50" in lines[2]
     assert "Use the tuned model: 0.900 in exact_match" in said and "compare.html" in said
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_no_number_of_the_table_is_cut_off(tmp_path, width):
+    """Four measures and the longest name do not fit 80 columns with an interval: then it is left out."""
+    out = Console(file=io.StringIO(), width=width)
+    metrics = ("rouge_l", "chrf", "f1", "exact_match")
+    result.finish(comparison(tmp_path, {"base": 0.2, "tuned+retrieval": 0.9}, metrics=metrics)).print(out)
+    table = out.file.getvalue().splitlines()[:8]
+    assert "…" not in "".join(table)
+    if width >= 80:
+        assert table[1].split()[0] == "base" and table[2].split()[0] == "tuned+retrieval" and table[2].count("0.9") >= 4
+    assert ("(" in table[1]) == (width > 80)
+
+
+def test_one_way_is_one_way(tmp_path):
+    assert "60 held-out questions, 1 way: tuned" in result.finish(comparison(tmp_path, {"tuned": 0.9})).page.read_text("utf-8")
+
+
+def test_a_patterns_brackets_stay(tmp_path):
+    out = Console(file=io.StringIO(), width=160)
+    result.finish(comparison(tmp_path, {"base": 0.2, "tuned": 0.9}, metrics=("regex:[/g]old", "regex:[a-z]"))).print(out)
+    assert out.file.getvalue().splitlines()[0].split()[:2] == ["regex:[/g]old", "regex:[a-z]"]

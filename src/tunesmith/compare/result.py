@@ -24,6 +24,7 @@ from tunesmith.evaluate.metrics import Scored
 from tunesmith.evaluate.statistics import FEW_ROWS
 from tunesmith.files import finite, write_atomic
 from tunesmith.redact import redact
+from tunesmith.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -315,24 +316,19 @@ def _print(result: Result, console: Console) -> None:
     from rich.table import Table
 
     found = result.found
+    heads = ["", *(m["name"] for m in found["metrics"]), "prompt", "answer", "s/answer"]
+    for intervals in (len(found["metrics"]), 1, 0):  # of so many metrics, as the terminal's width allows
+        rows = [_row(arm, found["metrics"], intervals) for arm in found["arms"]]
+        if sum(max(map(len, column)) + 2 for column in zip(heads, *rows, strict=True)) - 2 <= console.width:
+            break
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    shown.add_column("", no_wrap=True)
-    heads = [*(m["name"] for m in found["metrics"]), "prompt", "answer", "s/answer"]
-    for head in heads:
-        shown.add_column(head, justify="right", no_wrap=True)
-    for arm in found["arms"]:
-        cells = [
-            _cell(arm["metrics"][m["name"]], with_interval=i == 0 or console.width >= 120) for i, m in enumerate(found["metrics"])
-        ]
-        cost = [
-            compare_page.count(arm["prompt_tokens"]),
-            compare_page.count(arm["answer_tokens"]),
-            compare_page.count(arm["seconds"], 2),
-        ]
-        shown.add_row(arm["name"], *cells, *cost, style="bold" if arm["name"] == found["recommended"] else "")
-    console.print(shown)
-    rest = "prompt, answer: tokens" + (", a row's mean; 95 % intervals" if found["rows"] > 1 else "")
-    console.print(f"{found['rows']} rows; {rest}", style="dim", highlight=False)
+    for i, head in enumerate(heads):
+        shown.add_column(head, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*row, style="bold" if row[0] == found["recommended"] else "")
+    console.print(shown, markup=False, highlight=False)  # a pattern's brackets are no markup
+    rest = "prompt, answer: tokens, a row's mean" + ("; 95 % intervals" if intervals and found["rows"] > 1 else "")
+    console.print(f"{counted(found['rows'], 'row')}; {rest}", style="dim", highlight=False)
     if loss := found["loss"]:
         before, after = (f"{loss[k]:.3f}" if loss[k] is not None else "-" for k in ("before", "after"))
         console.print(f"held-out loss {before} before tuning, {after} after ({loss['rows']} rows)", style="dim", highlight=False)
@@ -343,6 +339,12 @@ def _print(result: Result, console: Console) -> None:
         console.print()
         guard.print_found(found["guardrails"], console)
     console.print(f"\nPage   {result.page}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _row(arm: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], intervals: int) -> list[str]:
+    cells = [_cell(arm["metrics"][m["name"]], with_interval=i < intervals) for i, m in enumerate(metrics)]
+    tokens = (compare_page.count(arm[k]) for k in ("prompt_tokens", "answer_tokens"))
+    return [arm["name"], *cells, *tokens, compare_page.count(arm["seconds"], 2)]
 
 
 def _cell(entry: Mapping[str, Any], with_interval: bool) -> str:

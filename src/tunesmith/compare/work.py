@@ -416,8 +416,8 @@ class _Work:
         judge = self._judge()
         store = Answers(self.folder / ANSWERS)
         forgot = forgetting.Forgetting(self.tasks, Answers(self.folder / forgetting.FILE), self._identity)
-        rows, ways = counted(len(found.questions), "held-out row"), len(self.arms)
-        self.say("compare", f"{rows}, {ways} ways: {ways * len(found.questions):,} answers")
+        rows, ways = len(found.questions), len(self.arms)
+        self.say("compare", f"{counted(rows, 'held-out row')}, {counted(ways, 'way')}: {ways * rows:,} answers")
         for note in found.notes:
             self.say("", note)
         whole: list[tuple[Asked, Answers]] = [(found, store)]

@@ -38,7 +38,7 @@ def _head(found: Mapping[str, Any]) -> Markup:
     ways = ", ".join(arm["name"] for arm in found["arms"])
     return el(
         "header", el("p", "Tunesmith compare", class_="brand"), el("h1", clip(str(found["name"]), 80)),
-        el("p", f"The same {found['rows']} held-out questions, {len(found['arms'])} ways: {ways}", class_="sub"),
+        el("p", f"{counted(found['rows'], 'held-out question')}, {counted(len(found['arms']), 'way')}: {ways}", class_="sub"),
     )  # fmt: skip
 
 
