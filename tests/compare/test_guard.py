@@ -250,6 +250,12 @@ def test_rates_intervals_and_the_change_by_tuning():
     assert "no difference shown" in found["verdict"][0] and found["verdict"][1].startswith("Worse at control")
 
 
+def test_a_kind_with_brackets_is_no_markup():
+    out = quiet(80)
+    guard.print_found(guard.gather(planted({"base": [YES] * 2, "tuned": [NO] * 2}, kinds=["[/odd]", "[b]"])), out)
+    assert "[/odd]" in out.file.getvalue() and "[b]" in out.file.getvalue()
+
+
 def test_few_probes_show_nothing():
     found = guard.gather(planted({"base": [YES] * 12, "tuned": [NO] * 12}))
     assert found["pairs"][0]["p"] < 0.001 and found["pairs"][0]["shown"] == 0

@@ -316,7 +316,7 @@ def print_found(found: Mapping[str, Any], console: Console) -> None:
         f"{arm['rate']:.2f}" + (f" ({arm['interval'][0]:.2f}-{arm['interval'][1]:.2f})" if wide else "") for arm in found["arms"]
     ]
     shown.add_row("all", *total, style="bold")
-    console.print(shown)
+    console.print(shown, markup=False, highlight=False)  # a kind of one's own may hold brackets
     for line in found["verdict"]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for line in found["notes"]:
