@@ -149,6 +149,14 @@ def test_citations_are_not_held_against_retrieval(tmp_path):
     assert found["citations"]["arms"]["retrieval"]["cites"]["value"] == 1
 
 
+def test_a_document_is_told_by_its_name(tmp_path):
+    """An index names it by its way from there, which says how somebody's folders lie; the prompt has the name alone."""
+    work = comparison(tmp_path, {"base": 0.2, "retrieval": 0.9})
+    work.prompts["retrieval"] = [Prompt(q.before, passages=(Passage("1", "../../home/me/manual.md", "t"),)) for q in work.questions]
+    case = result.gather(work)["cases"]["wins"][0]
+    assert case["answers"]["retrieval"]["passages"] == ["manual.md"] and case["answers"]["base"]["passages"] == []
+
+
 def test_wins_and_losses_are_the_rows_that_changed_most(tmp_path):
     found = verdict(tmp_path, {"base": set(range(10)), "tuned": set(range(5, 40))})["cases"]
     assert (found["of"], found["against"], found["won"], found["lost"], found["same"]) == ("tuned", "base", 30, 5, 25)

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -288,7 +288,7 @@ def _cases(
         question = work.questions[i]
         answers = {
             arm.name: {"answer": work.answers[arm.name][i]["answer"], "value": float(scored[arm.name][metric].values[i]),
-                       "passages": [p.document for p in work.prompts[arm.name][i].passages],
+                       "passages": [PurePath(p.document).name for p in work.prompts[arm.name][i].passages],
                        **({"citations": citing.note(cited_rows[arm.name]["rows"][i])} if arm.name in cited_rows else {})}
             for arm in work.arms
         }  # fmt: skip
