@@ -96,6 +96,7 @@ def test_mcnemar_decides_where_rows_are_right_or_wrong(tmp_path):
 def test_where_nothing_is_recommended(tmp_path):
     few = verdict(tmp_path, {"base": 0.1, "tuned": 1.0}, rows=19)
     assert few["recommended"] is None and "19 held-out rows are too few" in few["verdict"][0]
+    assert not any("would not show" in d for d in few["doubts"])  # however large a difference of 19 rows is
     none = verdict(tmp_path, {"base": 0.0, "tuned": 0.0})
     assert none["recommended"] is None and "no way scores above 0" in none["verdict"][0]
 
@@ -117,6 +118,9 @@ def test_an_endpoint_is_told_beside_the_others_and_not_weighed(tmp_path):
     found = verdict(tmp_path, {"base": 0.5, "endpoint": 1.0})
     assert found["recommended"] == "base" and found["best"] == "base"
     assert any("the endpoint's model has 1.000, +0.500" in line and "better" in line for line in found["verdict"])
+    for ways, told in (({"base": 0.5, "endpoint": 1.0}, True), ({"base": 0.5, "tuned": 1.0}, False)):
+        page = result.finish(comparison(tmp_path, ways, metrics=("exact_match", "f1"))).page.read_text("utf-8")
+        assert ("Not weighed here: an endpoint" in page) == told  # it has no colour, and is not among those shown to be worse
 
 
 def test_intervals_and_differences_are_the_bootstrap_of_the_rows():

@@ -72,7 +72,7 @@ def gather(work: Comparison) -> dict[str, Any]:
     rows = []
     for arm in work.arms:
         entry: dict[str, Any] = {"name": arm.name, "says": arm.says, "model": arm.model, **_cost(work, arm), "metrics": {}}
-        entry["beaten_by"] = beaten.get(arm.name)  # by the metric that decides; None where the arm is not weighed
+        entry |= {"weighed": arm.name in beaten, "beaten_by": beaten.get(arm.name, [])}  # by the metric that decides
         for metric in work.metrics:
             value = scored[arm.name][metric.name]
             mean, low, high = interval(value, metric, seed)
@@ -212,7 +212,7 @@ def _doubts(found: Mapping[str, Any], own: Sequence[Arm]) -> list[str]:
             halves.append((high - low) / 2)
     if halves and metric["binary"]:
         halves.append(3 / rows)  # where no row of n differs, up to 3 / n may (the rule of three)
-    if halves and math.isfinite(max(halves)):
+    if rows >= FEW_ROWS and halves and math.isfinite(max(halves)):  # of fewer no difference is shown, however large
         out.append(
             f"On {rows} rows a difference below about {say(max(halves))} would not show; four times as many show one half as large."
         )
