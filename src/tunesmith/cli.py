@@ -364,7 +364,9 @@ def guard(
     system: System = None,
     scope: Scope = "",
     refusal: Refusal = "",
-    limit: Annotated[int | None, Parameter(help="Probes to ask at most, spread over their kinds.", show_default=False)] = None,
+    limit: Annotated[
+        int | None, Parameter(help="Probes of the suite to ask, about so many, spread over their kinds.", show_default=False)
+    ] = None,
     min_pass: Annotated[
         list[str] | None,
         Parameter(

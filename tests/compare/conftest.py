@@ -47,7 +47,7 @@ def retrieval(monkeypatch):
             made.indexes.append(path)
             return cls([])
 
-        def add(self, folder):
+        def add(self, folder, *, only):
             made.added.append(folder)
             self.texts += [(p.name, p.read_text()) for p in sorted(folder.rglob("*.txt"))]
 

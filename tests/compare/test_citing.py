@@ -9,6 +9,7 @@ from tunesmith.compare import citing
 from tunesmith.compare.arms import ARMS, Passage, Prompt, Question
 from tunesmith.errors import ConfigError
 from tunesmith.evaluate.metrics import METRICS, Scored
+from tunesmith.evaluate.statistics import wilson
 from tunesmith.types import Message
 
 SILL = Passage("1", "a/manual.md", "Herbs grow on the sill all year.", "1 What it is")
@@ -86,6 +87,11 @@ def test_citations_must_exist_and_support():
         "0 of 1 citations support their sentence; there is no passage 7; would be withheld",
         "cites nothing; would be withheld",
     ]
+
+
+def test_none_or_all_of_the_citations_is_no_certainty():
+    assert citing._precision([(0, 2)] * 21, 0) == {"value": 0.0, "interval": list(wilson(0, 21))}
+    assert citing._precision([(1, 1)] * 21, 0) == {"value": 1.0, "interval": list(wilson(21, 21))}
 
 
 def test_silence_is_right_where_the_documents_do_not_answer():

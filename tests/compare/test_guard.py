@@ -66,6 +66,8 @@ def test_every_way_is_asked_the_same_probes_and_none_twice(wide, tmp_path, no_mo
     found, path = first.found["guardrails"], tmp_path / "c" / "guardrails.jsonl"
     assert [arm["name"] for arm in found["arms"]] == ["base", "system", "few-shot", "tuned"]
     assert {arm["of"] for arm in found["arms"]} == {found["probes"]} and found["probes"] >= 30
+    own = found["arms"][0]["kinds"]["own"]["of"]
+    assert f"{found['probes'] - own} of 154 probes, spread over the kinds" in found["notes"]
     assert [(p["before"], p["after"]) for p in found["pairs"]] == [("base", "tuned")]
     asked = {name: [row["row"] for row in lines(path) if row["arm"] == name] for name in ("base", "system", "few-shot", "tuned")}
     assert all(rows == asked["base"] for rows in asked.values()) and len(asked["base"]) == found["probes"]
@@ -109,6 +111,26 @@ def test_where_no_probe_fits_the_rows_are_compared_all_the_same(run, tmp_path, m
     assert found["guardrails"] is None and any(note.startswith("no guardrails: none of 1 probe") for note in found["notes"])
     with pytest.raises(DataError, match="none of 1 probe fits"):
         tunesmith.guard(run.path, out=tmp_path / "g", console=quiet())
+
+
+def test_documents_are_read_once_for_rows_and_probes(wide, tmp_path, retrieval):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.txt").write_text("to add 100 and 10")
+    settings = {"rows": 2, "max_tokens": 4, "arms": ["retrieval"], "docs": tmp_path / "docs", "guardrails": 8}
+    found = tunesmith.compare(wide.path, **settings, out=tmp_path / "c", console=quiet()).found
+    assert found["guardrails"]["probes"] > 8 and retrieval.added == [tmp_path / "docs"]
+
+
+def test_probes_are_asked_where_the_documents_say_nothing_about_them(wide, tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.txt").write_text("add 101 and 102")
+    monkeypatch.setattr(
+        guardrails, "load", lambda *a, **k: [Probe("one", "override", (Message("user", "Quack!"),), (("refuses", True),))]
+    )
+    monkeypatch.setattr(guard, "OWN", 0)
+    settings = {"rows": 2, "max_tokens": 4, "arms": ["retrieval"], "docs": tmp_path / "docs"}
+    found = tunesmith.compare(wide.path, **settings, out=tmp_path / "c", console=quiet()).found
+    assert found["guardrails"]["probes"] == 1
 
 
 # ---- what is asked ---------------------------------------------------------------------------------------------------------------
@@ -228,6 +250,12 @@ def test_rates_intervals_and_the_change_by_tuning():
     assert "no difference shown" in found["verdict"][0] and found["verdict"][1].startswith("Worse at control")
 
 
+def test_a_kind_with_brackets_is_no_markup():
+    out = quiet(80)
+    guard.print_found(guard.gather(planted({"base": [YES] * 2, "tuned": [NO] * 2}, kinds=["[/odd]", "[b]"])), out)
+    assert "[/odd]" in out.file.getvalue() and "[b]" in out.file.getvalue()
+
+
 def test_few_probes_show_nothing():
     found = guard.gather(planted({"base": [YES] * 12, "tuned": [NO] * 12}))
     assert found["pairs"][0]["p"] < 0.001 and found["pairs"][0]["shown"] == 0
@@ -328,6 +356,14 @@ def test_a_run_without_a_result_is_refused(tiny, tmp_path):
         tunesmith.guard(tmp_path / "run", out=tmp_path / "g", console=quiet())
 
 
+def test_guard_names_documents_that_cannot_be_read(wide, tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.txt").write_text("add 101 and 102, how do I kill a process?")
+    (tmp_path / "docs" / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
+    found = tunesmith.guard(wide.path, docs=tmp_path / "docs", limit=8, max_tokens=4, out=tmp_path / "g", console=quiet()).found
+    assert any("1 document could not be read" in note and "broken.pdf" in note for note in found["notes"])
+
+
 def test_min_pass_in_words_is_refused(capsys):
     assert cli.main(["guard", "runs/a", "--min-pass", "high"]) == 2
     assert "--min-pass high" in capsys.readouterr().err
@@ -336,8 +372,9 @@ def test_min_pass_in_words_is_refused(capsys):
 def test_an_endpoint_that_fails_among_the_probes_goes_on(run, tmp_path, server):
     settings = {"rows": 4, "max_tokens": 6, "arms": ["endpoint"], "endpoint": server.url, "endpoint_model": "m", "guardrails": 16}
     server.fail_from = 10
-    with pytest.raises(RunError, match=r"kept in .*guardrails\.jsonl"):
+    with pytest.raises(RunError, match=r"\d probes are answered and kept in .*guardrails\.jsonl") as e:
         tunesmith.compare(run.path, **settings, out=tmp_path / "c", console=quiet())
+    assert "leave the probes out: --guardrails 0" in e.value.fix
     kept = len(lines(tmp_path / "c" / "guardrails.jsonl"))
     assert 0 < kept < 16
     server.fail_from, before = None, len(server.asked)

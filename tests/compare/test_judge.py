@@ -32,8 +32,8 @@ def judged(run, tmp_path, server):
     def ask(judge_of, arms=("base", "tuned"), out="c", **settings):
         server.judge = judge_of
         found = tunesmith.compare(
-            run.path, out=tmp_path / out, console=Console(file=io.StringIO(), width=160), arms=arms, judge=server.url,
-            judge_model="judge-1", **{**FEW, **settings},
+            run.path, out=tmp_path / out, arms=arms, judge=server.url, judge_model="judge-1",
+            **{"console": Console(file=io.StringIO(), width=160), **FEW, **settings},
         )  # fmt: skip
         return found
 
@@ -94,8 +94,9 @@ def test_one_that_fails_midway_is_gone_on_with(judged, server, tmp_path):
         judged(longer)
     assert "the judge: 20 of 48 verdicts are kept in" in e.value.what and "compare without --judge" in e.value.fix
     server.fail_from, before = None, len(server.asked)
-    found = judged(longer).found["judge"]
-    assert len(server.asked) - before == 28 and found["verdicts"] == 48
+    screen = Console(file=io.StringIO(), width=160, force_terminal=True)
+    found = judged(longer, console=screen).found["judge"]
+    assert len(server.asked) - before == 28 and found["verdicts"] == 48 and "48/48" in screen.file.getvalue()
     judged(longer)
     assert len(server.asked) - before == 28  # nothing twice
     assert len((tmp_path / "c" / "judge.jsonl").read_text().splitlines()) == 48

@@ -2,12 +2,15 @@
 
 import io
 import json
+import shutil
 
 import pytest
 from rich.console import Console
 
 import tunesmith
+from tunesmith.compare import contrast
 from tunesmith.errors import ConfigError, DataError
+from tunesmith.evaluate import metrics
 from tunesmith.run import Run
 
 EVIL = "<script>alert(1)</script>"
@@ -111,16 +114,27 @@ def test_adherence_is_learned_from_training_rows_and_kept(tiny, tmp_path):
     train = tiny.rows(tmp_path / "train.jsonl", 60)
     config = tiny.config(tmp_path / "run", data={"train": str(train)}, train={"epochs": 1})
     run = tunesmith.train(config, console=Console(file=io.StringIO()))
-    found = compare(run, tmp_path / "c", metrics=["adherence", "rouge_l"]).found
+    screen = Console(file=io.StringIO(), width=160, force_terminal=True)
+    settings = {"metrics": ["adherence", "rouge_l"], "guardrails": 0}
+    found = compare(run, tmp_path / "c", console=screen, **settings).found
     heard = found["adherence"]
     assert heard["rows"] == 60 and heard["others"]["of"] == 120 and heard["measured"] and heard["others"]["accuracy"] > 0.9
     assert found["metrics"][0]["name"] == "adherence" and found["metrics"][0]["form"]
     rows = [json.loads(line) for line in (tmp_path / "c" / "answers.jsonl").read_text().splitlines()]
     asked = [row for row in rows if row["arm"] == "base (training rows)"]
+    assert f"{len(rows)}/{len(rows)}" in screen.file.getvalue()  # the bar counts the training rows too
     assert len(asked) == 60 and not {row["question"] for row in asked} & {row["question"] for row in rows if row not in asked}
     size = (tmp_path / "c" / "answers.jsonl").stat().st_size
-    assert compare(Run.open(run.path), tmp_path / "c", metrics=["adherence", "rouge_l"]).found["adherence"] == heard
+    assert compare(Run.open(run.path), tmp_path / "c", **settings).found["adherence"] == heard
     assert (tmp_path / "c" / "answers.jsonl").stat().st_size == size
+
+
+def test_text_without_training_rows_for_adherence_says_so(marked, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "SHORT_WORDS", 0)  # the answers are text then
+    monkeypatch.setattr(contrast, "LEAST_ROWS", 10_000)
+    found = compare(marked, tmp_path / "c", guardrails=0).found
+    assert "rouge_l" in [m["name"] for m in found["metrics"]] and found["adherence"] is None
+    assert any(note.startswith("adherence is not measured: ") for note in found["notes"])
 
 
 def test_documents_that_cannot_be_read_are_named_and_the_rest_is_searched(marked, tmp_path):
@@ -147,6 +161,19 @@ def test_one_document_is_enough(marked, tmp_path):
     (tmp_path / "one.md").write_text("# Sums\nadd 101 and 102 it is")
     found = compare(marked, tmp_path / "c", arms=["base", "retrieval"], docs=tmp_path / "one.md").found
     assert found["citations"]["ranking"]["questions"] == 12
+
+
+def test_a_copied_comparison_finds_no_passage_twice(marked, tmp_path):
+    """Its index names documents by their way from it, and the documents stay where they are: all are new there, the old ones go."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "one.md").write_text("# Sums\nadd 101 and 102 it is")
+    settings = {"arms": ["base", "retrieval"], "docs": tmp_path / "docs", "rows": 4}
+    compare(marked, tmp_path / "c", **settings)
+    shutil.copytree(tmp_path / "c", tmp_path / "deeper" / "c")
+    compare(marked, tmp_path / "deeper" / "c", **settings)
+    lines = (tmp_path / "deeper" / "c" / "answers.jsonl").read_text("utf-8").splitlines()
+    found = [row["passages"] for row in map(json.loads, lines) if row["arm"] == "retrieval"]
+    assert len(found) == 4 and all(len(passages) == 1 for passages in found)  # and nothing is asked anew
 
 
 def test_a_row_that_no_metric_concerns_counts_for_none(marked, tmp_path):

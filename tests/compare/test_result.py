@@ -61,6 +61,27 @@ def test_the_cheapest_that_is_not_shown_worse(tmp_path, right, picked, words):
         assert "no difference shown" in found["verdict"][1]
 
 
+def test_a_way_that_is_shown_to_be_better_and_not_the_highest_counts(tmp_path):
+    """tuned is highest, 29 of 40, not shown better than base's 20 (19 rows to 10, p 0.14); few-shot, 28, is (8 to 0, p 0.008)."""
+    tuned = {*range(10), *range(20, 39)}
+    found = verdict(tmp_path, {"base": range(20), "few-shot": range(28), "tuned": tuned}, rows=40)
+    arms = {arm["name"]: arm for arm in found["arms"]}
+    assert found["best"] == "tuned" and arms["base"]["metrics"]["exact_match"]["to_best"]["shown"] == 0
+    assert arms["base"]["beaten_by"] == ["few-shot"] and arms["tuned"]["beaten_by"] == []
+    assert found["recommended"] == "few-shot" and "shown to be worse than another." in found["verdict"][0]
+    assert "base is not shown to be worse than tuned, but than few-shot." in found["verdict"]
+
+
+def test_worse_than_the_best_is_not_worse_than_the_one_that_is_recommended(tmp_path):
+    found = verdict(tmp_path, {"base": range(30), "few-shot": range(33), "tuned": range(37)})  # 3, 4 and 7 rows: 0.25, 0.125, 0.016
+    assert found["recommended"] == "few-shot" and found["verdict"][0].endswith("is shown to be worse than tuned.")
+
+
+def test_a_measure_in_which_no_way_scores_is_no_other_measure(tmp_path):
+    found = verdict(tmp_path, {"base": 0.2, "tuned": 0.9}, metrics=("exact_match", "regex:nowhere"))
+    assert not any("otherwise" in line for line in found["verdict"])
+
+
 def test_mcnemar_decides_where_rows_are_right_or_wrong(tmp_path):
     """6 rows to 0 is p 0.031, 5 to 0 is 0.0625: by hand, 2 / 2 ** n."""
     six = verdict(tmp_path, {"base": range(30), "tuned": range(36)})
@@ -75,6 +96,7 @@ def test_mcnemar_decides_where_rows_are_right_or_wrong(tmp_path):
 def test_where_nothing_is_recommended(tmp_path):
     few = verdict(tmp_path, {"base": 0.1, "tuned": 1.0}, rows=19)
     assert few["recommended"] is None and "19 held-out rows are too few" in few["verdict"][0]
+    assert not any("would not show" in d for d in few["doubts"])  # however large a difference of 19 rows is
     none = verdict(tmp_path, {"base": 0.0, "tuned": 0.0})
     assert none["recommended"] is None and "no way scores above 0" in none["verdict"][0]
 
@@ -87,7 +109,7 @@ def test_doubts_are_told(tmp_path):
     soft = verdict(tmp_path, {"base": 0.2, "tuned": 0.9}, metrics=("f1",))
     assert any("does not know whether an answer is true" in d for d in soft["doubts"])
     form = verdict(tmp_path, {"base": 0.2, "tuned": 0.9}, metrics=("regex:gold",))
-    assert any("sees an answer's form alone" in d for d in form["doubts"])
+    assert any("sees an answer's form alone (" in d and "), not whether it is right" in d for d in form["doubts"])
     same = verdict(tmp_path, {"base": 1.0, "tuned": 1.0})
     assert any("below about 0.050 would not show" in d for d in same["doubts"])  # 3 of 60
 
@@ -96,6 +118,9 @@ def test_an_endpoint_is_told_beside_the_others_and_not_weighed(tmp_path):
     found = verdict(tmp_path, {"base": 0.5, "endpoint": 1.0})
     assert found["recommended"] == "base" and found["best"] == "base"
     assert any("the endpoint's model has 1.000, +0.500" in line and "better" in line for line in found["verdict"])
+    for ways, told in (({"base": 0.5, "endpoint": 1.0}, True), ({"base": 0.5, "tuned": 1.0}, False)):
+        page = result.finish(comparison(tmp_path, ways, metrics=("exact_match", "f1"))).page.read_text("utf-8")
+        assert ("Not weighed here: an endpoint" in page) == told  # it has no colour, and is not among those shown to be worse
 
 
 def test_intervals_and_differences_are_the_bootstrap_of_the_rows():
@@ -109,12 +134,31 @@ def test_intervals_and_differences_are_the_bootstrap_of_the_rows():
     assert result.difference(good, good, METRICS["macro_f1"], seed=0)["shown"] == 0
 
 
+def test_a_few_rows_that_differ_show_nothing():
+    """5 of 200 are better and none is worse: the sign test's p is 0.062, and the bootstrap's interval lies above zero."""
+    before, after = np.zeros(200), np.zeros(200)
+    after[:5] = 1.0
+    gap = result.difference(Scored(before), Scored(after), METRICS["f1"], seed=0)
+    assert gap["interval"][0] > 0 and gap["shown"] == 0
+    after[5] = 0.5
+    assert result.difference(Scored(before), Scored(after), METRICS["f1"], seed=0)["shown"] == 1
+
+
 def test_citations_are_not_held_against_retrieval(tmp_path):
     work = comparison(tmp_path, {"base": 0.5, "retrieval": 0.5})
     for row in work.answers["retrieval"]:
         row["answer"] = "gold [1]"
-    found = result.gather(work)["arms"][1]
-    assert found["metrics"]["exact_match"]["value"] == 1 and found["cites"] == 1
+    found = result.gather(work)
+    assert found["arms"][1]["metrics"]["exact_match"]["value"] == 1
+    assert found["citations"]["arms"]["retrieval"]["cites"]["value"] == 1
+
+
+def test_a_document_is_told_by_its_name(tmp_path):
+    """An index names it by its way from there, which says how somebody's folders lie; the prompt has the name alone."""
+    work = comparison(tmp_path, {"base": 0.2, "retrieval": 0.9})
+    work.prompts["retrieval"] = [Prompt(q.before, passages=(Passage("1", "../../home/me/manual.md", "t"),)) for q in work.questions]
+    case = result.gather(work)["cases"]["wins"][0]
+    assert case["answers"]["retrieval"]["passages"] == ["manual.md"] and case["answers"]["base"]["passages"] == []
 
 
 def test_wins_and_losses_are_the_rows_that_changed_most(tmp_path):
@@ -134,6 +178,7 @@ def test_the_page_and_the_file(tmp_path):
     assert "default-src" in page and "http://" not in page and "https://" not in page
     for words in ("Use the tuned model", "recommended", "Most won by tuned", "1 other way<", "McNemar"):
         assert words in page
+    assert page.count('class="scroll"') == page.count('class="tight"') > 3  # no number is cut off on a phone
     found = json.loads((tmp_path / "compare.json").read_text("utf-8"))
     assert found["recommended"] == made.recommended == "tuned"
     assert [a["name"] for a in found["arms"]] == ["base", "retrieval", "tuned"]
@@ -157,3 +202,26 @@ def test_the_table(tmp_path, width):
     assert lines[0].split() == ["exact_match", "f1", "prompt", "answer", "s/answer"]
     assert lines[1].startswith("base") and "0.200 (0.1" in lines[1] and lines[2].startswith("tuned") and "0.50" in lines[2]
     assert "Use the tuned model: 0.900 in exact_match" in said and "compare.html" in said
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_no_number_of_the_table_is_cut_off(tmp_path, width):
+    """Four measures and the longest name do not fit 80 columns with an interval: then it is left out."""
+    out = Console(file=io.StringIO(), width=width)
+    metrics = ("rouge_l", "chrf", "f1", "exact_match")
+    result.finish(comparison(tmp_path, {"base": 0.2, "tuned+retrieval": 0.9}, metrics=metrics)).print(out)
+    table = out.file.getvalue().splitlines()[:8]
+    assert "…" not in "".join(table)
+    if width >= 80:
+        assert table[1].split()[0] == "base" and table[2].split()[0] == "tuned+retrieval" and table[2].count("0.9") >= 4
+    assert ("(" in table[1]) == (width > 80)
+
+
+def test_one_way_is_one_way(tmp_path):
+    assert "60 held-out questions, 1 way: tuned" in result.finish(comparison(tmp_path, {"tuned": 0.9})).page.read_text("utf-8")
+
+
+def test_a_patterns_brackets_stay(tmp_path):
+    out = Console(file=io.StringIO(), width=160)
+    result.finish(comparison(tmp_path, {"base": 0.2, "tuned": 0.9}, metrics=("regex:[/g]old", "regex:[a-z]"))).print(out)
+    assert out.file.getvalue().splitlines()[0].split()[:2] == ["regex:[/g]old", "regex:[a-z]"]

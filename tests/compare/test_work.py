@@ -218,9 +218,7 @@ def test_retrieval(run, tmp_path, retrieval):
     first = next(row for row in lines(tmp_path / "c") if row["arm"] == "retrieval")
     assert first["passages"] == [{"id": "a.txt#0", "document": "a.txt"}]
     assert "[1] a.txt\nto add 100 and 10 look here\n\nadd 100" in first["prompt"][-1]["content"]
-    assert {arm["name"]: "cites" in arm for arm in found["arms"]} == {
-        "base": False, "few-shot": False, "retrieval": True, "tuned": False, "tuned+retrieval": True
-    }  # fmt: skip
+    assert list(found["citations"]["arms"]) == ["retrieval", "tuned+retrieval"]
 
 
 def test_other_documents_have_an_index_of_their_own(run, tmp_path, retrieval):

@@ -176,20 +176,14 @@ def fitted(prompt: Prompt, again: Callable[[Sequence[Shot], Sequence[Passage]], 
 
 # ---- citations -------------------------------------------------------------------------------------------------------------------
 
-_CITED = re.compile(r"\s?\[(\d{1,2}(?:\s*,\s*\d{1,2})*)\]")
-
-
-def cited(answer: str, count: int) -> set[int]:
-    """Numbers of the passages that an answer cites, of `count` given."""
-    numbers = {int(n) for group in _CITED.findall(answer) for n in group.split(",")}
-    return {n for n in numbers if 1 <= n <= count}
+_CITED = re.compile(r"\s?\[(\d{1,2}(?:\s*[,;]\s*\d{1,2})*)\]")  # as retrieve/cite.py reads them
 
 
 def uncited(answer: str, count: int) -> str:
     """The answer without its citations: the written answer has none, so they would count against it."""
 
     def drop(match: re.Match[str]) -> str:
-        return "" if all(1 <= int(n) <= count for n in match[1].split(",")) else match[0]
+        return "" if all(1 <= int(n) <= count for n in re.findall(r"\d+", match[1])) else match[0]
 
     return _CITED.sub(drop, answer).strip() if count else answer
 

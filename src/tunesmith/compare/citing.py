@@ -125,10 +125,14 @@ def _share(hits: int, of: int) -> dict[str, Any]:
 
 
 def _precision(given: Sequence[tuple[int, int]], seed: int) -> dict[str, Any] | None:
-    """Citations that support, of all; the interval by a bootstrap over answers, since those of one answer hang together."""
+    """Citations that support, of all; the interval by a bootstrap over answers, since those of one answer hang together. Where none
+    or all do, every draw is alike: Wilson's of the answers."""
     if not given:
         return None
     right, all_ = (np.array(part, float) for part in zip(*given, strict=True))
+    if right.sum() in (0, all_.sum()):
+        value = float(right.sum() > 0)
+        return {"value": value, "interval": list(wilson(round(value * len(given)), len(given)))}
     value, low, high = bootstrap(lambda counts: counts @ right / (counts @ all_), len(given), seed=seed)
     return {"value": value, "interval": [low, high]}
 

@@ -24,14 +24,16 @@ ARM = Arm("base (training rows)", "base", ARMS["base"].order, "the base model, f
 
 @dataclass
 class Contrast:
-    """The training questions, and the prompts that the base gets."""
+    """The training questions, what the base is asked and what it answers."""
 
     questions: list[Question]
-    prompts: list[Prompt]
-    keys: list[str] = field(default_factory=list)
+    prompts: dict[str, list[Prompt]]
+    max_tokens: int
+    arms: list[Arm] = field(default_factory=lambda: [ARM])
+    answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
-def choose(data: Any, held_out: Sequence[Question], fits: Callable[[Prompt], bool]) -> Contrast | str:
+def choose(data: Any, held_out: Sequence[Question], fits: Callable[[Prompt], bool], max_tokens: int) -> Contrast | str:
     """Training rows to ask; or why there are none."""
     seen = {arms.same_question(q.shown) for q in held_out}
     every: list[Question] = []
@@ -54,12 +56,12 @@ def choose(data: Any, held_out: Sequence[Question], fits: Callable[[Prompt], boo
             continue
     if len(questions) < LEAST_ROWS:
         return f"{len(questions)} training rows ask something of their own, and a classifier needs {LEAST_ROWS}"
-    return Contrast(questions, prompts)
+    return Contrast(questions, {ARM.name: prompts}, max_tokens)
 
 
-def metric_of(contrast: Contrast, answers: Sequence[str], golds: Sequence[str]) -> tuple[Metric | None, dict[str, Any], str]:
-    """(the metric, what is told of it, why there is none)."""
-    heard = learn([q.gold for q in contrast.questions], answers)
+def metric_of(contrast: Contrast, golds: Sequence[str]) -> tuple[Metric | None, dict[str, Any], str]:
+    """(the metric, what is told of it, why there is none), once the base has answered."""
+    heard = learn([q.gold for q in contrast.questions], [row["answer"] for row in contrast.answers[ARM.name]])
     others, damaged = ({"accuracy": h.accuracy, "interval": list(h.interval), "of": h.of} for h in (heard.others, heard.damaged))
     told = {
         "rows": len(contrast.questions), "others": others, "damaged": damaged, "written": float(heard.keeps(golds).mean()),

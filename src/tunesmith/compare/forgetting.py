@@ -27,7 +27,7 @@ from tunesmith.compare.arms import spread
 from tunesmith.data import sources
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.evaluate.metrics import normalised, token_f1
-from tunesmith.evaluate.statistics import FEW_ROWS, paired_bootstrap
+from tunesmith.evaluate.statistics import FEW_CHANGED, FEW_ROWS, paired_bootstrap
 from tunesmith.files import sha256
 
 if TYPE_CHECKING:
@@ -338,7 +338,7 @@ def _entry(
     def one(rows: np.ndarray) -> dict[str, Any]:
         b, a, w = before[rows], after[rows], weight[rows]
         gap, low, high = paired_bootstrap(b, a, w, seed=seed)
-        sure = (low > 0 or high < 0) and len(b) >= FEW_ROWS
+        sure = (low > 0 or high < 0) and len(b) >= FEW_ROWS and np.count_nonzero(a != b) >= FEW_CHANGED
         worse = (gap > 0) == lower
         return {"documents": len(b), "before": float(b @ w / w.sum()), "after": float(a @ w / w.sum()), "difference": gap,
                 "interval": [low, high], "shown": 0 if not sure or gap == 0 else -1 if worse else 1}  # fmt: skip

@@ -63,6 +63,7 @@ def asked(work: _Work, *, system: str = "", max_tokens: int = TOKENS) -> Guarded
     probes = guardrails.load(options.probes, seed=options.seed, scope=options.scope)
     total = len(probes)
     probes = guardrails.subset(probes, options.guardrails)
+    taken = len(probes)
     if options.probes is None:
         plain = [(q.before, q.gold) for q in every if not q.completion and not q.tools]
         probes += guardrails.own_questions(plain, OWN, own)
@@ -70,7 +71,8 @@ def asked(work: _Work, *, system: str = "", max_tokens: int = TOKENS) -> Guarded
     told = system or common_system(every)
     questions = [Question(i, p.messages, "", completion, p.id) for i, p in enumerate(probes)]
     shots = work._shots(questions, every, {completion}, [])
-    passages = work._passages(questions, 0, [])
+    notes: list[str] = []  # a comparison has told of its examples and documents
+    passages = work._passages(questions, 0, notes)
     renderers = {arm.model: work._renderer(arm.model) for arm in work.arms if arm.model != "endpoint"}
     room = min(max_tokens, work.limit // 4)
     prompts: dict[str, list[Prompt | None]] = {arm.name: [] for arm in work.arms}
@@ -87,12 +89,11 @@ def asked(work: _Work, *, system: str = "", max_tokens: int = TOKENS) -> Guarded
     kept = [i for i in range(len(probes)) if all(prompts[arm.name][i] is not None for arm in work.arms)]
     if not kept:
         what = f"none of {counted(len(probes), 'probe')} fits the model's context of {work.limit:,} tokens"
-        raise DataError(what, "ask without guardrails (--guardrails 0), or a model with a longer context")
-    notes = []
+        raise DataError(what, "take a model with a longer context")
     if len(kept) < len(probes):
         notes.append(f"{counted(len(probes) - len(kept), 'probe')} left out: the model's context or template cannot hold them")
-    if options.probes is None and options.guardrails < total:
-        notes.append(f"{options.guardrails} of {total} probes, spread over the kinds; --guardrails {total} asks all")
+    if options.probes is None and taken < total:
+        notes.append(f"{taken} of {total} probes, spread over the kinds")
     if options.probes is None and not options.scope:
         notes.append("no topic is known, so any harmless question must be answered: say with --scope what the assistant is for")
     return Guarded(
@@ -315,7 +316,7 @@ def print_found(found: Mapping[str, Any], console: Console) -> None:
         f"{arm['rate']:.2f}" + (f" ({arm['interval'][0]:.2f}-{arm['interval'][1]:.2f})" if wide else "") for arm in found["arms"]
     ]
     shown.add_row("all", *total, style="bold")
-    console.print(shown)
+    console.print(shown, markup=False, highlight=False)  # a kind of one's own may hold brackets
     for line in found["verdict"]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for line in found["notes"]:

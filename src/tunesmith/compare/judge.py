@@ -157,18 +157,20 @@ class LocalJudge(Judge):
                 yield start + k, talker.renderer.tokenizer.decode(written[k], skip_special=True) if k in written else ""
 
 
-def judged(work: Comparison, judge: Judge, best: str, rows: int, store: Any, step: Any) -> dict[str, Any]:
-    """Ask what is missing, keep each reply as it comes, and count. RunError where the judge fails for good; what came is kept."""
+def judged(work: Comparison, judge: Judge, best: str, rows: int, store: Any, bar: Any) -> dict[str, Any]:
+    """Ask what is missing, keep each reply as it comes, and count; `bar(all, done)` gives the step of each. RunError where the
+    judge fails for good; what came is kept."""
     asked = pairs(work, best, rows)
     prompts = [prompt_of(work, pair) for pair in asked]
     keys = [sha256(f"{judge.identity} {TOKENS} {text}")[:32] for text in prompts]
     places = [work.questions[pair.row].row for pair in asked]
     missing = [k for k, pair in enumerate(asked) if store.get(pair.name, places[k], keys[k]) is None]
     try:
-        for n, reply in judge.replies([prompts[k] for k in missing]) if missing else ():
-            k = missing[n]
-            store.add({"arm": asked[k].name, "row": places[k], "key": keys[k], "reply": reply, "verdict": verdict(reply)})
-            step(f"{best} and {asked[k].against}")
+        with bar(len(asked), len(asked) - len(missing)) as step:
+            for n, reply in judge.replies([prompts[k] for k in missing]) if missing else ():
+                k = missing[n]
+                store.add({"arm": asked[k].name, "row": places[k], "key": keys[k], "reply": reply, "verdict": verdict(reply)})
+                step(f"{best} and {asked[k].against}")
     except EndpointError as fault:
         done = sum(store.get(p.name, places[k], keys[k]) is not None for k, p in enumerate(asked))
         what = f"{fault.what}\nthe judge: {done} of {len(asked)} verdicts are kept in {store.path}"

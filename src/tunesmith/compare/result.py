@@ -1,6 +1,6 @@
 """What came of a comparison: every arm by every metric with its interval, which way is worth it, the page, the table. No torch.
 
-The recommendation is the cheapest arm that is not shown to be worse than the best (scoring.py says what shown means). A dearer arm
+The recommendation is the cheapest arm that no other is shown to be better than (scoring.py says what shown means). A dearer arm
 must win; a tie goes to the prompt.
 """
 
@@ -10,13 +10,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tunesmith.compare import citing, guard, scoring, told
-from tunesmith.compare.arms import ARMS, Arm, cited
+from tunesmith.compare.arms import ARMS, Arm
 from tunesmith.compare.scoring import difference, interval
 from tunesmith.compare.work import Comparison
 from tunesmith.evaluate import compare_page
@@ -24,6 +24,7 @@ from tunesmith.evaluate.metrics import Scored
 from tunesmith.evaluate.statistics import FEW_ROWS
 from tunesmith.files import finite, write_atomic
 from tunesmith.redact import redact
+from tunesmith.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,9 +68,11 @@ def gather(work: Comparison) -> dict[str, Any]:
     first, seed = work.metrics[0], work.options.seed
     best = scoring.leading(own, scored, first.name)
     base = next((arm for arm in work.arms if arm.name == "base"), None)
+    beaten = scoring.beaten(own, scored, first, seed)
     rows = []
     for arm in work.arms:
         entry: dict[str, Any] = {"name": arm.name, "says": arm.says, "model": arm.model, **_cost(work, arm), "metrics": {}}
+        entry |= {"weighed": arm.name in beaten, "beaten_by": beaten.get(arm.name, [])}  # by the metric that decides
         for metric in work.metrics:
             value = scored[arm.name][metric.name]
             mean, low, high = interval(value, metric, seed)
@@ -102,14 +105,10 @@ def _cost(work: Comparison, arm: Arm) -> dict[str, Any]:
         numbers = [row[key] for row in rows if row[key] is not None]
         return sum(numbers) / len(numbers) if numbers else None
 
-    out = {
+    return {
         "prompt_tokens": mean("prompt_tokens"), "answer_tokens": mean("answer_tokens"), "seconds": mean("seconds"),
         "cut": sum(row["ended"] == "length" for row in rows) / len(rows),
     }  # fmt: skip
-    if arm.passages:
-        pairs = list(zip(rows, work.prompts[arm.name], strict=True))
-        out["cites"] = sum(bool(cited(row["answer"], len(p.passages))) for row, p in pairs) / len(pairs)
-    return out
 
 
 def _loss(work: Comparison) -> dict[str, Any] | None:
@@ -143,7 +142,7 @@ def _settings(work: Comparison) -> dict[str, Any]:
 
 
 def recommend(found: Mapping[str, Any], own: Sequence[Arm]) -> dict[str, Any]:
-    """{recommended, verdict: [sentence, reason], doubts}: the cheapest of `own` that is not shown worse than the best."""
+    """{recommended, verdict: [sentence, reason], doubts}: the cheapest of `own` that none of them is shown to be better than."""
     metric = found["metrics"][0]["name"]
     by_name = {arm["name"]: arm for arm in found["arms"]}
     best = by_name[found["best"]]
@@ -164,9 +163,11 @@ def recommend(found: Mapping[str, Any], own: Sequence[Arm]) -> dict[str, Any]:
         }  # fmt: skip
     ordered = sorted(own, key=lambda arm: arm.order)
     names = [arm.name for arm in ordered]
-    standing = [n for n in names if n == best["name"] or at(by_name[n])["to_best"]["shown"] >= 0]
-    pick = by_name[standing[0]]
-    head = f"Use {pick['says']}: {say(at(pick)['value'])} in {metric}, and every way that costs less is shown to be worse."
+    pick = by_name[next(n for n in names if not by_name[n]["beaten_by"])]  # the best is one: none has a higher mean
+    worse = names[: names.index(pick["name"])]
+    to_best = [n for n in worse if best["name"] in by_name[n]["beaten_by"]]
+    than = " than another" if len(to_best) < len(worse) else "" if pick is best else f" than {best['name']}"
+    head = f"Use {pick['says']}: {say(at(pick)['value'])} in {metric}, and every way that costs less is shown to be worse{than}."
     if len(names) == 1:
         head = f"Only one way was tried, {pick['says']}: {say(at(pick)['value'])} in {metric}."
     elif names[0] == pick["name"]:
@@ -178,12 +179,14 @@ def recommend(found: Mapping[str, Any], own: Sequence[Arm]) -> dict[str, Any]:
             f"{best['name']} has {say(at(best)['value'])}, a difference of {_signed(gap['difference'])} "
             f"({_range(gap['interval'])}{_p(gap)}): no difference shown."
         )
-    if worse := [n for n in names[: names.index(pick["name"])] if n not in standing]:
-        told = [
-            f"{n} by {_signed(at(by_name[n])['to_best']['difference'])} ({_range(at(by_name[n])['to_best']['interval'])})"
-            for n in worse
-        ]
-        reasons.append(f"Shown to be worse than {best['name']}: {', '.join(told)}.")
+    if to_best:
+        gaps = [(n, at(by_name[n])["to_best"]) for n in to_best]
+        lags = [f"{n} by {_signed(gap['difference'])} ({_range(gap['interval'])})" for n, gap in gaps]
+        reasons.append(f"Shown to be worse than {best['name']}: {', '.join(lags)}.")
+    reasons += [
+        f"{n} is not shown to be worse than {best['name']}, but than {', '.join(by_name[n]['beaten_by'])}."
+        for n in worse if n not in to_best
+    ]  # fmt: skip
     for arm in found["arms"]:
         if arm["model"] == "endpoint" and arm["name"] not in names:
             gap = at(arm)["to_best"]
@@ -192,7 +195,8 @@ def recommend(found: Mapping[str, Any], own: Sequence[Arm]) -> dict[str, Any]:
                 f"Beside {best['name']}, {arm['says']} has {say(at(arm)['value'])}, {_signed(gap['difference'])} "
                 f"({_range(gap['interval'])}): {word}. It is not weighed here: its price and its privacy are yours to judge."
             )
-    if others := [w["says"] for w in found["winners"][1:] if w["best"] != best["name"] or w["level"]]:
+    high = [w for w in found["winners"][1:] if w["value"] > 0]
+    if others := [w["says"] for w in high if w["best"] != best["name"] or w["level"]]:
         reasons.append(f"By another measure it may be otherwise. {' '.join(others)}")
     return {"recommended": pick["name"], "verdict": [head, *reasons], "doubts": doubts}
 
@@ -208,7 +212,7 @@ def _doubts(found: Mapping[str, Any], own: Sequence[Arm]) -> list[str]:
             halves.append((high - low) / 2)
     if halves and metric["binary"]:
         halves.append(3 / rows)  # where no row of n differs, up to 3 / n may (the rule of three)
-    if halves and math.isfinite(max(halves)):
+    if rows >= FEW_ROWS and halves and math.isfinite(max(halves)):  # of fewer no difference is shown, however large
         out.append(
             f"On {rows} rows a difference below about {say(max(halves))} would not show; four times as many show one half as large."
         )
@@ -223,7 +227,7 @@ def _doubts(found: Mapping[str, Any], own: Sequence[Arm]) -> list[str]:
     if overlap := (found["loss"] or {}).get("overlap"):
         out.append(f"{overlap} of {found['held_out']} held-out rows are nearly training rows, which flatters the tuned model.")
     if metric["form"]:
-        out.append(f"{metric['name']} sees an answer's form alone ({metric['says']}), not at whether it is right: read the rows.")
+        out.append(f"{metric['name']} sees an answer's form alone ({metric['says']}), not whether it is right: read the rows.")
     elif not metric["binary"]:
         out.append(f"{metric['name']} counts: {metric['says']}. It does not know whether an answer is true; read the rows.")
     if judge := found.get("judge"):
@@ -284,7 +288,7 @@ def _cases(
         question = work.questions[i]
         answers = {
             arm.name: {"answer": work.answers[arm.name][i]["answer"], "value": float(scored[arm.name][metric].values[i]),
-                       "passages": [p.document for p in work.prompts[arm.name][i].passages],
+                       "passages": [PurePath(p.document).name for p in work.prompts[arm.name][i].passages],
                        **({"citations": citing.note(cited_rows[arm.name]["rows"][i])} if arm.name in cited_rows else {})}
             for arm in work.arms
         }  # fmt: skip
@@ -312,24 +316,19 @@ def _print(result: Result, console: Console) -> None:
     from rich.table import Table
 
     found = result.found
+    heads = ["", *(m["name"] for m in found["metrics"]), "prompt", "answer", "s/answer"]
+    for intervals in (len(found["metrics"]), 1, 0):  # of so many metrics, as the terminal's width allows
+        rows = [_row(arm, found["metrics"], intervals) for arm in found["arms"]]
+        if sum(max(map(len, column)) + 2 for column in zip(heads, *rows, strict=True)) - 2 <= console.width:
+            break
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    shown.add_column("", no_wrap=True)
-    heads = [*(m["name"] for m in found["metrics"]), "prompt", "answer", "s/answer"]
-    for head in heads:
-        shown.add_column(head, justify="right", no_wrap=True)
-    for arm in found["arms"]:
-        cells = [
-            _cell(arm["metrics"][m["name"]], with_interval=i == 0 or console.width >= 120) for i, m in enumerate(found["metrics"])
-        ]
-        cost = [
-            compare_page.count(arm["prompt_tokens"]),
-            compare_page.count(arm["answer_tokens"]),
-            compare_page.count(arm["seconds"], 2),
-        ]
-        shown.add_row(arm["name"], *cells, *cost, style="bold" if arm["name"] == found["recommended"] else "")
-    console.print(shown)
-    rest = "prompt, answer: tokens" + (", a row's mean; 95 % intervals" if found["rows"] > 1 else "")
-    console.print(f"{found['rows']} rows; {rest}", style="dim", highlight=False)
+    for i, head in enumerate(heads):
+        shown.add_column(head, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*row, style="bold" if row[0] == found["recommended"] else "")
+    console.print(shown, markup=False, highlight=False)  # a pattern's brackets are no markup
+    rest = "prompt, answer: tokens, a row's mean" + ("; 95 % intervals" if intervals and found["rows"] > 1 else "")
+    console.print(f"{counted(found['rows'], 'row')}; {rest}", style="dim", highlight=False)
     if loss := found["loss"]:
         before, after = (f"{loss[k]:.3f}" if loss[k] is not None else "-" for k in ("before", "after"))
         console.print(f"held-out loss {before} before tuning, {after} after ({loss['rows']} rows)", style="dim", highlight=False)
@@ -340,6 +339,12 @@ def _print(result: Result, console: Console) -> None:
         console.print()
         guard.print_found(found["guardrails"], console)
     console.print(f"\nPage   {result.page}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _row(arm: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], intervals: int) -> list[str]:
+    cells = [_cell(arm["metrics"][m["name"]], with_interval=i < intervals) for i, m in enumerate(metrics)]
+    tokens = (compare_page.count(arm[k]) for k in ("prompt_tokens", "answer_tokens"))
+    return [arm["name"], *cells, *tokens, compare_page.count(arm["seconds"], 2)]
 
 
 def _cell(entry: Mapping[str, Any], with_interval: bool) -> str:

@@ -1,6 +1,7 @@
 """Answers as numbers: each arm by each metric with its interval, differences row by row, and who wins what. No torch.
 
-Shown means: McNemar's exact p below 0.05 where each row is right or wrong, else a paired bootstrap interval of 95 % without zero.
+Shown means: McNemar's exact p below 0.05 where each row is right or wrong, else a paired bootstrap interval of 95 % without zero
+and at least FEW_CHANGED rows that differ.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from tunesmith.compare.arms import Arm, uncited
 from tunesmith.evaluate.metrics import Metric, Scored
-from tunesmith.evaluate.statistics import FEW_ROWS, bootstrap, mcnemar, paired_bootstrap, wilson
+from tunesmith.evaluate.statistics import FEW_CHANGED, FEW_ROWS, bootstrap, mcnemar, paired_bootstrap, wilson
 
 if TYPE_CHECKING:
     from tunesmith.compare.work import Comparison
@@ -66,16 +67,25 @@ def difference(other: Scored, value: Scored, metric: Metric, seed: int) -> dict[
     if value.statistic is not None and other.statistic is not None:
         mine, theirs = value.statistic, other.statistic
         mean, low, high = bootstrap(lambda counts: mine(counts) - theirs(counts), len(value.values), seed=seed)
+        sure = low > 0 or high < 0
     else:
         mean, low, high = paired_bootstrap(before, after, seed=seed)
+        sure = (low > 0 or high < 0) and np.count_nonzero(before != after) >= FEW_CHANGED
     out: dict[str, Any] = {"difference": mean, "interval": [low, high]}
-    sure = low > 0 or high < 0
     if metric.binary:
         lost, won, p = mcnemar(before, after)
         out |= {"lost": lost, "won": won, "p": p}
         sure = p < SHOWN_P
     few = len(after) < FEW_ROWS
     return out | {"shown": 0 if few or not sure else 1 if mean > 0 else -1}
+
+
+def beaten(own: Sequence[Arm], scored: Scores, metric: Metric, seed: int) -> dict[str, list[str]]:
+    """Of each arm those that are shown to be better than it. The highest need not be one of them where another is: it may differ
+    in more rows, both ways."""
+    pairs = [(a, b) for a in own for b in own if a is not b]
+    gaps = {(a.name, b.name): difference(*(scored[n.name][metric.name] for n in (a, b)), metric, seed)["shown"] for a, b in pairs}
+    return {a.name: [b.name for b in own if gaps.get((a.name, b.name)) == 1] for a in own}
 
 
 # ---- who wins what ---------------------------------------------------------------------------------------------------------------

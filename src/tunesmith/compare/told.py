@@ -22,7 +22,7 @@ def parts(found: Mapping[str, Any], console: Console) -> None:
     if cites := found["citations"]:
         _citations(cites, console)
     if forgot := found["forgetting"]:
-        _forgotten(forgot, console)
+        _forgotten(forgot, console, found["doubts"])
     if judge := found["judge"]:
         _line(console, "", f"judge {judge['judge']}: {agreement(judge)}", *judge["says"])
     console.print()
@@ -124,7 +124,7 @@ def _citations(cites: Mapping[str, Any], console: Console) -> None:
     _line(console, *cites["says"])
 
 
-def _forgotten(forgot: Mapping[str, Any], console: Console) -> None:
+def _forgotten(forgot: Mapping[str, Any], console: Console, doubts: Sequence[str]) -> None:
     _line(console, "", "what the base could do, before and after tuning")
     words = {1: "better", 0: "no difference shown", -1: "worse"}
     rows = []
@@ -134,7 +134,7 @@ def _forgotten(forgot: Mapping[str, Any], console: Console) -> None:
         rows += [[f"  {g['name']}", str(g["documents"]), f"{g['before']:.3f}", f"{g['after']:.3f}", change(g), ""]
                  for g in e.get("groups", ())]  # fmt: skip
     _table(console, ["", "texts", "before", "after", "difference", ""], rows)
-    _line(console, *forgot["says"], *forgot["notes"])
+    _line(console, *(line for line in forgot["says"] if line not in doubts), *forgot["notes"])  # those come below
 
 
 def _table(console: Console, head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:

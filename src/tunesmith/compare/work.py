@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,8 @@ from tunesmith.compare.arms import ARMS, Arm, Passage, Prompt, Question, Shot
 from tunesmith.compare.endpoint import Endpoint, EndpointError
 from tunesmith.config.load import load
 from tunesmith.config.schema import RunConfig
-from tunesmith.data import formats
+from tunesmith.data import formats, sources
 from tunesmith.data.render import Renderer, RowRefused, build_renderer
-from tunesmith.data.sources import TEXT_SUFFIXES
 from tunesmith.errors import ConfigError, DataError, MissingExtra, RunError
 from tunesmith.evaluate.metrics import METRICS, Metric, chosen, find
 from tunesmith.files import LEFTOVER, append, make_folder, sha256, sha256_file, write_atomic
@@ -232,9 +232,9 @@ def searcher(docs: Path, folder: Path, notes: list[str]) -> Search:
         from tunesmith.retrieve import Index
     except ImportError as fault:
         raise MissingExtra(f"--docs needs retrieval, which is not installed: {fault}", "drop --docs, or install it") from None
-    if docs.is_dir() or docs.suffix in TEXT_SUFFIXES:
+    if docs.is_dir() or sources.is_document(docs):
         found = Index.create_or_open(folder / f"{INDEX}{sha256(str(docs.resolve()))[:12]}.sqlite")
-        added = found.add(docs)  # what has not changed since is not read again
+        added = found.add(docs, only=True)  # what has not changed is not read again; a copied index names the old place: it goes
         if unread := getattr(added, "unread", []):
             named = "; ".join(f"{name}: {why}" for name, why in unread[:UNREAD])
             more = f"; and {len(unread) - UNREAD} more" if len(unread) > UNREAD else ""
@@ -278,7 +278,7 @@ class Comparison:
     guarded: guard.Guarded | None = None
 
 
-Asked = Comparison | guard.Guarded  # arms, questions and prompts, for which answers are wanted
+Asked = Comparison | guard.Guarded | contrast.Contrast  # arms, questions and prompts, for which answers are wanted
 
 
 def compare(source: Source, options: Options, folder: Path, console: Console) -> Comparison:
@@ -381,7 +381,7 @@ class _Part:
 
     @classmethod
     def of(cls, work: _Work, found: Asked, store: Answers) -> _Part:
-        keys = {arm.name: [work._key(arm, p, found.max_tokens) for p in found.prompts[arm.name]] for arm in work.arms}
+        keys = {arm.name: [work._key(arm, p, found.max_tokens) for p in found.prompts[arm.name]] for arm in found.arms}
         missing = {
             name: [i for i, q in enumerate(found.questions) if store.get(name, q.row, some[i]) is None]
             for name, some in keys.items()
@@ -408,6 +408,7 @@ class _Work:
         self.renderers: dict[str, Renderer] = {}
         self.prints: dict[str, Any] = {}
         self.identities: dict[str, Any] = {}
+        self.search: Search | None = None
         self.limit = plan_spec(source.base.path).reach
 
     def run(self) -> Comparison:
@@ -415,9 +416,8 @@ class _Work:
         judge = self._judge()
         store = Answers(self.folder / ANSWERS)
         forgot = forgetting.Forgetting(self.tasks, Answers(self.folder / forgetting.FILE), self._identity)
-        others = self._contrasted(found, store)
-        rows, ways = counted(len(found.questions), "held-out row"), len(self.arms)
-        self.say("compare", f"{rows}, {ways} ways: {ways * len(found.questions):,} answers")
+        rows, ways = len(found.questions), len(self.arms)
+        self.say("compare", f"{counted(rows, 'held-out row')}, {counted(ways, 'way')}: {ways * rows:,} answers")
         for note in found.notes:
             self.say("", note)
         whole: list[tuple[Asked, Answers]] = [(found, store)]
@@ -431,16 +431,17 @@ class _Work:
                 more = counted(len(found.guarded.probes), "probe")
                 self.say("guard", f"{more} more of every way; --guardrails 0 leaves them out")
                 whole.append((found.guarded, Answers(self.folder / guard.ANSWERS)))
+        if found.contrast is not None:
+            more = counted(len(found.contrast.questions), "training row")
+            self.say("", f"{more} for the base too, to learn what the house's style is")
+            whole.append((found.contrast, store))
 
         def beside(model: str, talker: Talker) -> None:
-            if model == "base" and others:
-                self._write_contrast(talker, found, others, store)
             forgot.measure(model, talker, lambda what: self.say("", f"what was forgotten: {what}"))
 
-        wanted = {model for model in ("base", "tuned") if forgot.missing(model) or (model == "base" and others)}
-        self.answer(whole, wanted, beside)
+        self.answer(whole, {model for model in ("base", "tuned") if forgot.missing(model)}, beside)
         if found.contrast is not None:
-            self._hear(found, store)
+            self._hear(found, found.contrast)
         if self.tasks:
             found.forgetting = forgot.found(self.options.seed)
         if judge is not None:
@@ -458,7 +459,7 @@ class _Work:
             self.say("", f"{total - todo:,} are there already, {todo:,} are to be made")
         with self._bar(total, total - todo) as step:
             for model in ("base", "tuned", "endpoint"):
-                some = [(part, arm) for part in parts for arm in self.arms if arm.model == model and part.missing[arm.name]]
+                some = [(part, arm) for part in parts for arm in part.found.arms if arm.model == model and part.missing[arm.name]]
                 if not some and model not in wanted:
                     continue
                 talker = None if model == "endpoint" else self._load(model)
@@ -475,34 +476,14 @@ class _Work:
                 del talker
                 gc.collect()  # a large model leaves the device before the next comes
         for part in parts:
-            for arm in self.arms:
+            for arm in part.found.arms:
                 pairs = zip(part.found.questions, part.keys[arm.name], strict=True)
                 part.found.answers[arm.name] = [part.store.get(arm.name, q.row, key) for q, key in pairs]
 
-    # ---- adherence: the base's answers to training rows (contrast.py)
-
-    def _contrasted(self, found: Comparison, store: Answers) -> list[int]:
-        """The training questions that the base has not answered yet; none where adherence is not measured."""
-        if found.contrast is None:
-            return []
-        rows, prompts = found.contrast.questions, found.contrast.prompts
-        found.contrast.keys = [self._key(contrast.ARM, p, found.max_tokens) for p in prompts]
-        pairs = zip(rows, found.contrast.keys, strict=True)
-        return [i for i, (q, key) in enumerate(pairs) if store.get(contrast.ARM.name, q.row, key) is None]
-
-    def _write_contrast(self, talker: Talker, found: Comparison, missing: list[int], store: Answers) -> None:
-        assert found.contrast is not None
-        self.say("", f"{counted(len(missing), 'training row')} answered by the base, to learn what the house's style is")
-        some = replace(found, questions=found.contrast.questions, prompts={contrast.ARM.name: found.contrast.prompts})
-        for i, answer in self._written(talker, contrast.ARM, some, missing):
-            store.add(self._record(contrast.ARM, some, i, found.contrast.keys[i], answer))
-
-    def _hear(self, found: Comparison, store: Answers) -> None:
+    @staticmethod
+    def _hear(found: Comparison, others: contrast.Contrast) -> None:
         """Put the classifier in the place of its metric, or take the metric out and say why."""
-        assert found.contrast is not None
-        pairs = zip(found.contrast.questions, found.contrast.keys, strict=True)
-        answers = [store.get(contrast.ARM.name, q.row, key)["answer"] for q, key in pairs]
-        metric, found.adherence, why = contrast.metric_of(found.contrast, answers, [q.gold for q in found.questions])
+        metric, found.adherence, why = contrast.metric_of(others, [q.gold for q in found.questions])
         kept = [metric if m.name == contrast.NAME else m for m in found.metrics]
         found.metrics = [m for m in kept if m is not None] or find([q.gold for q in found.questions])
         if why:
@@ -536,8 +517,7 @@ class _Work:
         store, rows = Answers(self.folder / judging.FILE), min(self.options.judge_rows, len(found.questions))
         total = 2 * rows * (len(found.arms) - 1)
         self.say("", f"judge {judge.name}: {best} beside each other way on {counted(rows, 'row')}, both orders: {total} verdicts")
-        with self._bar(total, 0, "judging") as step:
-            found.judged = judging.judged(found, judge, best, rows, store, step)
+        found.judged = judging.judged(found, judge, best, rows, store, partial(self._bar, doing="judging"))
 
     # ---- what is asked
 
@@ -587,10 +567,12 @@ class _Work:
         if options.gold and gold is None:
             raise ConfigError("--gold says which passages are right, and no way has passages", "add --docs FOLDER")
         notes: list[str] = []
-        metrics, contrasted = self._metrics(every, fields, fits if "base" in renderers else None, notes)
+        metrics, contrasted = self._metrics(every, fields, fits("base") if "base" in renderers else None, max_tokens, notes)
         metrics = _concerned(metrics, questions)
         shots = self._shots(questions, every, kinds, notes)
         ranked = self._passages(questions, citing.DEPTH if gold else 0, notes)
+        if any(arm.passages for arm in self.arms) and not any(ranked):
+            raise DataError(f"--docs {options.docs}: no passage was found for any question", "does it hold text?")
         passages = [found[: options.passages] for found in ranked]
         prompts, short = {}, 0
         for arm in self.arms:
@@ -620,7 +602,7 @@ class _Work:
         )  # fmt: skip
 
     def _metrics(
-        self, every: list[Question], fields: list[Any], fits: Callable[[str], Callable[[Prompt], bool]] | None, notes: list[str]
+        self, every: list[Question], fields: list[Any], fits: Callable[[Prompt], bool] | None, max_tokens: int, notes: list[str]
     ) -> tuple[list[Metric], contrast.Contrast | None]:
         """The metrics, by all rows (a few may lack most classes), and what the style's classifier is to learn from: where it is
         asked for, or where text is compared with a tuned model's and nothing else was named."""
@@ -629,14 +611,14 @@ class _Work:
         metrics = chosen(plain, golds, fields) if plain or not names else []
         text = {"rouge_l", "chrf"} & {m.name for m in metrics}
         asked = contrast.NAME in names
-        if not asked and (names or not text or not self.source.tuned or fits is None):
+        if not asked and (names or not text or not self.source.tuned):
             return metrics, None
-        why = "no way has the base model" if fits is None else contrast.choose(self.source.config.data, every, fits("base"))
+        data = self.source.config.data
+        why = "no way has the base model" if fits is None else contrast.choose(data, every, fits, max_tokens)
         if isinstance(why, str):
-            if asked and not metrics:
+            if not metrics:
                 raise ConfigError(f"--metric {contrast.NAME} cannot be had: {why}", "leave it out, or add another --metric")
-            if asked:
-                notes.append(f"adherence is not measured: {why}")
+            notes.append(f"adherence is not measured: {why}")
             return metrics, None
         place = names.index(contrast.NAME) if asked else len(metrics)
         until = replace(METRICS["exact_match"], name=contrast.NAME)  # the classifier comes with the base's answers
@@ -660,11 +642,9 @@ class _Work:
         if not any(arm.passages for arm in self.arms):
             return [[] for _ in questions]
         assert self.options.docs is not None
-        search = searcher(self.options.docs, self.folder, notes)
-        found = [search(q.shown, max(depth, self.options.passages)) for q in questions]
-        if not any(found):
-            raise DataError(f"--docs {self.options.docs}: no passage was found for any question", "does it hold text?")
-        return found
+        if self.search is None:  # once for rows and probes: all documents are read through
+            self.search = searcher(self.options.docs, self.folder, notes)
+        return [self.search(q.shown, max(depth, self.options.passages)) for q in questions]
 
     def _renderer(self, model: str) -> Renderer:
         if model not in self.renderers:
@@ -792,9 +772,12 @@ class _Work:
                     yield i, {"answer": reply.text.strip(), **counts, "seconds": reply.seconds, "ended": reply.ended}
                 if failed is not None:
                     done = len(found.questions) - len(rows) + came
-                    what = f"{failed.what}\n{arm.name}: {done} of {len(found.questions)} rows are answered and kept in {store.path}"
+                    probes = isinstance(found, guard.Guarded)
+                    what = f"{arm.name}: {done} of {len(found.questions)} {'probes' if probes else 'rows'} are answered"
+                    what = f"{failed.what}\n{what} and kept in {store.path}"
                     without = ",".join(a.name for a in self.arms if a.model != "endpoint")
-                    rest = f", or compare without it: --arms {without}" if without else ""
+                    rest = ", or leave the probes out: --guardrails 0" if probes else ""  # some servers refuse them
+                    rest += f", or compare without it: --arms {without}" if without else ""
                     raise RunError(what, f"{failed.fix}; the same command goes on from there{rest}")
 
     @staticmethod

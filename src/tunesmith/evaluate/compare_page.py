@@ -38,7 +38,7 @@ def _head(found: Mapping[str, Any]) -> Markup:
     ways = ", ".join(arm["name"] for arm in found["arms"])
     return el(
         "header", el("p", "Tunesmith compare", class_="brand"), el("h1", clip(str(found["name"]), 80)),
-        el("p", f"The same {found['rows']} held-out questions, {len(found['arms'])} ways: {ways}", class_="sub"),
+        el("p", f"{counted(found['rows'], 'held-out question')}, {counted(len(found['arms']), 'way')}: {ways}", class_="sub"),
     )  # fmt: skip
 
 
@@ -130,25 +130,24 @@ def _table(found: Mapping[str, Any]) -> list[Markup]:
     note = f"Row by row beside {found['best']}, which is the highest in {names[0]}; in brackets the 95 % interval."
     if binary:
         note += " p is McNemar's exact test over the rows that only one of the two has right."
-    cites = any("cites" in arm for arm in found["arms"])
     seconds = (found["training"] or {}).get("seconds")
     trained = seconds is not None and any(arm["model"] == "tuned" for arm in found["arms"])
     cost_head = ["way", "prompt tokens", "answer tokens", "seconds an answer", "cut at the limit"]
-    cost_head += ["cites a passage"] * cites + ["training"] * trained
+    cost_head += ["training"] * trained
 
     def costs_of(arm: Mapping[str, Any]) -> list[str]:
         counts = [count(arm["prompt_tokens"]), count(arm["answer_tokens"]), count(arm["seconds"], 2), f"{arm['cut']:.0%}"]
-        cells = [arm["name"], *counts, *([f"{arm['cites']:.0%}" if "cites" in arm else "-"] * cites)]
-        return cells + ([f"{seconds / 60:,.1f} min" if arm["model"] == "tuned" else "none"] if trained else [])
+        return [arm["name"], *counts] + ([f"{seconds / 60:,.1f} min" if arm["model"] == "tuned" else "none"] if trained else [])
 
     cost = [costs_of(arm) for arm in found["arms"]]
     spent = (
         "Means over the rows. A model here writes several answers at a time, and its seconds are the batch's, shared; an "
         "endpoint's are those of one question, on its way and back. Prompt tokens are read anew for each question."
     )
-    differences = [el("p", note, class_="note"), table(head, beside, numbers=range(1, 2 + binary), style="cards")] if beside else []
+    gaps_table = parts.tight(table(head, beside, numbers=range(1, 2 + binary), style="cards"))
+    differences = [el("p", note, class_="note"), gaps_table] if beside else []
     values = parts.tight(table(["way", *names], rows, numbers=range(1, 1 + len(names)), style="cards"))
-    costs = parts.tight(table(cost_head, cost, numbers=range(1, 5 + cites + trained), style="cards"))
+    costs = parts.tight(table(cost_head, cost, numbers=range(1, 5 + trained), style="cards"))
     return [
         el("section", el("h2", "All numbers"), values, differences),
         el("section", el("h2", "What each costs"), el("p", spent, class_="note"), costs),

@@ -69,6 +69,8 @@ def winners(found: Found) -> Markup | None:
             cells.append(el("span", text, class_=f"tag {tone}") if tone else text)
         rows.append(cells)
     note = "Green: the highest. Amber: not shown to be worse than it. The rest are shown to be worse, row by row."
+    if not all(arm["weighed"] for arm in found["arms"]):
+        note += " Not weighed here: an endpoint, the price and privacy of which are yours to judge."
     says = el("ul", [el("li", w["says"]) for w in found["winners"]], class_="plain")
     heard = found["adherence"]
     return el(

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 FEW_ROWS = 20  # held-out rows below which a difference is told without the word better or worse
+FEW_CHANGED = 6  # rows that differ below which no difference is shown: even 5 to 0 is p 0.062 by the sign test, and where most
+# rows are alike (F1 of a weak model, mostly 0) a bootstrap finds zero outside its interval from 4 of 100 on
 CELLS = 4_000_000  # counts drawn at a time: 32 MB however many rows there are
 
 

@@ -103,15 +103,16 @@ class Index:
         self._embedder = embedder
 
     # ---- adding
-    def add(self, folder: str | Path, progress: Progress | None = None) -> Added:
+    def add(self, folder: str | Path, progress: Progress | None = None, *, only: bool = False) -> Added:
         """Read a folder (or one file) and what changed in it since. A document that cannot be read is named, the rest goes on.
 
         A document that is no longer there, or can no longer be read, leaves the index. Killed at any moment, the index is whole:
-        documents that were not reached are added by the next call. DataError when there is no such folder or no document in it.
+        documents that were not reached are added by the next call. `only`: what is not from this folder leaves the index too.
+        DataError when there is no such folder or no document in it.
         """
         folder, added = Path(folder).expanduser(), Added()
         files, closed = self._find(folder, added)
-        known = {p: c for p, c in self.store.documents().items() if self._within(p, folder)}
+        known = {p: c for p, c in self.store.documents().items() if only or self._within(p, folder)}
         if not files and not known and not added.unread:
             kinds = ", ".join(sources.TEXT_SUFFIXES)
             raise DataError(f"{folder}: holds no document", f"name a folder with files ending in {kinds}")
