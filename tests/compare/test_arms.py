@@ -5,6 +5,7 @@ import pytest
 from tunesmith.compare import arms
 from tunesmith.compare.arms import ARMS, Nearest, Passage, Shot, compose, question_of
 from tunesmith.errors import ConfigError
+from tunesmith.retrieve.cite import INSTRUCTION
 from tunesmith.types import Conversation, Message, Origin
 
 HERE = Origin("rows.jsonl", 1)
@@ -37,7 +38,7 @@ def test_each_way_has_its_own_and_no_other():
     assert of("few-shot") == [("s", "own"), ("u", "far"), ("a", "F"), ("u", "near"), ("a", "N"), *plain[1:]]
     *before, (_, last) = of("retrieval")
     assert before == plain[:-1] and of("tuned+retrieval") == of("retrieval")
-    assert last == f"{arms.INSTRUCTION}\n\n[1] a.txt\nalpha\n\n[2] b.txt\nbeta\n\ntwo"
+    assert last == f"{INSTRUCTION}\n\n[1] a.txt\nalpha\n\n[2] b.txt\nbeta\n\ntwo"
 
 
 def test_a_completion_is_one_text():

@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import Any, Literal
 
 from tunesmith.data import formats, sources
@@ -19,16 +18,12 @@ from tunesmith.data.prepare import find_all
 from tunesmith.data.sources import Refused
 from tunesmith.errors import ConfigError
 from tunesmith.registry import did_you_mean
+from tunesmith.retrieve.cite import numbered
 from tunesmith.types import Conversation, Message
 
 POOL = 20_000  # training rows that examples are chosen from: the first ones
 K1, B = 1.2, 0.75  # BM25's usual constants
 SEPARATOR = "\n\n"
-
-INSTRUCTION = (
-    "Answer from these passages. Behind what you take from one, cite it by its number, such as [1]. "
-    "If the answer is not in them, say that it is not there."
-)
 
 
 @dataclass(frozen=True)
@@ -146,7 +141,7 @@ def compose(
     if question.completion:
         parts = [system] if arm.system else []
         parts += [f"{shot.question}{shot.answer}" for shot in reversed(shots)]
-        parts += [_numbered(passages)] if passages else []
+        parts += [numbered(passages)] if passages else []
         text = SEPARATOR.join([*parts, question.before[0].content])
         return Prompt((Message("prompt", text),), True, shots, passages)
     head = tuple(m for m in question.before if m.role == "system")
@@ -156,13 +151,8 @@ def compose(
     turns = [Message(role, text) for s in reversed(shots) for role, text in (("user", s.question), ("assistant", s.answer))]
     if passages:
         last = max((i for i, m in enumerate(rest) if m.role == "user"), default=len(rest) - 1)
-        rest[last] = Message(rest[last].role, f"{_numbered(passages)}{SEPARATOR}{rest[last].content}", None, rest[last].extra)
+        rest[last] = Message(rest[last].role, f"{numbered(passages)}{SEPARATOR}{rest[last].content}", None, rest[last].extra)
     return Prompt((*head, *turns, *rest), False, shots, passages, question.tools)
-
-
-def _numbered(passages: Sequence[Passage]) -> str:
-    listed = [f"[{i}] {PurePath(p.document).name}\n{p.text.strip()}" for i, p in enumerate(passages, 1)]
-    return SEPARATOR.join([INSTRUCTION, *listed])
 
 
 def fitted(prompt: Prompt, again: Callable[[Sequence[Shot], Sequence[Passage]], Prompt], fits: Callable[[Prompt], bool]) -> Prompt:

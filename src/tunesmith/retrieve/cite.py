@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import PurePath
+from typing import Any
 
 from tunesmith.retrieve.chunks import sentences as spans
 from tunesmith.retrieve.search import STOP, words
@@ -19,6 +21,10 @@ from tunesmith.retrieve.store import Passage
 
 SUPPORT = 0.6  # of a sentence's content words; bench/retrieve.py shows what other values would pass
 ABSTAIN = "The documents do not answer this."
+INSTRUCTION = (
+    "Answer from these passages. Behind what you take from one, cite it by its number, such as [1]. "
+    "If the answer is not in them, say that it is not there."
+)
 
 _CITED = re.compile(r"\[(\d{1,4}(?:\s*[,;]\s*\d{1,4}){0,20})\]")
 _LEADING = re.compile(r"(?:\s*\[\d{1,4}(?:\s*[,;]\s*\d{1,4}){0,20}\])+[.,;]?")
@@ -82,13 +88,16 @@ class Cited:
         return " ".join(s.text for s in self.sentences if s.supported) or ABSTAIN
 
 
+def numbered(passages: Sequence[Any]) -> str:
+    """What stands before a question: the request to cite, and the passages from 1, each with its document's name. `compare`
+    measures it, and `serve` sends it."""
+    listed = [f"[{n}] {PurePath(p.document).name}\n{p.text.strip()}" for n, p in enumerate(passages, 1)]
+    return "\n\n".join([INSTRUCTION, *listed])
+
+
 def prompt(question: str, passages: Sequence[Passage]) -> str:
     """The question with its passages, numbered from 1."""
-    told = "\n\n".join(f"[{n}] {p.text}" for n, p in enumerate(passages, 1))
-    return (
-        f"Answer the question from the passages alone. End each sentence with the number of its passage, as in [1]. "
-        f"If they do not answer it, say: {ABSTAIN}\n\n{told}\n\nQuestion: {question}"
-    )
+    return f"{numbered(passages)}\n\n{question}"
 
 
 def answer(question: str, passages: Sequence[Passage], ask: Callable[[str], str]) -> Cited:
