@@ -169,8 +169,18 @@ def test_the_demo_ends_with_its_table_on_the_page_too(tiny, tmp_path, capsys, mo
     assert [row[1:] for row in table["rows"] if row[0] == "keeps the house style"] == [["0 %"] * 3]
 
 
-@pytest.mark.parametrize(("load", "spin"), [(0.2, "20000"), (99.0, "None")])
-def test_threads_spin_a_little_only_where_the_cores_are_idle(load, spin):
-    code = f"import os; os.getloadavg = lambda: ({load}, 0, 0); import tunesmith; print(os.environ.get('GOMP_SPINCOUNT'))"
+@pytest.mark.parametrize(
+    ("now", "load", "spin"),
+    [("1/80", 99.0, "20000"), (f"{1 + os.cpu_count()}/80", 0.0, "None"), (None, 0.2, "20000"), (None, 99.0, "None")],
+)
+def test_threads_spin_a_little_only_where_the_cores_are_idle(now, load, spin, tmp_path):
+    """By the programs that run now (a file of Linux), where nobody says by the load."""
+    (tmp_path / "loadavg").write_text(f"9 9 9 {now} 7")
+    there = str(tmp_path / ("loadavg" if now else "none"))
+    code = (
+        f"import builtins, os; os.getloadavg = lambda: ({load}, 0, 0); real = open\n"
+        f"builtins.open = lambda f, *a, **k: real({there!r} if f == '/proc/loadavg' else f, *a, **k)\n"
+        "import tunesmith; print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
     env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
     assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip() == spin

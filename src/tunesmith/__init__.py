@@ -37,11 +37,22 @@ if TYPE_CHECKING:
         train,
     )
 
+
+def _others() -> float:
+    """Programs beside this one that want a core: now, where Linux says so, else on the last minute's average."""
+    try:
+        with open("/proc/loadavg") as f:
+            return int(f.read().split()[3].partition("/")[0]) - 1
+    except (OSError, ValueError, IndexError):
+        return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("inf")
+
+
 # Before torch brings OpenMP in: where other programs want the cores, its threads wait asleep, not spinning. A step of the demo on
 # two cores that others used took 3.3 s with spinning threads and 0.6 s with sleeping ones. On idle cores a short spin before the
-# sleep makes 2,290 tokens a second of 1,430 (and 960 where both cores get busy later).
+# sleep makes 2,290 tokens a second of 1,430 (and 960 where both cores get busy later). The average of a minute is no guide: a demo
+# after other work had ended slept, and took four minutes in place of two and a half.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if hasattr(os, "getloadavg") and os.getloadavg()[0] < (os.cpu_count() or 1):
+if _others() < (os.cpu_count() or 1):
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 __all__ = [
