@@ -33,9 +33,11 @@ def test_memory_is_never_planned_two_percent_too_small_nor_five_too_large(found)
 
 
 def test_speed_is_within_fifteen_percent_but_where_steps_wait_for_launches(found):
+    """Three rows of a 1B in float32 on the composed path are further off: their steps of 0.1 to 0.3 s vary by half from call to
+    call, and two or three of them were timed (docs/planning.md; three such rows in a later call: +11, -16 and +5 %)."""
     apart = {p.row.name: p.planned_speed / p.speed - 1 for p in found}
     off = {name: x for name, x in apart.items() if abs(x) > 0.15}
-    assert {p.row.method for p in found if p.row.name in off} <= {"full32"} and len(off) <= 3
+    assert set(off) <= {"1b full32 short 24GB", "1b full32 2048 48GB", "1b full32 8192 48GB"} and max(off.values(), default=0) < 0.5
 
 
 def test_the_page_shows_what_the_file_says(report, found):
