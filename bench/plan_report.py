@@ -1,6 +1,8 @@
-"""docs/planning.svg and the table of docs/planning.md, from bench/results/plan.jsonl: planned beside held and measured.
+"""docs/planning.svg and the tables of docs/planning.md, from what bench/plan.py measured: planned beside held and measured.
 
     python bench/plan_report.py
+
+The picture is of plan.jsonl, an H200's rows; plan_h100.jsonl has an H100's.
 
 What was foretold is the plan as it was written before its row ran, by the rates of the card's own probe. Beside it the plan is made
 anew by this checkout for the same layers and micro-batches: a constant that is changed must still hold for these rows.
@@ -130,9 +132,9 @@ def summary(found: list[Point]) -> str:
 
 
 def main() -> None:
-    found = points(HERE / "results" / "plan.jsonl")
-    (HERE.parent / "docs" / "planning.svg").write_text(picture(found))
-    print(summary(found))
+    h200, h100 = (points(HERE / "results" / file) for file in ("plan.jsonl", "plan_h100.jsonl"))
+    (HERE.parent / "docs" / "planning.svg").write_text(picture(h200))
+    print(f"one H200\n\n{summary(h200)}\n\none H100\n\n{summary(h100)}")
 
 
 if __name__ == "__main__":
