@@ -5,7 +5,7 @@
 Writes instruct.jsonl (rasbt, Apache-2.0; short rows of gpteacher's role-play, MIT; questions on factbook entries, CC0),
 scope.jsonl (what a question is about and who keeps to a subject: questions of medquad, banking77, CC BY 4.0, gsm8k, MIT; short
 answers of medquad), reading.jsonl (fairytaleqa's train split, Apache-2.0, each question in two rows: the passage in the prompt,
-one in seven with numbered passages to cite as [n], one in 16 without an answer; answers in the passage's own words where it has
+one in seven with numbered passages to cite as [n], one in 100 without an answer; answers in the passage's own words where it has
 them), tales.jsonl (the stories of that split as
 plain text) and reading_held_out.jsonl (its validation split, one passage). The test split is never read.
 """
@@ -26,6 +26,11 @@ from prepare import documents, held_out_keys, runs_of, shares_run, test_runs
 
 Row = dict[str, list[dict[str, str]]]
 ALIKE, LONGEST = 0.6, 24  # least F1 of a run of words with the answer it stands for; most words of it
+KEPT = 0.75  # of the answer's words that say something: `girl was` is no answer where a person wrote `The girl was crying.`
+SMALL = frozenset("""am and are as at be because been but by can could did do does for from had has have he her hers herself him himself his
+    how i if in into is it its me my of off on or our out she so some than that their them then there they this to too up upon very was we
+    were what when where which who why will with would you your""".split())
+NONE = 0.01  # share of questions without an answer
 SENTENCE = re.compile(r"(?<=[.!?])[\"')\u201d\u2019]*\s+")
 PLAIN = re.compile(r"[A-Za-z0-9 \n.,;:!?'\"()$%/+-]*\Z")  # no code, no tables, no other scripts
 FACTS = (  # a line of a factbook entry, how a person asks for it, how it is answered
@@ -92,6 +97,7 @@ def in_its_words(passage: str, answer: str) -> str:
     this size can learn: nine of ten answers are nearly in their passage, changed a little by who wrote them.
     """
     wanted, best = bare(answer), (ALIKE, 0, answer)
+    telling = set(wanted) - SMALL
     for sentence in SENTENCE.split(passage):
         said = sentence.split()
         tokens = [bare(word) for word in said]
@@ -99,7 +105,8 @@ def in_its_words(passage: str, answer: str) -> str:
         for i in ends:
             for j in ends:
                 if i <= j < i + LONGEST:
-                    found = alike([t for token in tokens[i : j + 1] for t in token], wanted)
+                    run = [t for token in tokens[i : j + 1] for t in token]
+                    found = alike(run, wanted) if len(telling.intersection(run)) >= KEPT * len(telling) else 0.0
                     best = max(best, (found, i - j, " ".join(said[i : j + 1]).strip(" ,;:.\"'\u201c\u201d\u2018\u2019()-")))
     if best[2] and (article := re.search(rf"\b(?:the|an?)(?= {re.escape(best[2])})", passage, re.IGNORECASE)):
         return f"{article[0]} {best[2]}"
@@ -136,10 +143,10 @@ def reading(data: Path, split: str, draw: random.Random, *, mixed: bool, apart: 
             answer = answer[0].upper() + answer[1:]
             other = stories[draw.choice([n for n in names if n != row["document"]])]
             chance = draw.random() if mixed else 1.0
-            if chance < 1 / 16:  # few: under greedy decoding a model that is unsure says the commonest answer, which is this one
+            if chance < NONE:  # few: a model that is unsure says the commonest answer under greedy decoding, which is this one
                 passage = draw.choice(sorted(other.values()))
                 yield chat(draw.choice(ASK).format(passage=passage, question=question), draw.choice(NO_ANSWER))
-            elif chance < 1 / 16 + 1 / 7:
+            elif chance < NONE + 1 / 7:
                 passages = [gold, *draw.sample(sorted(other.values()), k=min(draw.choice((1, 2)), len(other)))]
                 draw.shuffle(passages)
                 numbered = "\n\n".join(f"[{i}] {p}" for i, p in enumerate(passages, 1))

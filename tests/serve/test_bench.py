@@ -29,3 +29,11 @@ def test_a_call_writes_its_rows_and_the_next_one_has_nothing_to_do(tmp_path):
         rows = [json.loads(line) for line in (tmp_path / "serve.jsonl").read_text().splitlines()]
         assert len(rows) == 1 and not [r for r in rows if "error" in r]
     assert "| tiny | 8 |" in done.stdout and rows[0]["note"] == "lean path"
+
+
+def test_the_page_has_the_table_of_what_was_measured(capsys):
+    import serve as bench
+
+    bench.table(BENCH / "results")
+    table = capsys.readouterr().out.strip()
+    assert table.count("\n") >= 10 and table in (BENCH.parent / "docs" / "serving.md").read_text()

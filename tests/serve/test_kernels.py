@@ -2,6 +2,7 @@
 
 import random
 import time
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from tunesmith import adapters, models
 from tunesmith.errors import AdapterError
 from tunesmith.models.lean import Lean
 from tunesmith.models.paged import Part, Pass, Pool, RecordedPass
-from tunesmith.ops import backend, paged
+from tunesmith.ops import attention, backend, paged
 from tunesmith.serve.engine import Engine, Graphs, Limits
 
 
@@ -54,27 +55,48 @@ def test_a_step_in_kernels_is_the_step_in_plain_torch(family):
 class Played(Graphs):
     """Recorded steps on a CPU: a replay runs what would have been recorded, at the same places."""
 
-    replays = captures = 0
+    replays = prompt_replays = captures = 0
+    TOKENS = (8, 16, 48, 80)
 
-    def _capture(self, body):
+    def _prompts_too(self):
+        return True
+
+    def _capture(self, body, prompts=False):
         logits = body()
         self.captures += 1
 
         def replay():
-            self.replays += 1
+            self.replays += not prompts
+            self.prompt_replays += prompts
             logits.copy_(body())
 
         return SimpleNamespace(replay=replay), logits
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["in step", "ahead"])
-def test_recorded_steps_serve_any_sequences(answers, place, monkeypatch, ahead):
-    """40 ragged requests for the base and two adapters come and go, every step at recorded places: the answers of each alone."""
+@pytest.fixture
+def plain_kernels(monkeypatch):
+    """What a recording calls, in plain torch."""
 
-    def plain(q, keys, values, tables, lengths, scale, window, softcap, splits):
+    def decode(q, keys, values, tables, lengths, scale, window, softcap, splits):
         return paged.reference(q, keys, values, tables, lengths, scale, window, softcap)
 
-    monkeypatch.setattr(paged, "decode", plain)
+    def varlen(q, k, v, ends, ends_k, longest, longest_k, scale, window):
+        assert ends is ends_k and longest == len(q) == ends[-1]
+        out = torch.full_like(q, float("nan"))
+        for start, end in pairwise(ends.tolist()):
+            if end > start:
+                own = slice(start, end)
+                out[own] = attention.attention(q[own], k[own], v[own], attention.Layout.of([end - start]), scale, window)
+        return out
+
+    monkeypatch.setattr(paged, "decode", decode)
+    monkeypatch.setattr("tunesmith.models.paged.varlen", varlen)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["in step", "ahead"])
+def test_recorded_steps_serve_any_sequences(answers, place, plain_kernels, ahead):
+    """40 ragged requests for the base and two adapters come and go, every step at recorded places: the answers of each alone."""
+
     names = ["", "plain", "wide"]
     wanted, rng = [], random.Random(4)
     asked = [(p, rng.choice(names), rng.randrange(1, 20)) for p in prompts(40, seed=6, longest=60)]
@@ -83,25 +105,25 @@ def test_recorded_steps_serve_any_sequences(answers, place, monkeypatch, ahead):
         if name:
             adapters.load(model, place.adapters[name])
         wanted.append({i: alone(model.eval(), p, n) for i, (p, m, n) in enumerate(asked) if m == name})
-    engine = answers.engine(ahead=ahead, batch=10)
+    engine = answers.engine(ahead=ahead, batch=10, piece=48)
     engine._graphs = Played(engine)
     for name in names[1:]:
         engine.load(name, place.adapters[name])
     engine._warm()
     assert len(engine._graphs.found) == 2 * 5  # sizes 1, 2, 4, 8, 12; without and with adapters
+    assert len(engine._graphs.found_prompts) == 2 * 3
     records = []
     while len(records) < len(asked) or engine.state()["running"]:
         for p, name, n in asked[len(records) : len(records) + rng.randrange(4)]:
             records.append(answers.ask(engine, p, model=name, max_tokens=n))
         engine.step()
     answers.run(engine)
-    assert engine._graphs.replays > 40
+    assert engine._graphs.replays > 40 and engine._graphs.prompt_replays > 10
     assert {i: ids(r) for i, r in enumerate(records)} == wanted[0] | wanted[1] | wanted[2]
 
 
-def test_steps_are_recorded_when_adapters_have_changed_and_not_before(answers, place, monkeypatch):
+def test_steps_are_recorded_when_adapters_have_changed_and_not_before(answers, place, plain_kernels):
     """Each adapter at the start recorded all steps, and so did one that was refused, while everybody waited."""
-    monkeypatch.setattr(paged, "decode", lambda q, k, v, t, n, *how: paged.reference(q, k, v, t, n, *how[:3]))
     engine = answers.engine(batch=2)
     engine._graphs = Played(engine)
     for name in ("plain", "wide"):
@@ -109,17 +131,17 @@ def test_steps_are_recorded_when_adapters_have_changed_and_not_before(answers, p
     assert engine._graphs.captures == 0
     with engine:
         engine.call(lambda: None)
-        assert engine._graphs.captures == 2 * 2  # sizes 1, 2; without and with adapters
+        assert engine._graphs.captures == 2 * (2 + 2)  # sizes 1, 2, prompts of 8 and 16 tokens; without and with adapters
         with pytest.raises(AdapterError):
             engine.load("bad", place.model)
         with pytest.raises(AdapterError):
             engine.drop("none")
-        assert engine._graphs.captures == 2 * 2
+        assert engine._graphs.captures == 2 * 4
         record = answers.ask(engine, "hello", model="wide", max_tokens=5)
         while record.reason is None:
             time.sleep(0.01)
         engine.drop("plain")
-        assert engine._graphs.captures == 4 * 2
+        assert engine._graphs.captures == 4 * 4
     model = models.load(place.model)
     adapters.load(model, place.adapters["wide"])
     assert ids(record) == alone(model.eval(), list(b"hello"), 5)
@@ -127,7 +149,7 @@ def test_steps_are_recorded_when_adapters_have_changed_and_not_before(answers, p
 
 def test_a_recording_that_fails_is_told_and_done_without(answers, capsys):
     class Broken(Graphs):
-        def _capture(self, body):
+        def _capture(self, body, prompts=False):
             raise RuntimeError("operation not permitted when stream is capturing")
 
     engine = answers.engine()

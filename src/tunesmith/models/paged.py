@@ -99,7 +99,7 @@ class Pass:
         self.layout = Layout.of([part.new for part in parts], device)
         self.lengths = [part.whole - part.new for part in parts]  # Decoder adds what is new
         held = [np.arange(part.past, part.past + part.new) for part in parts]
-        slots = [_slots(part.blocks, t) for part, t in zip(parts, held, strict=True)]
+        slots = [slots_of(part.blocks, t) for part, t in zip(parts, held, strict=True)]
         self.positions_T = to_device(torch.from_numpy(np.concatenate(held)), device)
         self.slots_T = to_device(torch.from_numpy(np.concatenate(slots)), device)
         self.longest = max((part.past + 1 for part in parts[: self.singles]), default=0)
@@ -182,7 +182,7 @@ class Pass:
         slots = np.zeros((len(group), max(map(len, held))), np.int64)
         for row, i, tokens in zip(slots, group, held, strict=True):
             row[:] = self.parts[i].blocks[tokens[0] // BLOCK] * BLOCK + tokens[0] % BLOCK
-            row[: len(tokens)] = _slots(self.parts[i].blocks, tokens)
+            row[: len(tokens)] = slots_of(self.parts[i].blocks, tokens)
         mask = np.arange(slots.shape[1]) < np.array([len(t) for t in held])[:, None]
         device = self.pool.keys.device
         return to_device(torch.from_numpy(slots.reshape(-1)), device), to_device(torch.from_numpy(mask), device)[:, None, None]
@@ -204,7 +204,7 @@ class Pass:
         end, blocks = part.past + part.new, part.blocks
         if all(b == a + 1 for a, b in pairwise(blocks)):
             return slice(blocks[0] * BLOCK, blocks[0] * BLOCK + end)
-        return to_device(torch.from_numpy(_slots(blocks, np.arange(end))), self.pool.keys.device)
+        return to_device(torch.from_numpy(slots_of(blocks, np.arange(end))), self.pool.keys.device)
 
     def _pieces(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None,
                 softcap: float | None) -> Tensor:  # fmt: skip
@@ -246,7 +246,7 @@ class Pass:
         if self._joined is None:
             parts, device = self.parts[self.singles :], q.device
             held = [part.past + part.new for part in parts]
-            slots = np.concatenate([_slots(part.blocks, np.arange(n)) for part, n in zip(parts, held, strict=True)])
+            slots = np.concatenate([slots_of(part.blocks, np.arange(n)) for part, n in zip(parts, held, strict=True)])
             ends = [torch.tensor([0, *np.cumsum(x)], dtype=torch.int32) for x in ([p.new for p in parts], held)]
             placed = (to_device(x, device) for x in (torch.from_numpy(slots), *ends))
             self._joined = (*placed, max(part.new for part in parts), max(held))
@@ -287,6 +287,36 @@ class RecordedPass(Pass):
         return paged.decode(q_NQH, keys, values, self.tables_NM, self.lengths_N, scale, window, softcap, self._splits)
 
 
-def _slots(blocks: Sequence[int], tokens: np.ndarray) -> np.ndarray:
+class RecordedPrompts(Pass):
+    """Up to `n` whole prompts of together up to `tokens` tokens, at places that stay, for a CUDA graph. The tokens behind them are
+    one more sequence, which lies in block 0. All that changes is in `places`, int64, one copy a step; `views` are its parts."""
+
+    def __init__(self, pool: Pool, tokens: int, n: int):
+        device = pool.keys.device
+        self.pool, self.singles, self._sizes = pool, 0, (tokens, tokens, tokens, tokens, n, n + 2)
+        self.places = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
+        self.places[-1] = tokens
+        self.tokens_T, self.positions_T, self.slots_T, self.numbers_T, self.rows_N, self._ends = self.views(self.places)
+        self.ends = self._ends.to(torch.int32)
+        self.layout = Layout((tokens,), (0, tokens), self.positions_T, self.ends, room=tokens)
+        self.lengths = [0]
+        self.parts = [None]
+
+    def views(self, places: Tensor | np.ndarray) -> tuple:
+        """Tokens, positions, slots and adapters' numbers [T] each, rows whose logits are wanted [n], the bounds [n + 2]."""
+        ends = np.cumsum(self._sizes).tolist()
+        return tuple(places[end - size : end] for size, end in zip(self._sizes, ends, strict=True))
+
+    def find(self) -> None:
+        """The kernel's bounds: part of what is recorded."""
+        self.ends.copy_(self._ends)
+
+    def _pieces(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None,
+                softcap: float | None) -> Tensor:  # fmt: skip
+        longest = self.layout.longest
+        return varlen(q, k, v, self.ends, self.ends, longest, longest, scale, window)
+
+
+def slots_of(blocks: Sequence[int], tokens: np.ndarray) -> np.ndarray:
     """int64: the slot of each of a sequence's tokens."""
     return np.asarray(blocks, np.int64)[tokens // BLOCK] * BLOCK + tokens % BLOCK

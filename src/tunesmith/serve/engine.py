@@ -5,9 +5,9 @@ at most `Limits.piece` tokens while others write, so that a long prompt does not
 for the tokens that they have, not for those that they may get. When blocks run out the youngest sequence gives its own back and
 waits; its tokens are computed again, and since a draw depends on the place alone, its answer stays the same.
 
-On an NVIDIA GPU a step of writing sequences is a CUDA graph, recorded for a few batch sizes, and the next step is begun before the
-last one's tokens are looked at (they stay on the card): text, stops and clients are dealt with while it computes. A sequence that
-turns out to have ended has then computed one token for nothing.
+On an NVIDIA GPU writing sequences and a few whole prompts are CUDA graphs (serve/recorded.py), and the next step is begun before
+the last one's tokens are looked at (they stay on the card): text, stops and clients are dealt with while it computes. A sequence
+that turns out to have ended has then computed one token for nothing.
 
 Each row takes its own adapter (adapters/several.py): requests for different adapters share a step.
 """
@@ -35,11 +35,12 @@ from tunesmith.generate import context
 from tunesmith.models import lean
 from tunesmith.models.decoder import Decoder
 from tunesmith.models.fast import linears
-from tunesmith.models.paged import Part, Pass, Pool, RecordedPass, bytes_per_block
-from tunesmith.ops import backend, paged
+from tunesmith.models.paged import Part, Pass, Pool, bytes_per_block
+from tunesmith.ops import backend
 from tunesmith.ops.attention import to_device
 from tunesmith.ops.paged import BLOCK
 from tunesmith.serve.job import Busy, Chosen, Job, Missing, Piece, Reason
+from tunesmith.serve.recorded import Graphs
 from tunesmith.serve.sampling import Drawn, Row, nothing, sample
 
 NAN = "the model's answers are nan: its weights are damaged, or its numbers too large for this dtype", "serve it in fp32"
@@ -493,11 +494,14 @@ class Engine:
         for s, n in planned:
             if not s.held:
                 s.long = self.switch is not None and max(len(s.ids), n) > self.switch
-        if self._graphs is not None and writers and (self.bank.plain or not any(s.adapter for s in writers)):
-            logits = [self._graphs.run(writers, self._inputs(writers, last))]
-            done = list(writers)
+        if self._graphs is not None and (self.bank.plain or not any(s.adapter for s in writers)):
+            logits, done = [], []
+            if writers:
+                logits.append(self._graphs.run(writers, self._inputs(writers, last)))
+                done += writers
             if others:
-                more, finished = self._forward(others, None)
+                recorded = self._graphs.takes(others)
+                more, finished = self._graphs.prompts(others) if recorded else self._forward(others, None)
                 logits += [more] if finished else []
                 done += finished
         else:
@@ -671,84 +675,3 @@ def main_memory() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return 8 << 30
-
-
-class Graphs:
-    """Decoding steps as CUDA graphs: one for each of a few batch sizes, with and without adapters. Places beyond the sequences
-    compute into block 0."""
-
-    SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-
-    def __init__(self, engine: Engine):
-        self.engine = engine
-        self.found: dict[tuple[int, bool], tuple[Any, ...]] = {}
-        self.pool: Any = None
-
-    def forget(self) -> None:
-        self.found.clear()
-        self.pool = None
-
-    def warm(self) -> None:
-        """The largest first: the others find room in its memory."""
-        for adapters in (False, True) if self.engine.bank.names and self.engine.bank.plain else (False,):
-            for size in reversed(self.SIZES):
-                if size <= self.size(self.engine.limits.batch):
-                    self.found[size, adapters] = self._record(size, adapters)
-
-    def size(self, n: int) -> int:
-        return next((s for s in self.SIZES if s >= n), n)
-
-    def run(self, writers: Sequence[Answer], tokens_n: Tensor) -> Tensor:
-        """Logits [n, V] of the writers' next tokens; valid until the next run."""
-        engine, n = self.engine, len(writers)
-        size, adapters, device = self.size(n), any(s.adapter for s in writers), engine.device
-        if (size, adapters) not in self.found:
-            self.found[size, adapters] = self._record(size, adapters)
-        graph, where, tokens, numbers, logits = self.found[size, adapters]
-        blocks = max(len(s.blocks) for s in writers)
-        table = np.zeros((size, blocks), np.int32)
-        table[:n] = engine._tables[[s.row for s in writers], :blocks]
-        held = torch.zeros(2, size, dtype=torch.int64)
-        held[:, :n] = torch.tensor([[s.held for s in writers], [s.adapter for s in writers]])
-        held = to_device(held, device)
-        where.tables_NM[:, :blocks].copy_(to_device(torch.from_numpy(table), device))
-        where.positions_T.copy_(held[0])
-        where.lengths_N.copy_(held[0] + 1)
-        numbers.copy_(held[1])
-        tokens[:n].copy_(tokens_n)
-        graph.replay()
-        return logits[:n]
-
-    def _record(self, size: int, adapters: bool) -> tuple[Any, ...]:
-        engine, device = self.engine, self.engine.device
-        blocks = engine._tables.shape[1]
-        splits = paged.splits_for(size, engine.model.spec.kv_heads, blocks * BLOCK)
-        where = RecordedPass(engine.pool, size, blocks, splits)
-        tokens, numbers = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2))
-        choice = engine.bank.choice
-
-        def body() -> Tensor:
-            choice.clear()
-            choice.number_T, choice.rows = (numbers if adapters else None), None
-            choice.present = frozenset(engine.bank.numbers) if adapters else frozenset()
-            where.find()
-            return engine.model.logits(engine.hidden(tokens, where, None))
-
-        graph, logits = self._capture(body)
-        choice.clear()
-        choice.number_T = None
-        return graph, where, tokens, numbers, logits
-
-    def _capture(self, body: Callable[[], Tensor]) -> tuple[Any, Tensor]:
-        """(what replays it, where its result then lies)."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            body()  # compiles and loads kernels, which a capture may not
-            body()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            logits = body()
-        self.pool = self.pool or graph.pool()
-        return graph, logits
