@@ -22,6 +22,22 @@ def test_a_family_is_the_live_model_in_llama_cpp(name, trained, tmp_path):
     assert done.exit_code == 0 and (done.path / "parity.json").is_file()
 
 
+SIX = ("llama", "mistral", "phi3", "qwen2", "qwen3", "gemma2")
+EACH = [(name, to) for name in FAMILIES for to in ("merged", "adapter", "gguf-lora")]
+SOON = [*((name, "merged") for name in SIX), ("phi3", "gguf-lora"), ("gemma2", "gguf-lora")]
+
+
+@pytest.mark.parametrize(("name", "to"), [pytest.param(*c, marks=[] if c in SOON else [pytest.mark.soak]) for c in EACH])
+def test_a_family_is_the_live_model_in_transformers_and_as_an_adapter(name, to, trained, tmp_path, request):
+    """Merged in transformers, the adapter in PEFT over its base, the adapter's GGUF in llama.cpp over the base's."""
+    if to != "gguf-lora":
+        request.getfixturevalue("here")
+    found = export(trained(name), to, tmp_path / "out").parity
+    assert found.state == "verified", found.reasons
+    assert found.measured["numbers"]["kl_mean"] < (5e-5 if to == "gguf-lora" else 1e-6)
+    assert found.measured["answers"]["equal"] >= (5 if to == "gguf-lora" else 6) and found.measured["words"]["conversations"] == 6
+
+
 def test_every_native_family_has_a_case():
     assert {FAMILIES[n].get("model_type", "llama") for n in FAMILIES} == set(NATIVE) == set(gguf_model.ARCHITECTURES)
 
