@@ -35,7 +35,8 @@ def test_a_family_is_the_live_model_in_transformers_and_as_an_adapter(name, to, 
     found = export(trained(name), to, tmp_path / "out").parity
     assert found.state == "verified", found.reasons
     assert found.measured["numbers"]["kl_mean"] < (5e-5 if to == "gguf-lora" else 1e-6)
-    assert found.measured["answers"]["equal"] >= (5 if to == "gguf-lora" else 6) and found.measured["words"]["conversations"] == 6
+    assert found.measured["words"]["conversations"] == 6 and not found.measured["words"]["different"]
+    assert to == "gguf-lora" or found.measured["answers"]["equal"] == 6  # over a base in f16 near ties fall otherwise
 
 
 def test_every_native_family_has_a_case():

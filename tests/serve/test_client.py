@@ -78,7 +78,7 @@ def test_tools_reach_the_template_and_calls_come_back_as_the_client_reads_them(t
 def test_citations_name_the_passages_of_a_real_index(tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()
-    (docs / "docs/moon.txt").write_text("The moon is made of grey rock. It goes around the earth in 27 days.")
+    (docs / "moon.txt").write_text("The moon is made of grey rock. It goes around the earth in 27 days.")
     (docs / "tea.txt").write_text("Tea is brewed for 4 minutes. It grows on hills.")
     with Index.create_or_open(tmp_path / "docs.sqlite") as index:
         index.add(docs)
