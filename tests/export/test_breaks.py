@@ -170,6 +170,13 @@ OTHER_BREAKS = {  # what is broken -> (format, family, LoRA's variant, how, what
     "adapter: the scale wrong": ("adapter", "llama", "lora", written(adapter, rewrite("adapter_config.json", lora_alpha=32)), KL),
     "adapter: rsLoRA lost": ("adapter", "llama", "rslora", written(adapter, rewrite("adapter_config.json", use_rslora=False)), KL),
     "adapter: the template lost": ("adapter", "llama", "lora", written(adapter, gone("chat_template.jinja")), LOST),
+    "adapter: EOS rewritten": (
+        "adapter",
+        "llama",
+        "lora",
+        written(adapter, rewrite("generation_config.json", eos_token_id=256)),
+        ENDS,
+    ),
     "gguf-lora: the permutation off": ("gguf-lora", "llama", "lora", adapters_rows_as_stored, KL),
     "gguf-lora: rsLoRA's root forgotten": ("gguf-lora", "llama", "rslora", alpha_as_stored, KL),
     "gguf-lora: the attention's scale lost": ("gguf-lora", "gemma2", "lora", no_ratio_in_the_adapter, KL),

@@ -16,7 +16,7 @@ from tunesmith.export import card, gguf, parity, push
 from tunesmith.export.gguf_read import read_gguf
 from tunesmith.export.ollama import modelfile, read_modelfile
 from tunesmith.export.source import open_run
-from tunesmith.export.vllm import adapter_line
+from tunesmith.export.vllm import adapter_line, serve_options
 from tunesmith.files import verify
 from tunesmith.run import Run
 
@@ -48,7 +48,11 @@ def test_a_vllm_folder_comes_with_the_line_that_serves_it(trained, tmp_path, unc
     assert done.hints == (line,) and (done.path / "model.safetensors").is_file()
     assert (done.path / "serve.sh").read_text() == line.replace(str(done.path), '"$(dirname "$0")"') + "\n"
     assert any("vLLM is not installed" in note for note in done.parity.notes)
-    assert "serve a/b --enable-lora --max-lora-rank 16 --lora-modules run=out" in adapter_line("run", "a/b", Path("out"), 12)
+    assert "serve a/b --enable-lora --max-lora-rank 16 --lora-modules run=out --tokenizer out --generation-config out" in (
+        adapter_line("run", "a/b", Path("out"), 12)
+    )
+    (tmp_path / "config.json").write_text('{"torch_dtype": "float32", "n_positions": 64, "model_type": "gpt2"}')
+    assert "--max-model-len 64 " in serve_options("run", tmp_path)
 
 
 def test_an_export_is_whole_and_its_card_names_what_it_is_made_of(trained, tmp_path):
@@ -145,9 +149,9 @@ def test_a_card_inherits_the_licence(method, trained, tmp_path, unchecked):
 def test_an_adapter_that_vllm_cannot_lay_over_has_no_line_for_it(trained, tmp_path, unchecked):
     plain = export(trained("llama"), "adapter", tmp_path / "plain")
     assert "--max-lora-rank 8" in plain.hints[0] and not plain.parity.notes
-    wide = export(trained("llama", lora={"rank": 4, "rank_pattern": {"q_proj": 24}}), "adapter", tmp_path / "wide")
-    assert "--max-lora-rank 32" in wide.hints[0], "the widest of them"
-    for lora in ({"variant": "dora"}, {"new_tokens": ["<note>"]}, {"modules_to_save": ["lm_head"]}):
+    odd = {"variant": "dora", "new_tokens": ["<note>"], "modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 2},
+           "alpha_pattern": {"v_proj": 2}}  # fmt: skip
+    for lora in ({key: value} for key, value in odd.items()):
         done = export(trained("llama", lora={"rank": 4, "alpha": 8, **lora}), "adapter", tmp_path / next(iter(lora)))
         assert done.hints == () and "vllm serve" not in (done.path / "README.md").read_text()
         assert "export --to vllm" in done.parity.notes[0] and done.parity.notes[0] in (done.path / "README.md").read_text()

@@ -93,6 +93,15 @@ def test_every_variant_is_the_live_model_in_transformers_and_peft(name, to, trai
     assert not other or any("over the 16-bit base" in note for note in found.notes)
 
 
+def test_an_adapter_that_ends_answers_where_its_base_does_not_brings_that_along(trained, tmp_path, here):
+    """As every base model that learns a chat template: PEFT reads no generation_config.json, and the adapter was refused."""
+    done = export(trained("llama", {"eos_token_id": 256}), "adapter", tmp_path / "out")
+    assert done.parity.state == "verified", done.parity.reasons
+    stops = done.parity.measured["words"]["stops"]
+    assert stops["live"] == stops["artefact"] and 257 in stops["live"]
+    assert f"its answers end at {stops['live']}, the base's at [256]" in (done.path / "README.md").read_text()
+
+
 def test_rslora_as_a_gguf_adapter_has_the_scale_it_was_trained_with(trained, tmp_path):
     """llama.cpp divides alpha by the rank, rsLoRA by its root."""
     found = export(trained_as(trained, "rslora"), "gguf-lora", tmp_path / "out").parity

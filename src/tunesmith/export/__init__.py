@@ -94,11 +94,11 @@ def _adapter(source: Source, folder: Path, options: Options) -> Artefact:
     if source.run.config.method == "qlora" and not nf4:
         notes.append("loaded over the 16-bit base: bitsandbytes is not here, and the adapter was trained over 4 bits")
     lora = source.run.config.lora
-    if lora.variant == "dora" or lora.new_tokens or lora.modules_to_save:
-        notes.append("vLLM takes adapters of plain and rank-stabilised LoRA alone: for it, export --to vllm")
+    if lora.variant == "dora" or lora.new_tokens or lora.modules_to_save or lora.rank_pattern or lora.alpha_pattern:
+        # the first three it refuses; of the patterns it knows nothing, and takes one rank and alpha for all
+        notes.append("vLLM takes plain and rank-stabilised LoRA of one rank and alpha alone: for it, export --to vllm")
         return Artefact(job, "peft", notes=notes)
-    rank = max((lora.rank, *lora.rank_pattern.values()))
-    return Artefact(job, "peft", notes=notes, hints=lambda out, base: [adapter_line(source.name, base, out, rank)])
+    return Artefact(job, "peft", notes=notes, hints=lambda out, base: [adapter_line(source.name, base, out, lora.rank)])
 
 
 def _merged(source: Source, folder: Path, options: Options) -> Artefact:
