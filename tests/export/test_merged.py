@@ -1,7 +1,9 @@
 """Merging as it streams: the same bytes as merging in memory, for every variant; one tensor at a time; what transformers reads."""
 
 import json
-import re
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,33 +124,49 @@ def test_what_a_gguf_adapter_lacks_is_refused_by_name(name, told, trained, tmp_p
         gguf.write_adapter(open_run(trained_as(trained, name)), tmp_path / "x.gguf")
 
 
+PEAK = """
+import re, sys
+from pathlib import Path
+from tunesmith.export import gguf
+from tunesmith.export.source import open_run
+
+def status(key):
+    return int(re.search(rf"{key}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+def peak(work):
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    work()
+    return status("VmHWM") - before
+
+source, out, shard = open_run(Path(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3])
+source.write_model(out / "warm", "auto", shard_bytes=shard)  # imports, caches and threads are not the merge's
+gguf.the_package()
+print(peak(lambda: source.write_model(out / "merged", "auto", shard_bytes=shard)))
+print(peak(lambda: gguf.write(source, out / "x.gguf", "q8_0", "auto")))
+"""
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of resident memory can be reset on Linux alone")
 def test_a_merge_needs_less_memory_than_one_shard(trained, tmp_path):
-    """53 MB in shards of 5 MB: the peak of resident memory while it is written rises by less than one of them."""
-    big = {"hidden_size": 384, "intermediate_size": 768, "num_hidden_layers": 10}
-    source = open_run(trained("llama", big, train={"epochs": 1}))
-    shard = 5_000_000
-    source.write_model(tmp_path / "warm", "auto", shard_bytes=shard)  # imports, caches and threads are not the merge's
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    source.write_model(tmp_path / "out", "auto", shard_bytes=shard)
-    grown = status("VmHWM") - before
-    stored, faults = find_tensors(tmp_path / "out")
+    """121 MB in shards of 24 MB, over 4 bits and with DoRA, which need the most: the peak of resident memory while it is written
+    rises by less than one of them. In a process whose allocator gives back at once what is freed: glibc keeps up to 64 MB, in
+    which a peak does not show. A shard is 9 of the largest tensors here; of 5 GB it is 19 of a 7B model's in bf16."""
+    big = {"hidden_size": 576, "intermediate_size": 1152, "num_hidden_layers": 10}
+    _, changes = VARIANTS["qlora, dora"]
+    run, shard = trained("llama", big, train={"epochs": 0.1}, data={"held_out": 0}, **changes), 24_000_000
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = str(Path(tunesmith.__file__).parents[1])
+    command = [sys.executable, "-c", PEAK, str(run), str(tmp_path), str(shard)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    grown = [int(line) for line in done.stdout.split()]
+    stored, faults = find_tensors(tmp_path / "merged")
     files, total = {s.file.name for s in stored.values()}, sum(s.size for s in stored.values())
-    assert not faults and len(files) >= 10 and total > 10 * shard
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert not faults and len(files) >= 5 and total > 5 * shard
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == total and set(index["weight_map"].values()) == files
-    assert grown < shard, f"{grown:,} bytes"
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    gguf.write(source, tmp_path / "x.gguf", "q8_0", "auto")
-    grown = status("VmHWM") - before
-    assert grown < shard and (tmp_path / "x.gguf").stat().st_size > 2 * shard, f"{grown:,} bytes"
-
-
-def status(key: str) -> int:
-    """Bytes, of a line of /proc/self/status."""
-    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    assert (tmp_path / "x.gguf").stat().st_size > shard and len(grown) == 2 and 0 < max(grown) < shard, grown
 
 
 def test_generation_config_names_what_the_template_ends_with(trained, tmp_path):
