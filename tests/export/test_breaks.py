@@ -3,13 +3,16 @@
 
 import json
 import re
+from importlib.util import find_spec
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tests.export.cases import FAMILIES, export, quiet
 
 import tunesmith
+from tunesmith import cli
 from tunesmith.errors import ExportRefused
-from tunesmith.export import gguf, gguf_model, parity, source
+from tunesmith.export import adapter, gguf, gguf_model, merged, parity, source
 
 
 def twice_the_delta(monkeypatch):
@@ -103,21 +106,93 @@ def test_force_keeps_what_is_refused_and_says_so(trained, tmp_path, monkeypatch)
     assert "**refused**" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_gate_sees_a_broken_merge(trained, tmp_path, monkeypatch):
-    """In transformers, several at once: the delta doubled, EOS rewritten, the template lost."""
-    write_words = source.Source.write_words
+def written(module, change):
+    """What an exporter has written, changed before the gate looks at it."""
 
-    def broken(self, folder):
-        write_words(self, folder)
-        (folder / "generation_config.json").write_text('{"eos_token_id": 256}')
-        (folder / "chat_template.jinja").unlink()
+    def patch(monkeypatch):
+        write = module.write
 
-    twice_the_delta(monkeypatch)
-    monkeypatch.setattr(source.Source, "write_words", broken)
-    with pytest.raises(ExportRefused) as refused:
-        export(trained("llama"), "merged", tmp_path / "out")
-    for told in (KL, r"answers end at \[256\] where the run's end at \[257\]", "the chat template is another, or lost"):
-        assert re.search(told, refused.value.what), told
+        def broken(source, folder, *how):
+            write(source, folder, *how)
+            change(folder)
+
+        monkeypatch.setattr(module, "write", broken)
+
+    return patch
+
+
+def rewrite(name, **values):
+    def change(folder):
+        config = json.loads((folder / name).read_text())
+        assert values.keys() <= config.keys()
+        (folder / name).write_text(json.dumps(config | values))
+
+    return change
+
+
+def gone(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def halved_head(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"] / 2}, path, metadata={"format": "pt"})
+
+
+def adapters_rows_as_stored(monkeypatch):
+    monkeypatch.setattr(gguf, "PERMUTED", ())
+
+
+def no_ratio_in_the_adapter(monkeypatch):
+    monkeypatch.setattr(gguf, "scale_ratio", lambda architecture, spec: 1.0)
+
+
+def alpha_as_stored(monkeypatch):
+    writer = gguf.the_package().GGUFWriter
+    add = writer.add_float32
+    monkeypatch.setattr(writer, "add_float32", lambda self, key, value: add(self, key, value / 2 if "alpha" in key else value))
+
+
+ENDS = r"answers end at \[256\] where the run's end at \[257\]"
+LOST = "the chat template is another, or lost"
+OTHER_BREAKS = {  # what is broken -> (format, family, LoRA's variant, how, what is told)
+    "merged: the scale wrong": ("merged", "llama", "lora", twice_the_delta, KL),
+    "merged: EOS rewritten": (
+        "merged",
+        "llama",
+        "lora",
+        written(merged, rewrite("generation_config.json", eos_token_id=256)),
+        ENDS,
+    ),
+    "merged: the template lost": ("merged", "llama", "lora", written(merged, gone("chat_template.jinja")), LOST),
+    "merged: another head": ("merged", "llama", "lora", written(merged, halved_head), KL),
+    "adapter: the scale wrong": ("adapter", "llama", "lora", written(adapter, rewrite("adapter_config.json", lora_alpha=32)), KL),
+    "adapter: rsLoRA lost": ("adapter", "llama", "rslora", written(adapter, rewrite("adapter_config.json", use_rslora=False)), KL),
+    "adapter: the template lost": ("adapter", "llama", "lora", written(adapter, gone("chat_template.jinja")), LOST),
+    "adapter: EOS rewritten": (
+        "adapter",
+        "llama",
+        "lora",
+        written(adapter, rewrite("generation_config.json", eos_token_id=256)),
+        ENDS,
+    ),
+    "gguf-lora: the permutation off": ("gguf-lora", "llama", "lora", adapters_rows_as_stored, KL),
+    "gguf-lora: rsLoRA's root forgotten": ("gguf-lora", "llama", "rslora", alpha_as_stored, KL),
+    "gguf-lora: the attention's scale lost": ("gguf-lora", "gemma2", "lora", no_ratio_in_the_adapter, KL),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_BREAKS)
+def test_the_gate_sees_what_is_broken_elsewhere(name, trained, tmp_path, monkeypatch, request):
+    to, family, variant, patch, told = OTHER_BREAKS[name]
+    run = trained(family, **({} if variant == "lora" else {"lora": {"variant": variant, "rank": 4, "alpha": 8}}))
+    if to != "gguf-lora":
+        request.getfixturevalue("here")
+    patch(monkeypatch)
+    with pytest.raises(ExportRefused, match=told):
+        export(run, to, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_artefact_that_does_not_load_is_refused(trained, tmp_path, monkeypatch):
@@ -132,6 +207,17 @@ def test_without_the_runtime_it_is_not_verified_and_the_exit_code_is_1(trained, 
     done = export(trained("llama"), "gguf", tmp_path / "out", quant="f16")
     assert done.parity.state == "not verified" and done.exit_code == 1
     assert '".[export]"' in done.parity.reasons[0] and list(done.path.glob("*.gguf"))
+
+
+def test_the_command_line_says_not_verified_and_ends_with_1(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        parity, "find_spec", lambda name: None if name in ("transformers", "peft", "xllamacpp") else find_spec(name)
+    )
+    for to in ("merged", "adapter", "gguf"):
+        assert cli.main(["export", str(trained("llama")), "--to", to, "--out", str(tmp_path / to)]) == 1
+        assert "\nnot verified: " in (said := capsys.readouterr().out) and "--push" not in said
+        kept = json.loads((tmp_path / to / "parity.json").read_text())
+        assert kept["state"] == "not verified" and "not installed: " in kept["reasons"][0]
 
 
 def test_several_formats_go_on_after_one_is_refused(trained, tmp_path, monkeypatch):

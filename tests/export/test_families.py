@@ -22,6 +22,23 @@ def test_a_family_is_the_live_model_in_llama_cpp(name, trained, tmp_path):
     assert done.exit_code == 0 and (done.path / "parity.json").is_file()
 
 
+SIX = ("llama", "mistral", "phi3", "qwen2", "qwen3", "gemma2")
+EACH = [(name, to) for name in FAMILIES for to in ("merged", "adapter", "gguf-lora")]
+SOON = [*((name, "merged") for name in SIX), ("phi3", "gguf-lora"), ("gemma2", "gguf-lora")]
+
+
+@pytest.mark.parametrize(("name", "to"), [pytest.param(*c, marks=[] if c in SOON else [pytest.mark.soak]) for c in EACH])
+def test_a_family_is_the_live_model_in_transformers_and_as_an_adapter(name, to, trained, tmp_path, request):
+    """Merged in transformers, the adapter in PEFT over its base, the adapter's GGUF in llama.cpp over the base's."""
+    if to != "gguf-lora":
+        request.getfixturevalue("here")
+    found = export(trained(name), to, tmp_path / "out").parity
+    assert found.state == "verified", found.reasons
+    assert found.measured["numbers"]["kl_mean"] < (5e-5 if to == "gguf-lora" else 1e-6)
+    assert found.measured["words"]["conversations"] == 6 and not found.measured["words"]["different"]
+    assert to == "gguf-lora" or found.measured["answers"]["equal"] == 6  # over a base in f16 near ties fall otherwise
+
+
 def test_every_native_family_has_a_case():
     assert {FAMILIES[n].get("model_type", "llama") for n in FAMILIES} == set(NATIVE) == set(gguf_model.ARCHITECTURES)
 
@@ -31,7 +48,7 @@ def test_a_quantisation_is_what_it_says(quant, trained, tmp_path):
     """Each file is smaller than the one before, nothing is refused, and the vocabulary keeps 8 bits below 8."""
     sizes = {"hidden_size": 64, "intermediate_size": 96}
     run, path = trained("llama", sizes), tmp_path / "x.gguf"
-    if quant in ("q8_0", "q4_0"):
+    if quant in ("q8_0", "q5_1", "q4_0"):
         done = export(run, "gguf", tmp_path / "out", quant=quant)
         assert done.parity.state in ("verified", "warned"), done.parity.reasons
         (path,) = done.path.glob("*.gguf")
@@ -67,7 +84,9 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name(case, told, t
 def test_a_window_that_llama_cpp_lacks_ends_the_context(trained, tmp_path):
     done = export(trained("mistral"), "gguf", tmp_path / "out", quant="f16")
     (path,) = done.path.glob("*.gguf")
-    assert read_gguf(path).keys["llama.context_length"] == 128 and any("no sliding window" in n for n in done.parity.notes)
+    assert read_gguf(path).keys["llama.context_length"] == 128
+    (note,) = done.parity.notes
+    assert "no sliding window" in note and f"- {note}\n" in (done.path / "README.md").read_text()
 
 
 def test_a_model_that_runs_through_transformers_has_no_gguf():

@@ -13,9 +13,10 @@ from tests.export.cases import export, quiet
 import tunesmith
 from tunesmith.errors import RunError
 from tunesmith.export import card, gguf, parity, push
+from tunesmith.export.gguf_read import read_gguf
 from tunesmith.export.ollama import modelfile, read_modelfile
 from tunesmith.export.source import open_run
-from tunesmith.export.vllm import adapter_line
+from tunesmith.export.vllm import adapter_line, serve_options
 from tunesmith.files import verify
 from tunesmith.run import Run
 
@@ -47,7 +48,11 @@ def test_a_vllm_folder_comes_with_the_line_that_serves_it(trained, tmp_path, unc
     assert done.hints == (line,) and (done.path / "model.safetensors").is_file()
     assert (done.path / "serve.sh").read_text() == line.replace(str(done.path), '"$(dirname "$0")"') + "\n"
     assert any("vLLM is not installed" in note for note in done.parity.notes)
-    assert "serve a/b --enable-lora --max-lora-rank 16 --lora-modules run=out" in adapter_line("run", "a/b", Path("out"), 12)
+    assert "serve a/b --enable-lora --max-lora-rank 16 --lora-modules run=out --tokenizer out --generation-config out" in (
+        adapter_line("run", "a/b", Path("out"), 12)
+    )
+    (tmp_path / "config.json").write_text('{"torch_dtype": "float32", "n_positions": 64, "model_type": "gpt2"}')
+    assert "--max-model-len 64 " in serve_options("run", tmp_path)
 
 
 def test_an_export_is_whole_and_its_card_names_what_it_is_made_of(trained, tmp_path):
@@ -73,6 +78,26 @@ def test_an_export_is_whole_and_its_card_names_what_it_is_made_of(trained, tmp_p
     assert kept["state"] == "verified" and kept["measured"]["numbers"]["bounds"] == [0.003, 0.05]
 
 
+def test_parity_json_holds_all_that_was_compared(trained, tmp_path, here):
+    """Ids, BOS, EOS, what ends an answer, the template, KL a token, greedy answers, the task's metric."""
+    run = trained("llama")
+    path = export(run, "merged", tmp_path / "out").path
+    words, numbers, answers = json.loads((path / "parity.json").read_text())["measured"].values()
+    renderer, held = open_run(run).renderer, open_run(run).held_out
+    assert words["rendered"] == [renderer.prompt(c.messages[:-1]) for c in held] and not words["different"]
+    assert (words["conversations"], words["probes"], words["probes_same"]) == (6, 10, 10)
+    assert words["template"] == renderer.template and words["template_same"] and "template_artefact" not in words
+    assert words["stops"] == {"live": [257], "artefact": [257]} and words["eos"] == {"live": 257, "artefact": 257}
+    assert words["bos"] == {"live": None, "artefact": None}
+    assert len(numbers["kl"]) == numbers["positions"] > 100 and max(numbers["kl"]) == pytest.approx(numbers["kl_max"], rel=0.01)
+    assert sum(numbers["kl"]) / len(numbers["kl"]) == pytest.approx(numbers["kl_mean"], rel=0.01)
+    assert {"kl_p99", "top1", "loss_live", "loss_artefact"} <= numbers.keys() and numbers["bounds"] == [1e-3, 5e-2]
+    assert answers["count"] == answers["equal"] == 6 and answers["metric"] == "rouge_l"
+    assert answers["metric_live"] == answers["metric_artefact"] and 0 <= answers["metric_live"] <= 1
+    lines = (path / "parity.json").read_text().splitlines()
+    assert len(lines) < 100, "a list of numbers takes one line"
+
+
 def test_an_earlier_export_is_replaced_and_anything_else_is_not(trained, tmp_path, unchecked):
     run = trained("llama")
     first = export(run, "gguf", tmp_path / "out", quant="f16")
@@ -86,18 +111,50 @@ def test_an_earlier_export_is_replaced_and_anything_else_is_not(trained, tmp_pat
 @pytest.mark.parametrize(
     ("text", "licence"),
     [
-        ("---\nlicense: apache-2.0\n---\n# x", "apache-2.0"),
-        ("---\nlicense: [a, b]\n---\n", None),
-        ("---\nlicense: 'a b\\n# c'\n---\n", None),
-        ("---\n: : :\n---\n", None),
-        ("# no front", None),
-        (None, None),
+        ("---\nlicense: apache-2.0\n---\n# x", {"license": "apache-2.0"}),
+        (
+            "---\nlicense: other\nlicense_name: acme-1\nlicense_link: https://acme.example/LICENSE\n---\n",
+            {"license": "other", "license_name": "acme-1", "license_link": "https://acme.example/LICENSE"},
+        ),
+        ("---\nlicense: other\nlicense_name: [a]\nlicense_link: LICENSE\n---\n", {"license": "other"}),
+        ("---\nlicense: [a, b]\nlicense_name: x\n---\n", {}),
+        ("---\nlicense: 'a b\\n# c'\n---\n", {}),
+        ("---\n: : :\n---\n", {}),
+        ("# no front", {}),
+        (None, {}),
     ],
 )
 def test_the_licence_is_the_bases(text, licence, tmp_path):
     if text is not None:
         (tmp_path / "README.md").write_text(text)
-    assert card.licence_of(tmp_path) == licence
+    assert card.licence_of(tmp_path) == licence and card.licence_of(None) == {}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_card_inherits_the_licence(method, trained, tmp_path, unchecked):
+    """Of the model that was tuned: what method full leaves has no card of its own."""
+    run = trained("llama", {"num_hidden_layers": 1}, method=method)
+    base = run.parent / "model"
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: acme-1\n---\n# A base\n")
+    text = (export(run, "merged", tmp_path / "out").path / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert (front["license"], front["license_name"]) == ("other", "acme-1") and "| Licence | other acme-1 |" in text
+    (base / "README.md").unlink()
+    assert "| Licence | unknown:" in (export(run, "merged", tmp_path / "out").path / "README.md").read_text()
+    if method == "full":  # which needs its base no more
+        base.rename(base.with_name("moved"))
+        assert "| Licence | unknown:" in (export(run, "merged", tmp_path / "out").path / "README.md").read_text()
+
+
+def test_an_adapter_that_vllm_cannot_lay_over_has_no_line_for_it(trained, tmp_path, unchecked):
+    plain = export(trained("llama"), "adapter", tmp_path / "plain")
+    assert "--max-lora-rank 8" in plain.hints[0] and not plain.parity.notes
+    odd = {"variant": "dora", "new_tokens": ["<note>"], "modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 2},
+           "alpha_pattern": {"v_proj": 2}}  # fmt: skip
+    for lora in ({key: value} for key, value in odd.items()):
+        done = export(trained("llama", lora={"rank": 4, "alpha": 8, **lora}), "adapter", tmp_path / next(iter(lora)))
+        assert done.hints == () and "vllm serve" not in (done.path / "README.md").read_text()
+        assert "export --to vllm" in done.parity.notes[0] and done.parity.notes[0] in (done.path / "README.md").read_text()
 
 
 # ---- K-quants ----------------------------------------------------------------------------------------------------------------
@@ -112,6 +169,14 @@ def test_k_quants_are_made_by_llama_cpps_own_quantiser(trained, tmp_path, monkey
     monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
     gguf.write(open_run(trained("llama")), tmp_path / "x.gguf", "q4_k_m", "auto")
     assert (tmp_path / "x.gguf").read_bytes() == b"GGUFQ4_K_M\n" and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.skipif(gguf.quantiser() is None, reason="neither llama-quantize nor llama-cpp-python is here")
+def test_a_real_k_quant_is_the_live_model(trained, tmp_path):
+    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    done = export(trained("llama", sizes), "gguf", tmp_path / "out", quant="q4_k_m")
+    assert done.parity.state in ("verified", "warned"), done.parity.reasons
+    assert "Q4_K" in {t.type for t in read_gguf(next(done.path.glob("*.gguf"))).tensors.values()}
 
 
 def test_k_quants_without_it_say_where_to_get_it(trained, tmp_path, monkeypatch):

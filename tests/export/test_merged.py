@@ -1,7 +1,9 @@
 """Merging as it streams: the same bytes as merging in memory, for every variant; one tensor at a time; what transformers reads."""
 
 import json
-import re
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from tests.export.cases import export, lively, quiet
 import tunesmith
 from tunesmith import adapters, models
 from tunesmith.adapters import storage
-from tunesmith.errors import AdapterError, RunError
+from tunesmith.errors import AdapterError, ModelError, RunError
 from tunesmith.export import gguf
 from tunesmith.export.gguf_read import read_gguf
 from tunesmith.export.source import open_run
@@ -79,33 +81,92 @@ def test_every_variant_is_the_live_model_in_llama_cpp(name, trained, tmp_path):
     assert tensors["token_embd.weight"].shape[0] == (261 if "new tokens" in name else 260)
 
 
+EACH = [(name, to) for name in VARIANTS for to in ("merged", "adapter") if (name, to) != ("full", "adapter")]
+SOON = [("new tokens, tied", "merged"), *((name, "adapter") for name in ("rslora", "dora", "new tokens, tied"))]
+
+
+@pytest.mark.parametrize(("name", "to"), [pytest.param(*c, marks=[] if c in SOON else [pytest.mark.soak]) for c in EACH])
+def test_every_variant_is_the_live_model_in_transformers_and_peft(name, to, trained, tmp_path, here):
+    """An adapter of a 4-bit run is laid over the 16-bit base: rows of 32 are too narrow for bitsandbytes on a CPU."""
+    found = export(trained_as(trained, name), to, tmp_path / "out").parity
+    other = "qlora" in name and to == "adapter"
+    assert found.state == ("warned" if other else "verified"), found.reasons
+    assert found.measured["numbers"]["kl_mean"] < (5e-2 if other else 1e-6)
+    assert not other or any("over the 16-bit base" in note for note in found.notes)
+
+
+def test_an_adapter_that_ends_answers_where_its_base_does_not_brings_that_along(trained, tmp_path, here):
+    """As every base model that learns a chat template: PEFT reads no generation_config.json, and the adapter was refused."""
+    done = export(trained("llama", {"eos_token_id": 256}), "adapter", tmp_path / "out")
+    assert done.parity.state == "verified", done.parity.reasons
+    stops = done.parity.measured["words"]["stops"]
+    assert stops["live"] == stops["artefact"] and 257 in stops["live"]
+    assert f"its answers end at {stops['live']}, the base's at [256]" in (done.path / "README.md").read_text()
+
+
+def test_rslora_as_a_gguf_adapter_has_the_scale_it_was_trained_with(trained, tmp_path):
+    """llama.cpp divides alpha by the rank, rsLoRA by its root."""
+    found = export(trained_as(trained, "rslora"), "gguf-lora", tmp_path / "out").parity
+    assert found.state == "verified" and found.measured["numbers"]["kl_mean"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("dora", "no DoRA's magnitudes"),
+        ("new tokens", "no tokens or modules that were trained whole"),
+        ("head adapted, tied", "no part for a vocabulary projection that the base shares"),
+        ("patterns", "has one rank"),
+    ],
+)
+def test_what_a_gguf_adapter_lacks_is_refused_by_name(name, told, trained, tmp_path):
+    with pytest.raises(ModelError, match=told):
+        gguf.write_adapter(open_run(trained_as(trained, name)), tmp_path / "x.gguf")
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from tunesmith.export import gguf
+from tunesmith.export.source import open_run
+
+def status(key):
+    return int(re.search(rf"{key}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+def peak(work):
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    work()
+    return status("VmHWM") - before
+
+source, out, shard = open_run(Path(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3])
+source.write_model(out / "warm", "auto", shard_bytes=shard)  # imports, caches and threads are not the merge's
+gguf.the_package()
+print(peak(lambda: source.write_model(out / "merged", "auto", shard_bytes=shard)))
+print(peak(lambda: gguf.write(source, out / "x.gguf", "q8_0", "auto")))
+"""
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of resident memory can be reset on Linux alone")
 def test_a_merge_needs_less_memory_than_one_shard(trained, tmp_path):
-    """53 MB in shards of 5 MB: the peak of resident memory while it is written rises by less than one of them."""
-    big = {"hidden_size": 384, "intermediate_size": 768, "num_hidden_layers": 10}
-    source = open_run(trained("llama", big, train={"epochs": 1}))
-    shard = 5_000_000
-    source.write_model(tmp_path / "warm", "auto", shard_bytes=shard)  # imports, caches and threads are not the merge's
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    source.write_model(tmp_path / "out", "auto", shard_bytes=shard)
-    grown = status("VmHWM") - before
-    stored, faults = find_tensors(tmp_path / "out")
+    """121 MB in shards of 24 MB, over 4 bits and with DoRA, which need the most: the peak of resident memory while it is written
+    rises by less than one of them. In a process whose allocator gives back at once what is freed: glibc keeps up to 64 MB, in
+    which a peak does not show. A shard is 9 of the largest tensors here; of 5 GB it is 19 of a 7B model's in bf16."""
+    big = {"hidden_size": 576, "intermediate_size": 1152, "num_hidden_layers": 10}
+    _, changes = VARIANTS["qlora, dora"]
+    run, shard = trained("llama", big, train={"epochs": 0.1}, data={"held_out": 0}, **changes), 24_000_000
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = str(Path(tunesmith.__file__).parents[1])
+    command = [sys.executable, "-c", PEAK, str(run), str(tmp_path), str(shard)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    grown = [int(line) for line in done.stdout.split()]
+    stored, faults = find_tensors(tmp_path / "merged")
     files, total = {s.file.name for s in stored.values()}, sum(s.size for s in stored.values())
-    assert not faults and len(files) >= 10 and total > 10 * shard
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert not faults and len(files) >= 5 and total > 5 * shard
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == total and set(index["weight_map"].values()) == files
-    assert grown < shard, f"{grown:,} bytes"
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    gguf.write(source, tmp_path / "x.gguf", "q8_0", "auto")
-    grown = status("VmHWM") - before
-    assert grown < shard and (tmp_path / "x.gguf").stat().st_size > 2 * shard, f"{grown:,} bytes"
-
-
-def status(key: str) -> int:
-    """Bytes, of a line of /proc/self/status."""
-    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    assert (tmp_path / "x.gguf").stat().st_size > shard and len(grown) == 2 and 0 < max(grown) < shard, grown
 
 
 def test_generation_config_names_what_the_template_ends_with(trained, tmp_path):

@@ -128,6 +128,46 @@ def test_a_unigram_tokenizer_keeps_its_scores(scheme, tmp_path):
     assert keys["tokenizer.ggml.model"] == "t5" and keys["tokenizer.ggml.scores"][1] == -2.0
 
 
+def sentencepiece() -> Tokenizer:
+    """As Llama 2's and Mistral's: spaces are part of words, what no piece holds becomes bytes."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz.,"]
+    made = [
+        "th",
+        "at",
+        "the",
+        "▁the",
+        "▁c",
+        "▁cat",
+        "▁s",
+        "sat",
+        "▁sat",
+    ]  # in the order of their scores, each by every pair of others
+    pieces += made
+    merges = [(p[:k], p[k:]) for p in made for k in range(1, len(p)) if p[:k] in pieces and p[k:] in pieces]
+    words = models.BPE({p: i for i, p in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    backend = Tokenizer(words)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = decoders.Strip(" ", 1, 0)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    backend.add_special_tokens([AddedToken(t, special=True) for t in ("<unk>", "<s>", "</s>")])
+    return backend
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_sentencepiece_tokenizer_gives_the_same_ids_and_bos_where_the_template_has_it(bos, tmp_path):
+    """Which llama.cpp's server adds by itself, once, where the file says so."""
+    template = ("{{ bos_token }}" if bos else "") + TEMPLATE
+    live = checkpoint(small(tmp_path, sentencepiece(), unk_token="<unk>", bos_token="<s>", chat_template=template))
+    texts = ("the cat sat", "thecat  sat.", "Ω is 3", "  the", "cat\n\nthe", "sat, the cat")
+    asked = [[{"role": "user", "content": t}] for t in texts]
+    facts = ids_in_llama_cpp(live, tmp_path / "x.gguf", asked)
+    wanted = [live.renderer.prompt(c) for c in asked]
+    assert facts["rendered"] == wanted and [ids.count(1) for ids in wanted] == [int(bos)] * len(texts)
+    assert facts["adds_bos"] == bos == (wanted[0][0] == 1) and facts["bos"] == 1
+    keys = read_gguf(tmp_path / "x.gguf").keys
+    assert keys["tokenizer.ggml.model"] == "llama" and keys["tokenizer.ggml.add_bos_token"] == bos
+
+
 def test_the_vocabulary_is_as_long_as_the_embedding(tiny):
     """Ids that only the embedding has are unused tokens; fewer rows than tokens are refused."""
     renderer = build_renderer(tiny.model)

@@ -149,12 +149,15 @@ def nulled(value):
 
 
 def test_the_stream_is_read_back_the_same():
-    rng = random.Random(2)
+    rng, slowest = random.Random(2), 0.0
     for _ in range(CASES // 5):
         values = [value_of(rng) for _ in range(5)]
+        start = time.perf_counter()
         stream = sse.PING.join(sse.event(v) for v in values) + sse.DONE
+        slowest = max(slowest, time.perf_counter() - start)
         *found, done = read(stream)
         assert done == "[DONE]" and [json.loads(f) for f in found] == [json.loads(json.dumps(nulled(v))) for v in values]
+    assert slowest < 1.0
 
 
 @pytest.mark.parametrize(

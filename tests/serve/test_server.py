@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -346,6 +347,16 @@ def test_a_token_that_others_may_read_or_guess_is_refused(tmp_path):
             start.token_file(file, "127.0.0.1", 8000)
 
 
+def test_numbers_that_cannot_be_are_told(tmp_path):
+    for change, told in (
+        ({"port": 70_000}, "--port 70000"),
+        ({"port": -1}, "--port -1"),
+        ({"limits": {"queue": -1}}, "--max-queue -1"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            start.run(["embedded"], **{"port": 0, "token": tmp_path / "token", **change})
+
+
 def test_a_taken_port_is_told():
     sock = start.listen("127.0.0.1", 0)
     with pytest.raises(ConfigError, match="choose another --port"):
@@ -367,11 +378,21 @@ def test_the_command_line_serves_and_ends_on_a_signal(tmp_path, number):
     url, file = lines[-1].split()[1], re.search(r"in (\S+):", next(x for x in lines if x.startswith("Token")))[1]
     with open(file) as f:
         client = openai.OpenAI(base_url=url, api_key=f.read().strip(), max_retries=2)
+        token = client.api_key
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/v1", url) and os.stat(file).st_mode & 0o777 == 0o600
     assert client.chat.completions.create(model="embedded", messages=[{"role": "user", "content": "Hi"}], max_tokens=5).id
+    for body in (b"{", b'{"model": "embedded", "prompt": [4096]}', json.dumps({"model": token, "prompt": "x"}).encode()):
+        headers = {"authorization": f"Bearer {token}", "content-type": "application/json"}
+        assert httpx.post(f"{url}/completions", content=body, headers=headers).status_code >= 400
+    assert httpx.get(f"{url}/models?key={token}", headers={"authorization": f"Basic {token}"}).status_code == 401
+    with socket.create_connection(("127.0.0.1", int(url.split(":")[2].split("/")[0]))) as raw:
+        raw.sendall(f"GARBAGE {token}\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
+        raw.recv(100)
     process.send_signal(number)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 0 and "Traceback" not in err and "training" not in err, err
     assert out.splitlines()[-1] == "Stopped serving"
+    assert token not in err and token not in out + "".join(lines), "a secret was logged"
 
 
 def test_the_command_line_refuses_an_open_address_without_a_token(tmp_path):

@@ -93,8 +93,12 @@ def _adapter(source: Source, folder: Path, options: Options) -> Artefact:
     notes = []
     if source.run.config.method == "qlora" and not nf4:
         notes.append("loaded over the 16-bit base: bitsandbytes is not here, and the adapter was trained over 4 bits")
-    rank = source.run.config.lora.rank
-    return Artefact(job, "peft", notes=notes, hints=lambda out, base: [adapter_line(source.name, base, out, rank)])
+    lora = source.run.config.lora
+    if lora.variant == "dora" or lora.new_tokens or lora.modules_to_save or lora.rank_pattern or lora.alpha_pattern:
+        # the first three it refuses; of the patterns it knows nothing, and takes one rank and alpha for all
+        notes.append("vLLM takes plain and rank-stabilised LoRA of one rank and alpha alone: for it, export --to vllm")
+        return Artefact(job, "peft", notes=notes)
+    return Artefact(job, "peft", notes=notes, hints=lambda out, base: [adapter_line(source.name, base, out, lora.rank)])
 
 
 def _merged(source: Source, folder: Path, options: Options) -> Artefact:
@@ -145,6 +149,8 @@ def _gguf_lora(source: Source, folder: Path, options: Options) -> Artefact:
     keys = read_gguf(base).keys
     stops = [keys[key] for name in ("eos", "eot", "eom") if (key := f"tokenizer.ggml.{name}_token_id") in keys]
     notes.append(f"it holds no words: tokenizer and template come from the base's GGUF; checked over one in {kind} with this run's")
+    if source.run.config.method == "qlora":
+        notes.append("this run learned over 4 bits, and a base's GGUF holds the original weights: --to gguf is closer")
     job = {"artefact": str(base), "adapter": str(path)}
     hints = lambda out, base: [f"llama-server -m BASE.gguf --lora {quote(str(out / path.name))} --jinja"]  # noqa: E731
     return Artefact(job, "llama.cpp", stops=stops, notes=notes, hints=hints, aside=[base])
@@ -308,7 +314,7 @@ def _one(source: Source, name: str, exporter: Exporter, place: Path, options: Op
                 raise Refused
             verdict.save(temp)
             portable = artefact.hints(Path(place.name), source.hub_name or source.base.path.name)  # no path of this machine
-            (temp / "README.md").write_text(card(source, name, verdict, portable, licence_of(source.base.path)), "utf-8")
+            (temp / "README.md").write_text(card(source, name, verdict, portable, licence_of(source.origin)), "utf-8")
     except Refused:
         return result
     for hint in result.hints:

@@ -21,20 +21,23 @@ LOADED = {
     "gguf-lora": "gguf",
 }
 RULE = "---"
+LICENCE = {"license": r"[\w.+-]{1,64}", "license_name": r"[\w.+ -]{1,96}", "license_link": r"https://[\w./%~+:?=&#-]{1,300}"}
 
 
-def licence_of(folder: Path) -> str | None:
-    """The base's licence as its card names it; None where it does not."""
+def licence_of(folder: Path | None) -> dict[str, str]:
+    """The base's licence as its card names it: `license`, and for `other` its `license_name` and `license_link`; empty where it
+    names none."""
     try:
-        text = (folder / "README.md").read_text("utf-8")
+        text = (folder / "README.md").read_text("utf-8") if folder else ""
         front = yaml.safe_load(text.split(RULE)[1]) if text.startswith(RULE) else None
     except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
-        return None
-    found = front.get("license") if isinstance(front, dict) else None
-    return found if isinstance(found, str) and re.fullmatch(r"[\w.+-]{1,64}", found) else None
+        return {}
+    found = {key: front.get(key) for key in LICENCE} if isinstance(front, dict) else {}
+    found = {key: text for key, text in found.items() if isinstance(text, str) and re.fullmatch(LICENCE[key], text)}
+    return found if "license" in found else {}
 
 
-def card(source: Source, to: str, parity: Parity, hints: list[str], licence: str | None) -> str:
+def card(source: Source, to: str, parity: Parity, hints: list[str], licence: dict[str, str]) -> str:
     """The whole text. `hints` are lines that say how to load it."""
     run, manifest = source.run, source.run.manifest
     base = source.hub_name
@@ -43,7 +46,7 @@ def card(source: Source, to: str, parity: Parity, hints: list[str], licence: str
         "library_name": LOADED[to],
         "pipeline_tag": "text-generation",
         **({"base_model": base} if base else {}),
-        **({"license": licence} if licence else {}),
+        **licence,
         "tags": list(dict.fromkeys(["tunesmith", run.config.method, *(["lora"] if not source.full else [])])),
     }
     lines = [RULE, yaml.safe_dump(front, sort_keys=False).rstrip(), RULE, "", f"# {source.name}", ""]
@@ -54,7 +57,8 @@ def card(source: Source, to: str, parity: Parity, hints: list[str], licence: str
         f"| Data fingerprint | `{manifest.get('data') or 'unknown'}` |",
     ]
     lines += [f"| Method | {run.config.method}, seed {run.config.seed}, {manifest.get('steps', 'an unknown number of')} steps |"]
-    lines += [f"| Licence | {licence or 'unknown: the licence of the base model and of the data applies'} |", ""]
+    named = " ".join(dict.fromkeys(licence.values())) or "unknown: the licence of the base model and of the data applies"
+    lines += [f"| Licence | {named} |", ""]
     if losses := _losses(run.path):
         lines += ["## Before and after", "", f"Loss on held-out rows: {losses[0]:.4f} before, {losses[1]:.4f} after.", ""]
     lines += [
@@ -64,6 +68,8 @@ def card(source: Source, to: str, parity: Parity, hints: list[str], licence: str
         "",
     ]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in parity.lines()), ""]
+    if parity.notes:
+        lines += [*(f"- {note}" for note in parity.notes), ""]
     if hints:
         lines += ["## How to load it", "", "```sh", *hints, "```", ""]
     return redact("\n".join(lines))

@@ -212,6 +212,8 @@ def write_adapter(source: Source, path: Path) -> list[str]:
             faults.append("DoRA's magnitudes")
         if settings.tokens or settings.modules_to_save:
             faults.append("tokens or modules that were trained whole")
+        if "lm_head" in settings.targets and spec_of(config).tied:
+            faults.append("part for a vocabulary projection that the base shares with its embedding")
         if faults:
             raise ModelError(f"a GGUF adapter has no {' and no '.join(faults)}", "export --to gguf: there they are in the weights")
         if (ranks := {settings.rank_of(n) for n in settings.targets}) and len(ranks) > 1:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +51,7 @@ LONGEST = 1024  # tokens of a row: attention on a CPU grows with the square
 ASKED = 16  # questions that are answered
 MAX_TOKENS = 48
 SURE = 1.0
+NUMBERS = re.compile(r"\[\n[^\"\[\]{}]+\]")  # a list of them, in JSON that is indented: it takes one line
 TOP = 2048
 SILENCE = 600.0  # seconds a runtime may take to load, for a row or an answer, and one more for every
 SLOWEST = 10_000_000  # bytes that it loads: a disk, a memory and a CPU that are all slow
@@ -106,6 +108,7 @@ class Parity:
 
     def save(self, folder: Path) -> None:
         text = json.dumps(finite(asdict(self)), indent=1, ensure_ascii=False)
+        text = NUMBERS.sub(lambda found: " ".join(found[0].split()), text)
         (folder / "parity.json").write_text(text + "\n", "utf-8")
 
     def print(self, console: Console) -> None:
@@ -426,11 +429,14 @@ def _words(found: Live, facts: dict[str, Any], renderer: Renderer, stops: Sequen
     tokenizer = renderer.tokenizer
     return {
         "conversations": own,
+        "rendered": found.rendered[:own],
         "different": different[:4] + [{} for _ in different[4:]],
         "probes": len(same) - own,
         "probes_same": sum(same[own:]),
         "probes_different": [found.asked[i]["messages"][0]["content"] for i in range(own, len(same)) if not same[i]],
+        "template": renderer.template,
         "template_same": facts["template"] == renderer.template,
+        **({} if facts["template"] == renderer.template else {"template_artefact": facts["template"]}),
         "stops": {"live": sorted(renderer.stop_ids), "artefact": sorted(stops) if stops is not None else None},
         "eos": {"live": tokenizer.eos_id, "artefact": facts["eos"]},
         "bos": {"live": tokenizer.bos_id, "artefact": facts["bos"]},
@@ -449,6 +455,7 @@ def _numbers(found: Live, ids_PK: np.ndarray, logp_PK: np.ndarray, bounds: tuple
         "kl_mean": float(kl_P.mean()),
         "kl_p99": float(np.quantile(kl_P, 0.99)),
         "kl_max": float(kl_P.max()),
+        "kl": [float(f"{kl:.3g}") for kl in kl_P],
         "top1": float((found.logp_PV.argmax(1) == ids_PK[:, 0]).mean()),
         "loss_live": float(-live.mean()) if told.any() else None,
         "loss_artefact": float(-theirs.mean()) if told.any() else None,

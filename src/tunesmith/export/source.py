@@ -69,6 +69,16 @@ class Source:
         manifest = self.run.manifest
         return str(manifest.get("base_name") or "") if manifest.get("base_revision") else ""
 
+    @property
+    def origin(self) -> Path | None:
+        """Where the model lies that was tuned; None where that is no longer here, which method full does not need."""
+        if not self.full:
+            return self.base.path
+        try:
+            return resolve_model(self.run.config.model, weights=False, offline=True).path
+        except ModelError:
+            return None
+
     @cached_property
     def renderer(self) -> Renderer:
         """What the run was trained with."""

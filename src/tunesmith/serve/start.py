@@ -69,6 +69,8 @@ def _written(path: Path, replace: bool = False) -> str:
 
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket; port 0 takes a free one. ConfigError where the address is taken or not this machine's."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"--port {port}: no port", "0, which takes a free one, to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves Nagle on: 40 ms an answer
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -100,6 +102,8 @@ def run(sources: Sequence[str | Path], *, docs: Path | None = None, passages: in
     `ready` gets uvicorn's server once it is made (its `should_exit` ends it). `kernels`: as in ops/backend.py; `reference` also
     records no steps."""
     uvicorn = library()
+    if (limits or {}).get("queue", 0) < 0:
+        raise ConfigError(f"--max-queue {limits['queue']}", "0, where nobody waits, or more")
     sock = listen(host, port)
     try:
         port = sock.getsockname()[1]

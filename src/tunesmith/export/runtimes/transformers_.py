@@ -43,7 +43,7 @@ def answer(job: dict[str, Any], told: Told) -> Answer:
             ids.append(best.indices.cpu().numpy())
             logp.append(best.values.cpu().numpy())
             told(len(positions))
-        stops = _stops(model, tokenizer)
+        stops = _stops(model)
         answers, ended = [], []
         for prompt in job["prompts"]:
             whole = torch.tensor([prompt], device=device)
@@ -73,6 +73,7 @@ def _model(job: dict[str, Any], torch: Any, auto: Any, notes: list[str]) -> Any:
     if not job["adapter"]:
         return auto.from_pretrained(job["artefact"], dtype="auto", trust_remote_code=False)
     from peft import PeftConfig, PeftModel
+    from transformers import GenerationConfig
 
     dtype = getattr(torch, job["dtype"])
     how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
@@ -88,6 +89,12 @@ def _model(job: dict[str, Any], torch: Any, auto: Any, notes: list[str]) -> Any:
     need = 1 + max((i for ids in (rows.values() if isinstance(rows, dict) else [rows]) for i in ids), default=-1)
     if need > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(need)
+    alone = _stops(base)
+    base.generation_config = GenerationConfig.from_pretrained(job["adapter"])
+    if alone != (ours := _stops(base)):
+        notes.append(
+            f"its answers end at {sorted(ours)}, the base's at {sorted(alone)}: generate with this folder's generation_config.json"
+        )
     return PeftModel.from_pretrained(base, job["adapter"])
 
 
@@ -103,8 +110,9 @@ def _peft() -> str:
     return f", PEFT {peft.__version__}"
 
 
-def _stops(model: Any, tokenizer: Any) -> set[int]:
-    """What `generate` ends at: generation_config.json's, which it reads from the folder; for an adapter its base's."""
+def _stops(model: Any) -> set[int]:
+    """What `generate` ends at: generation_config.json's, which transformers reads from a model's folder; for an adapter it must be
+    told, since PEFT reads none."""
     found = model.generation_config.eos_token_id
     return set(found if isinstance(found, list) else [found]) - {None}
 
