@@ -17,7 +17,8 @@ other programs took less than CALM cores, or the calmest one if there is none (`
 is what two workers gain without the packing, which the training loop does step by step in one process.
 
 --cores 1 2 4 8 prepares `--rows` of the first set with so many workers each, one after the other, `--rounds` times; no peer is
-needed. The table holds prepare() from the file to the store, with findings and without, and is added to what --json holds.
+needed. The table holds prepare() from the file to the store, with findings and without, and what so many processes at once do without
+workers; it is added to what --json holds.
 
 --memory prepares so many short rows, none like another, with findings and two workers, and tells the most that all processes held
 together: `rss` counts pages that they share once for each of them, `pss` once.
@@ -287,20 +288,33 @@ def one_set(path: Path, o: argparse.Namespace, scratch: Path) -> dict:
 
 
 def cores(counts: list[int], o: argparse.Namespace, scratch: Path) -> dict:
-    """Rows a second by the number of workers, and its table. The best of the rounds: other programs can only make a run slower."""
-    rows = scratch / "rows.jsonl"
-    write(rows, chats(o.data[0]), o.rows)
-    found: dict[str, dict[int, float]] = {"ours": {}, "ours, check": {}}
+    """Rows a second by the number of workers, and its table. The best of the rounds: other programs can only make a run slower.
+    Beside them what the machine itself allows: so many processes at once, each alone with its share of the rows."""
+    rows, said = scratch / "rows.jsonl", chats(o.data[0])
+    write(rows, said, o.rows)
+    found: dict[str, dict[int, float]] = {"ours": {}, "ours, check": {}, "apart": {}}
     print("| workers | " + " | ".join(f"{arm}, rows a second | x one" for arm in found) + " |")
     print("|" + "---|" * (1 + 2 * len(found)))
     for count in counts:
-        for arm, rates in found.items():
-            rates[count] = o.rows / min(
+        for arm in ("ours", "ours, check"):
+            found[arm][count] = o.rows / min(
                 measure(f"{arm}, cores, {count} workers", rows, o.tokenizer)["wall"] for _ in range(o.rounds)
             )
+        share = scratch / "share.jsonl"
+        write(share, said, o.rows // count)
+        found["apart"][count] = max(apart(count, share, o.rows // count, o.tokenizer) for _ in range(o.rounds))
         shown = (f"{rates[count]:,.0f} | {rates[count] / rates[counts[0]]:.2f}" for rates in found.values())
         print(f"| {count} | {' | '.join(shown)} |", flush=True)
     return {"set": o.data[0].name, "rows": o.rows, "rounds": o.rounds, "cores": os.cpu_count(), "rows a second": found}
+
+
+def apart(count: int, rows: Path, each: int, tokenizer: str) -> float:
+    """Rows a second of `count` processes together, none of which has a worker."""
+    processes = [start("ours, cores, 1 workers", rows, tokenizer) for _ in range(count)]
+    told = [process.communicate() for process in processes]
+    if any(process.returncode for process in processes):
+        sys.exit("apart:\n" + "\n".join(err[-1000:] for _, err in told))
+    return sum(each / json.loads(out.splitlines()[-1])["wall"] for out, _ in told)
 
 
 def main() -> None:
