@@ -17,8 +17,8 @@ other programs took less than CALM cores, or the calmest one if there is none (`
 is what two workers gain without the packing, which the training loop does step by step in one process.
 
 --cores 1 2 4 8 prepares `--rows` of the first set with so many workers each, one after the other, `--rounds` times; no peer is
-needed. The table holds prepare() from the file to the store, with findings and without, and what so many processes at once do without
-workers; it is added to what --json holds.
+needed. The table holds prepare() from the file to the store, with findings and without, and what so many processes at once do
+without workers; it is added to what --json holds.
 
 --memory prepares so many short rows, none like another, with findings and two workers, and tells the most that all processes held
 together: `rss` counts pages that they share once for each of them, `pss` once.
