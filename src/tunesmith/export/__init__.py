@@ -84,17 +84,21 @@ class Exported:
 def _adapter(source: Source, folder: Path, options: Options) -> Artefact:
     from importlib.util import find_spec
 
-    from tunesmith.export import adapter
-    from tunesmith.export.vllm import adapter_line
+    from tunesmith.adapters import storage
+    from tunesmith.export import adapter, vllm
 
     adapter.write(source, folder)
+    config = json.loads((folder / storage.CONFIG).read_text("utf-8"))
     nf4 = source.run.config.method == "qlora" and find_spec("bitsandbytes") is not None
     job = {"adapter": str(folder), "base": str(source.base.path), "artefact": None, "nf4": nf4, "dtype": _word(source)}
     notes = []
     if source.run.config.method == "qlora" and not nf4:
         notes.append("loaded over the 16-bit base: bitsandbytes is not here, and the adapter was trained over 4 bits")
-    rank = source.run.config.lora.rank
-    return Artefact(job, "peft", notes=notes, hints=lambda out, base: [adapter_line(source.name, base, out, rank)])
+    if faults := vllm.adapter_refusals(config):
+        notes.append(f"vLLM serves no adapter with {', '.join(faults)}: export --to vllm, which folds it into the weights")
+        return Artefact(job, "peft", notes=notes)
+    dtype = _word(source)
+    return Artefact(job, "peft", notes=notes, hints=lambda out, base: [vllm.adapter_line(source.name, base, out, config, dtype)])
 
 
 def _merged(source: Source, folder: Path, options: Options) -> Artefact:
