@@ -119,7 +119,7 @@ def _vllm(source: Source, folder: Path, options: Options) -> Artefact:
         found.notes.append("vLLM is not installed: checked in transformers, which loads the same files")
     else:
         found.runtime = "vllm"
-    (folder / "serve.sh").write_text(f'vllm serve "$(dirname "$0")" {serving}\n', "utf-8")
+    (folder / "serve.sh").write_text(f'vllm serve "$(dirname "$0")" {serving} "$@"\n', "utf-8")
     return found
 
 

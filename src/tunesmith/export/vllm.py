@@ -1,4 +1,4 @@
-"""vllm: the merged folder, and how to serve it; how to serve an adapter over its base. vLLM and transformers load the same files."""
+"""vllm: the merged folder, and how to serve it or an adapter over its base. vLLM and transformers load the same files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def serve_options(name: str, folder: Path) -> str:
     """What follows `vllm serve FOLDER` for the model in `folder`."""
     config = read_config(folder)
     parts = ["--served-model-name", name, "--dtype", config["torch_dtype"]]
-    parts += ["--max-model-len", str(config["max_position_embeddings"]), "--generation-config", "auto"]
-    return shlex.join(parts)
+    parts += ["--max-model-len", str(reach)] if (reach := config.get("max_position_embeddings")) else []
+    return shlex.join([*parts, "--generation-config", "auto"])
 
 
 def adapter_line(name: str, base: str, out: Path, adapter: Mapping[str, Any], dtype: str) -> str:
@@ -42,7 +42,7 @@ def adapter_refusals(adapter: Mapping[str, Any]) -> list[str]:
     if adapter.get("use_dora"):
         faults.append("DoRA")
     if adapter.get("modules_to_save"):
-        faults.append(f"trained modules as a whole ({', '.join(adapter['modules_to_save'])})")
+        faults.append(f"whole modules ({', '.join(adapter['modules_to_save'])})")
     if adapter.get("trainable_token_indices"):
         faults.append("trained tokens")
     if _widest(adapter) > RANKS[-1]:
