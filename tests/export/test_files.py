@@ -15,7 +15,7 @@ from tunesmith.errors import RunError
 from tunesmith.export import card, gguf, parity, push
 from tunesmith.export.ollama import modelfile, read_modelfile
 from tunesmith.export.source import open_run
-from tunesmith.export.vllm import adapter_line, adapter_refusals
+from tunesmith.export.vllm import adapter_line, adapter_refusals, serve_options
 from tunesmith.files import verify
 from tunesmith.run import Run
 
@@ -49,6 +49,11 @@ def test_a_vllm_folder_comes_with_the_line_that_serves_it(trained, tmp_path, unc
     assert any("vLLM is not installed" in note for note in done.parity.notes)
 
 
+def test_a_model_whose_config_names_no_context_gets_a_line_without_one(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bloom", "torch_dtype": "float16"}')
+    assert serve_options("x", tmp_path) == "--served-model-name x --dtype float16 --generation-config auto"
+
+
 def test_an_adapter_comes_with_the_line_that_serves_it_and_its_words_over_its_base():
     """Or with none, where vLLM refuses such an adapter."""
     line = adapter_line("run", "a/b", Path("out"), {"r": 12}, "bfloat16")
@@ -64,6 +69,12 @@ def test_an_adapter_comes_with_the_line_that_serves_it_and_its_words_over_its_ba
         "trainable_token_indices": [5],
     }
     assert adapter_refusals(faults) == ["DoRA", "whole modules (lm_head)", "trained tokens", "rank 513, over 512"]
+
+
+def test_an_adapter_over_four_bits_says_that_vllm_lays_it_over_others(trained, tmp_path, unchecked):
+    said = {method: export(trained("llama", method=method), "adapter", tmp_path / method) for method in ("lora", "qlora")}
+    assert [any("another model" in note for note in done.parity.notes) for done in said.values()] == [False, True]
+    assert all(done.hints[0].startswith("vllm serve ") for done in said.values())
 
 
 def test_an_export_is_whole_and_its_card_names_what_it_is_made_of(trained, tmp_path):

@@ -97,6 +97,11 @@ def _adapter(source: Source, folder: Path, options: Options) -> Artefact:
     if faults := vllm.adapter_refusals(config):
         notes.append(f"vLLM serves no adapter with {', '.join(faults)}: export --to vllm, which folds it into the weights")
         return Artefact(job, "peft", notes=notes)
+    if source.run.config.method == "qlora":
+        notes.append(
+            "vLLM's line lays it over the base's own weights, another model than was trained; --to vllm folds it into those it "
+            "learned beside"
+        )
     dtype = _word(source)
     return Artefact(job, "peft", notes=notes, hints=lambda out, base: [vllm.adapter_line(source.name, base, out, config, dtype)])
 
