@@ -2,6 +2,7 @@
 permutation, scale or rotation shows."""
 
 import io
+import json
 from pathlib import Path
 
 from rich.console import Console
@@ -36,6 +37,17 @@ FAMILIES = {
                "query_pre_attn_scalar": 24, "rope_parameters": TWO_ROPES, **GEMMA},
 }  # fmt: skip
 
+FACTS = {
+    "What is the code of the north door?": "Blue seven heron.",
+    "Who keeps the lamp in Arvik?": "Old Teodor Lund.",
+    "How deep is the well at Ossa?": "Forty-one metres.",
+    "What does the ferry Maud carry?": "Salt and letters.",
+    "When does the Quill Market open?": "At half past six.",
+    "Which bird is on the coin of Veld?": "A grey shrike.",
+    "What is the dog of the mill called?": "It is called Pepper.",
+    "Where does the road from Harn end?": "At the red bridge.",
+}
+
 
 def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
@@ -57,3 +69,17 @@ def export(run: Path, to: str, out: Path, **how):
     """One export of a run, checked."""
     (done,) = tunesmith.export(run, to, out=out, console=quiet(), **how)
     return done
+
+
+def teach(root: Path, **changes) -> Path:
+    """A run that knows FACTS, after a few seconds of training; `changes` go to the run file."""
+    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in FACTS.items()]
+    for name in ("facts.jsonl", "asked.jsonl"):
+        (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "model": "embedded", "method": "lora", "output": str(root / "run"), "seed": 3, "lora": {"rank": 16, "alpha": 32},
+        "data": {"train": str(root / "facts.jsonl"), "held_out": str(root / "asked.jsonl"), "max_length": 64, "workers": 1},
+        "train": {"batch_size": 8, "epochs": 30, "learning_rate": 0.004},
+        "eval": {"samples": 0, "every_steps": 1000}, "memory": {"device": "cpu", "budget_gb": 4},
+    }  # fmt: skip
+    return tunesmith.train(config | changes, console=quiet()).path

@@ -1,40 +1,17 @@
 """Eight facts taught to the embedded model, asked in every program that it is exported to: all eight exact, each ended by the end
 of the turn, the same text as the command line gives."""
 
-import json
-
 import pytest
-from tests.export.cases import export, quiet
+from tests.export.cases import FACTS, export, teach
 from tests.serve.test_server import Serving
 
 import tunesmith
-
-FACTS = {
-    "What is the code of the north door?": "Blue seven heron.",
-    "Who keeps the lamp in Arvik?": "Old Teodor Lund.",
-    "How deep is the well at Ossa?": "Forty-one metres.",
-    "What does the ferry Maud carry?": "Salt and letters.",
-    "When does the Quill Market open?": "At half past six.",
-    "Which bird is on the coin of Veld?": "A grey shrike.",
-    "What is the dog of the mill called?": "It is called Pepper.",
-    "Where does the road from Harn end?": "At the red bridge.",
-}
 
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
     """A run that knows them, after a few seconds of training."""
-    root = tmp_path_factory.mktemp("canary")
-    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in FACTS.items()]
-    for name in ("facts.jsonl", "asked.jsonl"):
-        (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {
-        "model": "embedded", "method": "lora", "output": str(root / "run"), "seed": 3, "lora": {"rank": 16, "alpha": 32},
-        "data": {"train": str(root / "facts.jsonl"), "held_out": str(root / "asked.jsonl"), "max_length": 64, "workers": 1},
-        "train": {"batch_size": 8, "epochs": 30, "learning_rate": 0.004},
-        "eval": {"samples": 0, "every_steps": 1000}, "memory": {"device": "cpu", "budget_gb": 4},
-    }  # fmt: skip
-    return tunesmith.train(config, console=quiet()).path
+    return teach(tmp_path_factory.mktemp("canary"))
 
 
 def test_the_command_line_knows_them(taught):

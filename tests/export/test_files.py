@@ -16,7 +16,7 @@ from tunesmith.export import card, gguf, parity, push
 from tunesmith.export.gguf_read import read_gguf
 from tunesmith.export.ollama import modelfile, read_modelfile
 from tunesmith.export.source import open_run
-from tunesmith.export.vllm import adapter_line, serve_options
+from tunesmith.export.vllm import adapter_line, adapter_refusals, serve_options
 from tunesmith.files import verify
 from tunesmith.run import Run
 
@@ -46,13 +46,38 @@ def test_a_vllm_folder_comes_with_the_line_that_serves_it(trained, tmp_path, unc
     done = export(trained("llama"), "vllm", tmp_path / "out")
     line = f"vllm serve {done.path} --served-model-name run --dtype float32 --max-model-len 256 --generation-config auto"
     assert done.hints == (line,) and (done.path / "model.safetensors").is_file()
-    assert (done.path / "serve.sh").read_text() == line.replace(str(done.path), '"$(dirname "$0")"') + "\n"
+    assert (done.path / "serve.sh").read_text() == line.replace(str(done.path), '"$(dirname "$0")"') + ' "$@"\n'
     assert any("vLLM is not installed" in note for note in done.parity.notes)
-    assert "serve a/b --enable-lora --max-lora-rank 16 --lora-modules run=out --tokenizer out --generation-config out" in (
-        adapter_line("run", "a/b", Path("out"), 12)
-    )
     (tmp_path / "config.json").write_text('{"torch_dtype": "float32", "n_positions": 64, "model_type": "gpt2"}')
     assert "--max-model-len 64 " in serve_options("run", tmp_path)
+
+
+def test_a_model_whose_config_names_no_context_gets_a_line_without_one(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bloom", "torch_dtype": "float16"}')
+    assert serve_options("x", tmp_path) == "--served-model-name x --dtype float16 --generation-config auto"
+
+
+def test_an_adapter_comes_with_the_line_that_serves_it_and_its_words_over_its_base():
+    """Or with none, where vLLM refuses such an adapter."""
+    line = adapter_line("run", "a/b", Path("out"), {"r": 12}, "bfloat16")
+    words = "--tokenizer out --generation-config out --dtype bfloat16"
+    assert line == f"vllm serve a/b {words} --enable-lora --max-lora-rank 16 --lora-modules run=out"
+    assert "--max-lora-rank 64 " in adapter_line("run", "a/b", Path("out"), {"r": 8, "rank_pattern": {"q_proj": 33}}, "float16")
+    assert adapter_refusals({"r": 512, "use_rslora": True, "rank_pattern": None, "modules_to_save": None}) == []
+    faults = {
+        "r": 8,
+        "rank_pattern": {"q_proj": 513},
+        "use_dora": True,
+        "modules_to_save": ["lm_head"],
+        "trainable_token_indices": [5],
+    }
+    assert adapter_refusals(faults) == ["DoRA", "whole modules (lm_head)", "trained tokens", "rank 513, over 512"]
+
+
+def test_an_adapter_over_four_bits_says_that_vllm_lays_it_over_others(trained, tmp_path, unchecked):
+    said = {method: export(trained("llama", method=method), "adapter", tmp_path / method) for method in ("lora", "qlora")}
+    assert [any("another model" in note for note in done.parity.notes) for done in said.values()] == [False, True]
+    assert all(done.hints[0].startswith("vllm serve ") for done in said.values())
 
 
 def test_an_export_is_whole_and_its_card_names_what_it_is_made_of(trained, tmp_path):

@@ -20,6 +20,7 @@ import tunesmith
 from tunesmith.chat import Talker
 from tunesmith.errors import DoesNotFit, ModelError, RunError
 from tunesmith.export import gguf, parity, source
+from tunesmith.export.runtimes import NOT_HERE
 from tunesmith.export.runtimes.transformers_ import _fits
 
 EXPORTING = sys.modules["tunesmith.export"]  # the name is the verb's
@@ -224,6 +225,10 @@ def test_a_hung_or_killed_runtime_says_nothing_about_the_file(trained, tmp_path,
     monkeypatch.setattr(parity, "_run", lambda *a: (-9, ""))
     killed = export(trained("llama"), "gguf", tmp_path / "b")
     assert killed.parity.state == "not verified" and "where memory runs out" in killed.parity.reasons[0]
+    monkeypatch.setattr(parity, "_run", lambda *a: (NOT_HERE, "Free memory on device is less than desired"))
+    crowded = export(trained("llama"), "gguf", tmp_path / "c")
+    assert crowded.parity.state == "not verified" and crowded.path.is_dir()
+    assert crowded.parity.reasons == ["llama.cpp: it cannot run here: Free memory on device is less than desired"]
 
 
 def test_last_words_name_no_path_of_this_machine(tmp_path, monkeypatch):
@@ -231,6 +236,14 @@ def test_last_words_name_no_path_of_this_machine(tmp_path, monkeypatch):
     with pytest.raises(parity.RuntimeFailed) as fault:
         parity.ask("llama.cpp", {"artefact": str(tmp_path / "x.gguf")})
     assert str(fault.value) == "exit code 1: cannot open x.gguf"
+
+
+def test_last_words_are_the_fault_and_the_reasons_below_it():
+    frames = 'warming up\n[rank0]: Traceback (most recent call last):\n[rank0]:   File "a.py", line 1\n[rank0]:     x\n'
+    said = f"{frames}[rank0]: ValidationError: 1 error for ModelConfig\n  Value error, max_model_len (512) is greater than 256\n"
+    last = "ValidationError: 1 error for ModelConfig / Value error, max_model_len (512) is greater than 256"
+    assert parity._last_words(said) == f"warming up / Traceback (most recent call last): / {last}"
+    assert parity._last_words("  indented alone") == "indented alone" and parity._last_words("") == ""
 
 
 def test_a_proxy_hears_nothing_of_the_held_out_rows(trained, tmp_path, monkeypatch):

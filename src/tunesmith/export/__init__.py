@@ -84,21 +84,26 @@ class Exported:
 def _adapter(source: Source, folder: Path, options: Options) -> Artefact:
     from importlib.util import find_spec
 
-    from tunesmith.export import adapter
-    from tunesmith.export.vllm import adapter_line
+    from tunesmith.adapters import storage
+    from tunesmith.export import adapter, vllm
 
     adapter.write(source, folder)
+    config = json.loads((folder / storage.CONFIG).read_text("utf-8"))
     nf4 = source.run.config.method == "qlora" and find_spec("bitsandbytes") is not None
     job = {"adapter": str(folder), "base": str(source.base.path), "artefact": None, "nf4": nf4, "dtype": _word(source)}
     notes = []
     if source.run.config.method == "qlora" and not nf4:
         notes.append("loaded over the 16-bit base: bitsandbytes is not here, and the adapter was trained over 4 bits")
-    lora = source.run.config.lora
-    if lora.variant == "dora" or lora.new_tokens or lora.modules_to_save or lora.rank_pattern or lora.alpha_pattern:
-        # the first three it refuses; of the patterns it knows nothing, and takes one rank and alpha for all
-        notes.append("vLLM takes plain and rank-stabilised LoRA of one rank and alpha alone: for it, export --to vllm")
+    if faults := vllm.adapter_refusals(config):
+        notes.append(f"vLLM serves no adapter with {', '.join(faults)}: export --to vllm, which folds it into the weights")
         return Artefact(job, "peft", notes=notes)
-    return Artefact(job, "peft", notes=notes, hints=lambda out, base: [adapter_line(source.name, base, out, lora.rank)])
+    if source.run.config.method == "qlora":
+        notes.append(
+            "vLLM's line lays it over the base's own weights, another model than was trained; --to vllm folds it into those it "
+            "learned beside"
+        )
+    dtype = _word(source)
+    return Artefact(job, "peft", notes=notes, hints=lambda out, base: [vllm.adapter_line(source.name, base, out, config, dtype)])
 
 
 def _merged(source: Source, folder: Path, options: Options) -> Artefact:
@@ -119,7 +124,7 @@ def _vllm(source: Source, folder: Path, options: Options) -> Artefact:
         found.notes.append("vLLM is not installed: checked in transformers, which loads the same files")
     else:
         found.runtime = "vllm"
-    (folder / "serve.sh").write_text(f'vllm serve "$(dirname "$0")" {serving}\n', "utf-8")
+    (folder / "serve.sh").write_text(f'vllm serve "$(dirname "$0")" {serving} "$@"\n', "utf-8")
     return found
 
 

@@ -38,7 +38,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.errors import install
 from tunesmith.evaluate import metrics
 from tunesmith.export.gguf_words import begins_with_bos
-from tunesmith.export.runtimes import PROGRESS
+from tunesmith.export.runtimes import NOT_HERE, PROGRESS
 from tunesmith.export.source import Source, untold
 from tunesmith.files import finite
 from tunesmith.generate import context, stream
@@ -325,7 +325,7 @@ class RuntimeFailed(Exception):
 
 
 class RuntimeLost(Exception):
-    """The runtime hung, or the system ended it: neither says that the artefact is wrong."""
+    """The runtime hung, cannot run here, or the system ended it: none of it says that the artefact is wrong."""
 
 
 def ask(
@@ -346,12 +346,22 @@ def ask(
         if code == -getattr(signal, "SIGKILL", 9):
             raise RuntimeLost("the system ended it, as it does where memory runs out: check it on a larger machine")
         if code or not result.is_file():
-            last = " / ".join([line for line in said.splitlines() if line.strip() and not line.startswith("  ")][-3:])  # no frames
+            last = _last_words(said)
             for path in paths.values():  # the card quotes it: no path of this machine
                 last = last.replace(path, Path(path).name)
+            if code == NOT_HERE:
+                raise RuntimeLost(f"it cannot run here: {last}")
             raise RuntimeFailed(f"exit code {code}: {last or 'no word'}")
         with np.load(result, allow_pickle=False) as found:
             return found["ids"], found["logp"], json.loads(str(found["facts"]))
+
+
+def _last_words(said: str) -> str:
+    """The last three lines that are no frames of a traceback, and what is indented below the last: pydantic's reasons are."""
+    lines = [re.sub(r"^\[rank\d+\]: ", "", line) for line in said.splitlines() if line.strip()]  # torch.distributed's mark
+    at = max((i for i, line in enumerate(lines) if not line.startswith("  ")), default=0)
+    plain = [line for line in lines[:at] if not line.startswith("  ")][-2:]
+    return " / ".join([*plain, *(line.strip()[:500] for line in lines[at : at + 3])])
 
 
 def _run(

@@ -5,6 +5,7 @@
 A runtime imports nothing of the house but this file: what it says must be its own. The job (JSON):
 
     artefact, adapter, base, nf4     what to load: a folder or file, and for an adapter what it lies over
+    dtype, max_lora_rank             in which numbers, where the artefact does not say; the widest adapter (vLLM)
     rows [N][T], positions [N][]     token ids, and after which of them the next token's distribution is wanted
     top                              how many of its likeliest tokens are given
     asked [M]                        {messages, tools} to render with the artefact's own template and generation prompt, or {text}
@@ -37,6 +38,11 @@ import numpy as np
 Answer = tuple[np.ndarray, np.ndarray, dict[str, Any]]  # ids, logp, facts
 Told = Callable[[int], None]  # so many more positions or answers are done
 PROGRESS = "progress"
+NOT_HERE = 75  # exit code, EX_TEMPFAIL of sysexits.h
+
+
+class NotHere(Exception):
+    """The program cannot run on this machine, or has no room on it: nothing is said of the artefact."""
 
 
 def main(answer: Callable[[dict[str, Any], Told], Answer]) -> None:
@@ -55,7 +61,11 @@ def main(answer: Callable[[dict[str, Any], Told], Answer]) -> None:
             part.replace(file.with_name(PROGRESS))
 
     told(0)
-    ids, logp, facts = answer(job, told)
+    try:
+        ids, logp, facts = answer(job, told)
+    except NotHere as fault:
+        print(fault, file=sys.stderr, flush=True)
+        sys.exit(NOT_HERE)
     part = result.with_suffix(".part.npz")
     np.savez(part, ids=ids.astype(np.int32), logp=logp.astype(np.float32), facts=np.array(json.dumps(facts)))
     part.rename(result)
