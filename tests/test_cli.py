@@ -347,3 +347,9 @@ def test_a_system_prompt_may_be_a_file(calls, tmp_path, monkeypatch):
     for said in ("system.txt", "Be kind.", "x" * 5000):
         assert cli.main(["compare", "runs/a", "--system", said]) == 0
     assert [kwargs["system"] for _, _, kwargs in calls.list] == ["Be kind.", "Be kind.", "x" * 5000]
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "0", "-1"])
+def test_a_cache_of_no_size_is_told(size, capsys):
+    assert cli.main(["serve", "embedded", "--cache-gb", size]) == 2
+    assert f"--cache-gb {size}: no size" in capsys.readouterr().err

@@ -91,6 +91,7 @@ def test_own_data_from_the_first_look_to_a_talk_and_a_notebook(desk, monkeypatch
     assert len(names) == 10 and not [n for n in names if not (run / n).exists()]
     losses = json.loads((run / "comparison.json").read_text("utf-8"))["loss"]
     assert losses["after"] < losses["before"]
+    assert "license: apache-2.0" in (run / "README.md").read_text("utf-8")  # the embedded base's
 
     (code,) = blocks("python")
     Path("notebook.py").write_text(code, "utf-8")

@@ -149,7 +149,7 @@ def test_no_secret_reaches_the_folder(tmp_path, monkeypatch):
     with run.lock():
         run.set_status("failed", message=f"401 for {secrets[0]}")
         run.record(note=[f"key {secrets[3]}"])
-        run.write_card(base=f"owner/{secrets[0]}", rows={"used": 1}, licence=secrets[3])
+        run.write_card(base=f"owner/{secrets[0]}", rows={"used": 1}, licence={"license": secrets[3]})
     written = "\n".join(p.read_text() for p in run.path.iterdir())
     assert [s for s in secrets if s in written] == [] and written.count("[redacted]") >= 6
     assert run.changed_since(config) == []
@@ -552,7 +552,7 @@ def test_the_card(run):
         base="owner/name@abc",
         rows={"used": 1234, "refused": 5},
         losses={"held-out loss": (2.345678, 1.2)},
-        licence="apache-2.0",
+        licence={"license": "apache-2.0"},
         steps=77,
     )
     front, body = front_matter(path)

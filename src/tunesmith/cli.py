@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, CycloptsError, Parameter, Token
 
 import tunesmith
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import ConfigError, TunesmithError
 from tunesmith.wording import counted
 
 if TYPE_CHECKING:
@@ -487,6 +487,8 @@ def serve(
 
     tunesmith serve embedded --adapters runs --port 9000 --max-batch 16
     """
+    if cache_gb is not None and not 0 < cache_gb < float("inf"):
+        raise ConfigError(f"--cache-gb {cache_gb:g}: no size", "a number of GiB above 0")
     limits = {"batch": max_batch, "queue": max_queue}
     tunesmith.serve(
         models,

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+import yaml
+
 from tunesmith.errors import DataError, ModelError, TunesmithError
 from tunesmith.files import write_atomic
 
@@ -34,6 +36,7 @@ NOT_ROWS = {"readme.md", "license.md", "license.txt", "dataset_info.json", "data
 
 HUB_NAME = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[^\s@]+))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+LICENCE = {"license": r"[\w.+-]{1,64}", "license_name": r"[\w.+ -]{1,96}", "license_link": r"https://[\w./%~+:?=&#-]{1,300}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,19 @@ def resolve_model(
 
 
 # ------------------------------------------------------------------ datasets
+def licence_of(folder: Path | None) -> dict[str, str]:
+    """The base's licence as its card names it: `license`, and for `other` its `license_name` and `license_link`; empty where it
+    names none."""
+    try:
+        text = (folder / "README.md").read_text("utf-8") if folder else ""
+        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
+        return {}
+    found = {key: front.get(key) for key in LICENCE} if isinstance(front, dict) else {}
+    found = {key: text for key, text in found.items() if isinstance(text, str) and re.fullmatch(LICENCE[key], text)}
+    return found if "license" in found else {}
+
+
 def resolve_dataset(name: str) -> Path:
     """`[hub:]owner/name[@revision][/split]` -> a folder that holds that split's files of rows and nothing else.
 

@@ -255,12 +255,13 @@ class Run:
         base: str,
         rows: Mapping[str, int],
         losses: Mapping[str, tuple[float, float]] | None = None,
-        licence: str | None = None,
+        licence: Mapping[str, str] | None = None,
         steps: int = 0,
     ) -> Path:
-        """README.md, the model card. `base`: hub id or folder; `rows`: counts by class; `losses`: name -> (before, after)."""
+        """README.md, the model card. `base`: hub id or folder; `rows`: counts by class; `losses`: name -> (before, after);
+        `licence`: the base's, as `hub.licence_of` finds it."""
         config, manifest = self.config, self.manifest
-        text = redact(_card(self.path.name, config, manifest, base, rows, losses or {}, licence, steps))
+        text = redact(_card(self.path.name, config, manifest, base, rows, losses or {}, licence or {}, steps))
         write_atomic(self.path / "README.md", text)
         return self.path / "README.md"
 
@@ -572,7 +573,7 @@ def _card(
     base: str,
     rows: Mapping[str, int],
     losses: Mapping[str, tuple[float, float]],
-    licence: str | None,
+    licence: Mapping[str, str],
     steps: int,
 ) -> str:
     """The text of README.md. A local base is named by its last folder: paths of this machine do not travel."""
@@ -582,7 +583,7 @@ def _card(
     front = {
         "library_name": "transformers" if full else "peft",
         **({} if local else {"base_model": base.partition("@")[0]}),
-        **({"license": licence} if licence else {}),
+        **licence,
         "tags": ["tunesmith", config.method],
     }
     lora, dtype = config.lora, manifest.get("dtype", "an unrecorded precision")
@@ -598,7 +599,8 @@ def _card(
     lines += [f"| Method | {config.method}: {method} |", f"| Steps | {steps} |", f"| Seed | {config.seed} |"]
     lines += [f"| Data | {', '.join(f'{n:,} {what}' for what, n in rows.items()) or 'unknown'} |"]
     lines += [f"| Data fingerprint | `{manifest.get('data') or 'unknown'}` |"]
-    lines += [f"| Licence | {licence or 'unknown: the licence of the base model and of the data applies'} |", ""]
+    named = " ".join(dict.fromkeys(licence.values())) or "unknown: the licence of the base model and of the data applies"
+    lines += [f"| Licence | {named} |", ""]
     if losses:
         lines += ["## Before and after", "", "| | before | after |", "|---|---|---|"]
         lines += [f"| {what} | {before:.4f} | {after:.4f} |" for what, (before, after) in losses.items()] + [""]

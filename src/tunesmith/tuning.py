@@ -37,7 +37,7 @@ from tunesmith.evaluate.heldout import Losses
 from tunesmith.evaluate.statistics import FEW_ROWS, paired_bootstrap
 from tunesmith.files import finite, remove_folder, sha256, verify, write_atomic
 from tunesmith.generate import context
-from tunesmith.hub import ResolvedModel, resolve_model
+from tunesmith.hub import ResolvedModel, licence_of, resolve_model
 from tunesmith.models.fast import FastLayers, refusal
 from tunesmith.models.place import Place, make_deterministic, place
 from tunesmith.ops import backend, fp8
@@ -440,7 +440,8 @@ class _Session:
         run.record(finished=now, seconds=state.seconds, peak_bytes=peak, steps=state.step, weights_of_step=step,
                    best_step=state.best_step, tokens=state.tokens, micro_batch_tokens=state.micro_batch_tokens,
                    out_of_memory=state.step_downs)  # fmt: skip
-        run.write_card(base=self.base.name, rows=self.prepared.account.counts(), losses=losses, steps=step)
+        licence = licence_of(self.base.path)
+        run.write_card(base=self.base.name, rows=self.prepared.account.counts(), losses=losses, licence=licence, steps=step)
         run.set_status("finished", step=state.step, steps=state.step, message="")
         if (run.path / "best").exists():  # the result is written: no resume will ask for it
             remove_folder(run.path / "best")

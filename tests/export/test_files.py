@@ -11,8 +11,9 @@ import yaml
 from tests.export.cases import export, quiet
 
 import tunesmith
+from tunesmith import hub
 from tunesmith.errors import RunError
-from tunesmith.export import card, gguf, parity, push
+from tunesmith.export import gguf, parity, push
 from tunesmith.export.gguf_read import read_gguf
 from tunesmith.export.ollama import modelfile, read_modelfile
 from tunesmith.export.source import open_run
@@ -152,7 +153,7 @@ def test_an_earlier_export_is_replaced_and_anything_else_is_not(trained, tmp_pat
 def test_the_licence_is_the_bases(text, licence, tmp_path):
     if text is not None:
         (tmp_path / "README.md").write_text(text)
-    assert card.licence_of(tmp_path) == licence and card.licence_of(None) == {}
+    assert hub.licence_of(tmp_path) == licence and hub.licence_of(None) == {}
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -197,7 +198,7 @@ def test_k_quants_are_made_by_llama_cpps_own_quantiser(trained, tmp_path, monkey
 
 @pytest.mark.skipif(gguf.quantiser() is None, reason="neither llama-quantize nor llama-cpp-python is here")
 def test_a_real_k_quant_is_the_live_model(trained, tmp_path):
-    """Of whole blocks of 256. Six bits, because four are KL 0.37 on weights that learned this little (0.002 on the embedded base)."""
+    """Of whole blocks of 256. Six bits, because four are KL 0.37 on weights that learned this little (0.002 on the base)."""
     sizes = {"hidden_size": 256, "intermediate_size": 512}
     done = export(trained("llama", sizes), "gguf", tmp_path / "out", quant="q6_k")
     assert done.parity.state in ("verified", "warned"), done.parity.reasons

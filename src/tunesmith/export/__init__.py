@@ -285,8 +285,9 @@ def _place(source: Source, name: str, options: Options, out: Path | None, *, alo
 def _one(source: Source, name: str, exporter: Exporter, place: Path, options: Options, found: Live,
          other: dict[str, Any] | None, force: bool, console: Console) -> Exported:  # fmt: skip
     from tunesmith.export import parity
-    from tunesmith.export.card import card, licence_of
+    from tunesmith.export.card import card
     from tunesmith.files import folder_atomic
+    from tunesmith.hub import licence_of
 
     class Refused(Exception):
         """Ends the folder that is being written."""

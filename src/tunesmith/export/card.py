@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import yaml
@@ -21,20 +20,6 @@ LOADED = {
     "gguf-lora": "gguf",
 }
 RULE = "---"
-LICENCE = {"license": r"[\w.+-]{1,64}", "license_name": r"[\w.+ -]{1,96}", "license_link": r"https://[\w./%~+:?=&#-]{1,300}"}
-
-
-def licence_of(folder: Path | None) -> dict[str, str]:
-    """The base's licence as its card names it: `license`, and for `other` its `license_name` and `license_link`; empty where it
-    names none."""
-    try:
-        text = (folder / "README.md").read_text("utf-8") if folder else ""
-        front = yaml.safe_load(text.split(RULE)[1]) if text.startswith(RULE) else None
-    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
-        return {}
-    found = {key: front.get(key) for key in LICENCE} if isinstance(front, dict) else {}
-    found = {key: text for key, text in found.items() if isinstance(text, str) and re.fullmatch(LICENCE[key], text)}
-    return found if "license" in found else {}
 
 
 def card(source: Source, to: str, parity: Parity, hints: list[str], licence: dict[str, str]) -> str:
