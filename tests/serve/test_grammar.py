@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -92,7 +93,7 @@ def test_masks_that_are_slow_each_time_end_the_answer_and_cheap_ones_never_do(se
 
 
 def longest_gap(times):
-    return max(b - a for a, b in zip(times, times[1:], strict=False))
+    return max(b - a for a, b in pairwise(times))
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -60,15 +60,15 @@ class Grammars:
 
 
 class Patience:
-    """What the answers to one question share: the processor time that their masks may still take, and the matcher's own lock, which a
-    copy of it has too. Processor time, because a thread on a busy machine may wait for its turn longer than it works."""
+    """What the answers to one question share: the processor time that their masks may still take, and the matcher's own lock, which
+    a copy of it has too. Processor time, because a thread on a busy machine may wait for its turn longer than it works."""
 
     def __init__(self):
         self.left, self.lock = HOLD, threading.Lock()
 
     @contextmanager
     def bounded(self) -> Iterator[float]:
-        """Gives how long the body may wait. Raises DataError where patience is at an end; a TimeoutError in the body is that end."""
+        """Gives how long the body may wait. Raises DataError where patience is at an end; TimeoutError in the body is that end."""
         try:
             yield HOLD if self.left > 0 else 0.0
             if self.left > 0:
@@ -101,8 +101,8 @@ class Follower:
         return (bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten()[: self._width].bool()
 
     def allowed(self) -> Tensor:
-        """bool [V]: what may come next. Raises DataError where the grammar has failed (too large, a limit), and where its masks take
-        too long."""
+        """bool [V]: what may come next. Raises DataError where the grammar has failed (too large, a limit), and where its masks
+        take too long."""
         with self._patience.bounded() as seconds:
             found = self._mask.result(seconds)
         return found
