@@ -9,7 +9,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -24,6 +24,7 @@ from tunesmith.tokenizer import Tokenizer
 ANY = {"type": "object"}  # response_format json_object
 SYMBOLS = 50_000  # of a grammar: 5,000 properties; ten times as many are half a second to build and half a second a mask
 HOLD, GAIN = 0.1, 0.005  # seconds that a question's masks may take at once, and what each of them earns again; most take 0.1 ms
+STARVED = 1.0  # seconds by the clock, where a busy machine lets them work less than that
 
 
 class Grammars:
@@ -65,18 +66,40 @@ class Patience:
 
     def __init__(self):
         self.left, self.lock = HOLD, threading.Lock()
+        self._work: tuple[int, float] | None = None  # the clock of the thread that works for one of them now, and when it began
 
     @contextmanager
-    def bounded(self) -> Iterator[float]:
-        """Gives how long the body may wait. Raises DataError where patience is at an end; TimeoutError in the body is that end."""
-        try:
-            yield HOLD if self.left > 0 else 0.0
-            if self.left > 0:
-                return
-        except TimeoutError:
-            self.left = -math.inf
-        raise DataError("the JSON schema stopped working: it takes too long to find out what may come next",
-                        "write it with fewer alternatives and optional properties")  # fmt: skip
+    def working(self) -> Iterator[None]:
+        """The body is one mask: no other of this question's is made meanwhile, and what it takes is counted."""
+        with self.lock:
+            self.check()  # who came after the end need not begin
+            start = time.thread_time()
+            if hasattr(time, "pthread_getcpuclockid"):  # else by `STARVED` alone
+                self._work = time.pthread_getcpuclockid(threading.get_ident()), start
+            try:
+                yield
+            finally:
+                self._work = None
+                self.left = min(HOLD, self.left - (time.thread_time() - start) + GAIN)
+
+    def wait(self, come: Callable[[float], bool]) -> None:
+        """Until `come(seconds)`, which waits so long at most, is true. Raises as `check`."""
+        self.check()
+        end = time.perf_counter() + STARVED
+        while not come(HOLD / 5):
+            if self._worked() >= self.left or time.perf_counter() > end:
+                self.left = -math.inf
+            self.check()
+
+    def check(self) -> None:
+        """Raises DataError where patience is at an end."""
+        if self.left <= 0:
+            raise DataError("the JSON schema stopped working: it takes too long to find out what may come next",
+                            "write it with fewer alternatives and optional properties")  # fmt: skip
+
+    def _worked(self) -> float:
+        work = self._work
+        return 0.0 if work is None else time.clock_gettime(work[0]) - work[1]
 
 
 class Follower:
@@ -92,32 +115,36 @@ class Follower:
         self._mask: Future[Tensor] = _threads().submit(self._find)
 
     def _find(self) -> Tensor:
-        with self._patience.lock:
-            start = time.thread_time()
+        with self._patience.working():
             mask = self._matcher.compute_bitmask()  # without Python's lock
-            self._patience.left = min(HOLD, self._patience.left - (time.thread_time() - start) + GAIN)
             self._check()
         bits = torch.frombuffer(bytearray(mask), dtype=torch.uint8)
         return (bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten()[: self._width].bool()
 
+    def _come(self, seconds: float) -> bool:
+        try:
+            self._mask.exception(seconds)
+        except TimeoutError:
+            return False
+        return True
+
     def allowed(self) -> Tensor:
         """bool [V]: what may come next. Raises DataError where the grammar has failed (too large, a limit), and where its masks
         take too long."""
-        with self._patience.bounded() as seconds:
-            found = self._mask.result(seconds)
-        return found
+        self._patience.wait(self._come)
+        self._patience.check()
+        return self._mask.result()
 
     def take(self, token: int) -> None:
         """Raises as `allowed`."""
-        with self._patience.bounded() as seconds:
-            if not self._patience.lock.acquire(timeout=seconds):  # an answer beside this one is at it
-                raise TimeoutError
-            try:
-                self._matcher.consume_token(token)
-                self._check()
-                self.done, self.whole = self._matcher.is_stopped(), self._matcher.is_accepting()
-            finally:
-                self._patience.lock.release()
+        lock = self._patience.lock  # which an answer beside this one may have
+        self._patience.wait(lambda seconds: lock.acquire(timeout=seconds))
+        try:
+            self._matcher.consume_token(token)
+            self._check()
+            self.done, self.whole = self._matcher.is_stopped(), self._matcher.is_accepting()
+        finally:
+            lock.release()
         if not self.done:
             self._begin()
 
