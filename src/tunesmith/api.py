@@ -527,7 +527,8 @@ def export(
     `to`: adapter, merged, gguf, gguf-lora, ollama, vllm, one or several. `quant` is that of GGUF files, `onto` the base as in
     `merge`. `out`: the folder (of several exports, the folder of their folders); `export` in the run folder without it. `push`:
     a hub repository for the one export. Returns one result each: `.path`, `.parity` (also parity.json), `.exit_code`. Raises
-    ExportRefused for what is not what was trained, unless `force`. Needs the `export` extra; without it nothing is verified.
+    ExportRefused for what is not what was trained, unless `force`, ExportFailed where some of several could not be written. Needs
+    the `export` extra; without it nothing is verified.
     """
     from tunesmith.export import Options, export_run
 

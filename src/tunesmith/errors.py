@@ -9,6 +9,8 @@
     ├── DoesNotFit            memory or disk
     ├── MissingExtra          an optional dependency
     ├── RunError              a run folder: locked, damaged, changed since
+    ├── ExportRefused         exit 1: an export that is not what was trained
+    ├── ExportFailed          exit 1: some of several formats
     └── TrainingFailed        exit 1: training ran and must not be called a success
     Interrupted               exit 130: saved and stopped on request
 
@@ -62,6 +64,12 @@ class RunError(TunesmithError): ...
 
 class ExportRefused(TunesmithError):
     """An export that is not what was trained."""
+
+    exit_code = 1
+
+
+class ExportFailed(TunesmithError):
+    """Some of several formats could not be written; the others were tried."""
 
     exit_code = 1
 

@@ -3,15 +3,18 @@ that its own size bounds. Sizes are held against the file before anything is mad
 
 import random
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save
 
 from tunesmith.errors import ModelError
-from tunesmith.export.gguf_read import read_gguf
+from tunesmith.export.gguf_read import MEMORY, read_gguf
 from tunesmith.models.weights import find_tensors, read_header
 
 CASES = 5_000
@@ -108,7 +111,11 @@ def test_gguf(tmp_path):
     whole = gguf_file()
     path.write_bytes(whole)
     found = read_gguf(path)
-    assert found.keys["a.tokens"] == ["<s>", "é", ""] and found.keys["a.nested"] == [[1, 2]] and found.keys["a.bool"] is True
+    assert (
+        found.keys["a.tokens"] == ["<s>", "é", ""]
+        and [list(a) for a in found.keys["a.nested"]] == [[1, 2]]
+        and found.keys["a.bool"] is True
+    )
     assert found.tensors["y"].type == "Q8_0" and found.tensors["y"].shape == (1, 32) and found.tensors["z"].size == 6
 
     def read(raw: bytes) -> bool:
@@ -164,6 +171,46 @@ def test_a_size_that_the_file_does_not_have_is_told(raw, told, tmp_path):
     (tmp_path / "x.gguf").write_bytes(raw)
     with pytest.raises(ModelError, match=told):
         read_gguf(tmp_path / "x.gguf")
+
+
+def array_of(kind: int, count: int, body: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text("k") + struct.pack("<IIQ", 9, kind, count) + body
+
+
+SIZE = 8 << 20
+LARGE = {
+    "bytes": lambda: array_of(1, SIZE, bytes(range(256)) * (SIZE // 256)),
+    "bools": lambda: array_of(7, SIZE, bytes(SIZE)),
+    "words": lambda: array_of(2, SIZE // 2, bytes(range(256)) * (SIZE // 256)),
+    "floats": lambda: array_of(6, SIZE // 4, b"\1\2\3\4" * (SIZE // 4)),
+    "texts": lambda: array_of(8, SIZE // 10, (struct.pack("<Q", 2) + b"zq") * (SIZE // 10)),
+    "no texts": lambda: array_of(8, SIZE // 8, bytes(SIZE)),
+    "arrays": lambda: array_of(9, SIZE // 12, struct.pack("<IQ", 4, 0) * (SIZE // 12)),
+    "arrays of one": lambda: array_of(9, SIZE // 13, struct.pack("<IQB", 0, 1, 9) * (SIZE // 13)),
+    "a text": lambda: b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text("k") + struct.pack("<I", 8) + text("a" * SIZE + "\U0001d11e"),
+    "keys": lambda: b"GGUF" + struct.pack("<IQQ", 3, 0, SIZE // 18) + b"".join(
+        text(f"{i:05x}") + struct.pack("<IB", 0, 1) for i in range(SIZE // 18)),
+    "tensors": lambda: b"GGUF" + struct.pack("<IQQ", 3, SIZE // 37, 0) + b"".join(
+        text(f"{i:05x}") + struct.pack("<IQIQ", 1, 0, 0, 0) for i in range(SIZE // 37)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_what_is_made_of_a_header_is_bounded_by_its_bytes(kind, tmp_path):
+    """The peak of a process of its own, from before the file is read to after it: an array of bytes took 33 times its size."""
+    path = tmp_path / "x.gguf"
+    path.write_bytes(LARGE[kind]() + bytes(64))
+    script = (
+        "import sys, pathlib\n"
+        "from tunesmith.export.gguf_read import read_gguf\n"
+        "peak = lambda: int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]) << 10\n"
+        "before = peak(); read_gguf(pathlib.Path(sys.argv[1])); print(peak() - before)"  # ru_maxrss begins with the parent's
+    )
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("no /proc")
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+    times = int(done.stdout) / path.stat().st_size
+    assert times < MEMORY, f"{times:.1f} times the file"
 
 
 def test_a_missing_file_is_told(tmp_path):

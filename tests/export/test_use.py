@@ -12,16 +12,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 from tests.export.cases import export, quiet
 from tests.export.test_files import Hub
 
 import tunesmith
 from tunesmith.chat import Talker
-from tunesmith.errors import DoesNotFit, ModelError, RunError
+from tunesmith.errors import ConfigError, DoesNotFit, ExportFailed, Interrupted, ModelError, RunError
 from tunesmith.export import gguf, parity, source
 from tunesmith.export.runtimes import NOT_HERE
 from tunesmith.export.runtimes.transformers_ import _fits
+from tunesmith.run import Run, base_fingerprint
 
 EXPORTING = sys.modules["tunesmith.export"]  # the name is the verb's
 SLEEPER = "import time\nfrom tunesmith.export.runtimes import main\nmain(lambda job, told: (told(3), time.sleep(60)))"
@@ -127,6 +129,37 @@ def test_nothing_to_do_is_an_error(trained, no_work):
 def test_a_quantisation_of_what_has_none_is_refused(trained, no_work):
     with pytest.raises(RunError, match="--to adapter, merged is not quantised"):
         tunesmith.export(trained("llama"), "merged,adapter", quant="q4_0", console=quiet())
+
+
+@pytest.mark.parametrize("to", ["adapter", "merged,adapter"])
+def test_a_base_to_fold_into_is_refused_for_what_is_not_folded(to, trained, no_work):
+    """It was ignored."""
+    with pytest.raises(ConfigError, match="--onto nf4: --to adapter is folded into no base"):
+        tunesmith.export(trained("llama"), to, onto="nf4", console=quiet())
+
+
+def test_a_format_that_cannot_hold_the_model_stops_no_other(trained, tmp_path, monkeypatch, unchecked):
+    """`--to gguf,merged,gguf-lora` ended with the first one's ModelError."""
+
+    def fails(source, path, *how, **more):
+        raise ModelError("GGUF has no word for this head", "export --to merged")
+
+    monkeypatch.setattr(gguf, "write", fails)
+    console = quiet()
+    with pytest.raises(ExportFailed) as told:
+        tunesmith.export(trained("llama"), ["gguf", "merged", "ollama"], out=tmp_path / "out", console=console)
+    assert told.value.exit_code == 1 and {p.name for p in (tmp_path / "out").iterdir()} == {"merged"}
+    assert told.value.what.splitlines() == [f"{name}: GGUF has no word for this head" for name in ("gguf", "ollama")]
+    assert "export --to merged" in told.value.fix and console.file.getvalue().count("not written: GGUF has no word") == 2
+    with pytest.raises(ModelError, match="no word"):
+        tunesmith.export(trained("llama"), "gguf", out=tmp_path / "one", console=console)
+
+
+def test_interrupting_one_of_several_formats_ends_all(trained, tmp_path, monkeypatch, unchecked):
+    monkeypatch.setattr(gguf, "write", lambda *how, **more: (_ for _ in ()).throw(Interrupted("stopped")))
+    with pytest.raises(Interrupted):
+        tunesmith.export(trained("llama"), "gguf,merged", out=tmp_path / "out", console=quiet())
+    assert not (tmp_path / "out" / "merged").exists()
 
 
 def test_formats_may_have_spaces_between(trained, tmp_path, unchecked):
@@ -296,14 +329,53 @@ def test_serve_sh_serves_its_own_folder_whatever_that_is_called(name, trained, t
     assert str(tmp_path) not in (done.path / "README.md").read_text()
 
 
+def names_a_path(folder, *roots):
+    """The files that do."""
+    return [f.name for f in sorted(folder.iterdir()) if any(str(root).encode() in f.read_bytes() for root in roots)]
+
+
 @pytest.mark.parametrize("to", ["adapter", "merged", "vllm", "ollama", "gguf-lora"])
 def test_no_file_of_an_export_names_a_path_of_this_machine(to, trained, tmp_path, unchecked):
-    """Nor does parity.json, which stays here."""
+    """Nor does parity.json, which stays here. An adapter over a folder names it for PEFT, in the one place that PEFT looks at."""
     done = export(trained("llama"), to, tmp_path / "it's out")
-    root = trained("llama").parent
-    for file in done.path.iterdir():
-        data = file.read_bytes()
-        assert str(root).encode() not in data and str(tmp_path).encode() not in data, file.name
+    found = names_a_path(done.path, trained("llama").parent, tmp_path)
+    assert found == (["adapter_config.json"] if to == "adapter" else [])
+
+
+def test_peft_finds_the_base_of_an_exported_adapter_by_itself(trained, tmp_path):
+    """It was null over a folder: AutoPeftModelForCausalLM.from_pretrained failed."""
+    peft = pytest.importorskip("peft")
+    run = trained("llama")
+    done = export(run, "adapter", tmp_path / "out")
+    assert any("names the base's folder" in note for note in done.parity.notes)
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(done.path, dtype=torch.float32).eval()
+    ids = torch.arange(3, 20)
+    with torch.no_grad():
+        ours, theirs = Talker.open(run).model(ids), model(ids[None]).logits[0]
+    assert (ours - theirs[:, : ours.shape[1]]).abs().max() < 1e-3
+
+
+def test_a_pushed_adapter_names_no_folder_and_its_card_says_which_base(trained, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(calls))
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    run = trained("llama")
+    (done,) = tunesmith.export(run, "adapter", out=tmp_path / "out", push="me/x", console=quiet())
+    assert [call[0] for call in calls] == ["create", "upload"]
+    assert json.loads((done.path / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert not names_a_path(done.path, run.parent, tmp_path)
+    card, manifest = (done.path / "README.md").read_text(), Run.open(run).manifest
+    assert "came from a folder and is on no hub" in card and manifest["base"] in card and "PeftModel.from_pretrained" in card
+    assert base_fingerprint(Path(manifest["base_name"])) == manifest["base"]
+
+
+def test_an_adapter_over_a_base_from_the_hub_names_that(trained, tmp_path, monkeypatch, unchecked):
+    monkeypatch.setattr(source.Source, "hub_name", "owner/name")
+    done = export(trained("llama"), "adapter", tmp_path / "out")
+    assert json.loads((done.path / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/name"
+    assert "on no hub" not in (done.path / "README.md").read_text()
 
 
 def test_what_was_not_verified_is_not_pushed_even_by_force(trained, tmp_path, monkeypatch, unchecked):

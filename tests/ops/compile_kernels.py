@@ -13,7 +13,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from tunesmith.ops import adamw8, backend, fp8, int8, linear_ce, low_rank, nf4, rms_norm, rotary, swiglu
+from tunesmith.ops import adamw8, backend, fp8, int8, linear_ce, low_rank, nf4, nucleus, rms_norm, rotary, swiglu
 
 cast_fp8 = fp8.cast
 
@@ -84,6 +84,7 @@ def call_all(
     for weight in (torch.randn(width, 3, dtype=dtype), torch.randn(width)):
         place = torch.ones(()), torch.ones(2), torch.ones(2, dtype=torch.int32)
         adamw8.update_(weight, weight.clone(), adamw8.Averages.of(weight), adamw8.How(1e-3, (0.9, 0.999)), *place)
+    nucleus.pick(torch.rand(tokens, 128_256), [0.9] * tokens, torch.zeros(tokens, dtype=torch.float64))
     angle = torch.zeros(tokens, 64)
     parts = [torch.empty(tokens, n, 128, dtype=dtype) for n in (32, 8, 8)]
     rotary.split(torch.randn(tokens, 48 * 128, dtype=dtype), 32, angle, angle, *parts)

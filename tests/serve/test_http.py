@@ -217,7 +217,8 @@ def test_grammars_are_made_beside_the_event_loop(monkeypatch):
     where, engine = [], Engine()
     submit = engine.submit
     monkeypatch.setattr(engine, "submit", lambda *jobs: where.append(threading.current_thread()) or submit(*jobs))
-    monkeypatch.setattr(Service, "_grammar", lambda self, served, schema: lambda: None)
+    monkeypatch.setattr(Service, "_grammars_of", lambda self, served: ())
+    monkeypatch.setattr(Service, "_grammar", lambda self, grammars, schema: lambda: None)
     engine.script = lambda job: ["{}"]
     body = chat(response_format={"type": "json_object"})
     assert call(app(engine), "POST", "/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"] == "{}"

@@ -253,7 +253,7 @@ def test_faults_with_files_are_not_told_to_clients(capsys):
 def test_json_from_documents_that_do_not_answer_is_an_error_with_its_own_reason(monkeypatch):
     """It was "max_tokens or a stop text ended it": nothing had been written."""
     service = Service(Fake(), lambda: {"q": Served("q", Plain())}, lambda question: [])
-    monkeypatch.setattr(service, "_grammar", lambda served, schema: None)
+    monkeypatch.setattr(service, "_grammars_of", lambda served: ())
     with pytest.raises(ApiError, match="no passage fits") as caught:
         chat_of(service, response_format={"type": "json_object"})
     assert caught.value.status == 422 and caught.value.code == "no_passage"

@@ -18,13 +18,13 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import ExportRefused, RunError
+from tunesmith.errors import ConfigError, ExportFailed, ExportRefused, Interrupted, RunError, TunesmithError
 from tunesmith.registry import Registry
 
 if TYPE_CHECKING:
@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """`quant` of GGUF files, `onto` the base the adapter is folded into (auto, nf4, dense)."""
+    """`quant` of GGUF files, `onto` the base the adapter is folded into (auto, nf4, dense), `stays`: nobody else is to get it."""
 
     quant: str = "q8_0"
     onto: str = "auto"
+    stays: bool = True
 
 
 @dataclass
@@ -87,13 +88,15 @@ def _adapter(source: Source, folder: Path, options: Options) -> Artefact:
     from tunesmith.adapters import storage
     from tunesmith.export import adapter, vllm
 
-    adapter.write(source, folder)
+    adapter.write(source, folder, stays=options.stays)
     config = json.loads((folder / storage.CONFIG).read_text("utf-8"))
     nf4 = source.run.config.method == "qlora" and find_spec("bitsandbytes") is not None
     job = {"adapter": str(folder), "base": str(source.base.path), "artefact": None, "nf4": nf4, "dtype": _word(source)}
     notes = []
     if source.run.config.method == "qlora" and not nf4:
         notes.append("loaded over the 16-bit base: bitsandbytes is not here, and the adapter was trained over 4 bits")
+    if not source.hub_name and options.stays:
+        notes.append("adapter_config.json names the base's folder on this machine; with --push it names none, and the card which")
     if faults := vllm.adapter_refusals(config):
         notes.append(f"vLLM serves no adapter with {', '.join(faults)}: export --to vllm, which folds it into the weights")
         return Artefact(job, "peft", notes=notes)
@@ -213,7 +216,8 @@ def export_run(
 
     `out`: the folder of one export; of several, the folder that gets one each. None: `export` in the run folder. A refused
     export is not kept and raises ExportRefused, once all have been tried, unless `force`. Raises RunError for a run without a
-    result, ModelError for a model that a format cannot hold, MissingExtra for a format whose writer is not installed.
+    result, ModelError for a model that a format cannot hold (of several formats ExportFailed, once all have been tried),
+    MissingExtra for a format whose writer is not installed, ConfigError for a setting that a format does not take.
     """
     from tunesmith.export import parity
     from tunesmith.export.gguf import check_quant, the_package
@@ -233,6 +237,11 @@ def export_run(
         raise RunError(
             f"--quant {options.quant}: --to {', '.join(sorted(names))} is not quantised", "leave it out, or export --to gguf"
         )
+    if options.onto != Options.onto and "adapter" in names:
+        raise ConfigError(
+            f"--onto {options.onto}: --to adapter is folded into no base", "leave --onto out, or export the adapter by itself"
+        )
+    options = replace(options, stays=not push)
     check_quant(options.quant)
     if names & {"gguf", "gguf-lora", "ollama"}:
         the_package()
@@ -248,19 +257,31 @@ def export_run(
     if names & FOLDED and source.run.config.method == "qlora":
         with _bar(console, "asking it over the other base"):
             other = _other_base(source, found, options.onto)
-    done, refused = [], []
+    done, refused, failed = [], [], []
     for (name, exporter), place in zip(rows, places, strict=True):
-        result = _one(source, name, exporter, place, options, found, other, force, console)
-        (done if result.parity.state != "refused" or force else refused).append(result)
+        try:
+            result = _one(source, name, exporter, place, options, found, other, force, console)
+        except Interrupted:
+            raise
+        except TunesmithError as fault:
+            if len(rows) == 1:
+                raise
+            console.print(f"not written: {fault.what}", markup=False, highlight=False, soft_wrap=True)
+            failed.append((name, fault))
+        else:
+            (done if result.parity.state != "refused" or force else refused).append(result)
     if push and done and done[0].parity.state not in ("verified", "warned"):
         console.print(f"kept, not pushed: it is {done[0].parity.state}", markup=False, soft_wrap=True)
     elif push and done:
         from tunesmith.export.push import push as upload
 
         console.print(f"pushed  {upload(done[0].path, push, what=f'{source.name} as {rows[0][0]}')}", markup=False, soft_wrap=True)
-    if refused:
-        why = "\n".join(f"{r.to}: not what was trained: {'; '.join(r.parity.reasons)}" for r in refused)
-        raise ExportRefused(why, "the files were not kept; --force keeps them all the same, with parity.json beside them")
+    why = [f"{r.to}: not what was trained: {'; '.join(r.parity.reasons)}" for r in refused]
+    why += [f"{name}: {fault.what}" for name, fault in failed]
+    fix = ["the files were not kept; --force keeps them all the same, with parity.json beside them"] if refused else []
+    fix += dict.fromkeys(f"{name}: {fault.fix}" for name, fault in failed if fault.fix)
+    if why:
+        raise (ExportFailed if failed else ExportRefused)("\n".join(why), "; ".join(fix))
     return done
 
 

@@ -57,6 +57,13 @@ def card(source: Source, to: str, parity: Parity, hints: list[str], licence: dic
         lines += [*(f"- {note}" for note in parity.notes), ""]
     if hints:
         lines += ["## How to load it", "", "```sh", *hints, "```", ""]
+    if to == "adapter" and not base:
+        lines += [
+            f"Its base, **{shown}**, came from a folder and is on no hub; `tunesmith.run.base_fingerprint(FOLDER)` gives the "
+            "fingerprint above for the same one. Elsewhere `AutoPeftModelForCausalLM` cannot find it: load the base, then "
+            "`PeftModel.from_pretrained(base, ADAPTER)`.",
+            "",
+        ]
     return redact("\n".join(lines))
 
 

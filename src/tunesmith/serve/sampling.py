@@ -1,8 +1,8 @@
 """The next token of each row, on the rows' own device, each by its own settings and its own draw.
 
 A draw is a number in [0, 1) from (seed, which answer, which token), so an answer does not depend on its neighbours, on when it was
-asked or on whether it was computed twice. It picks from the distribution's running sum. Temperature, top_k and top_p mean what they
-mean in generate.py.
+asked or on whether it was computed twice. It picks from the distribution's running sum (ops/nucleus.py). Temperature, top_k and
+top_p mean what they mean in generate.py.
 
 Shape letters: L rows, V vocabulary.
 """
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tunesmith.ops import nucleus
 from tunesmith.ops.attention import to_device
 from tunesmith.serve.job import Job
 
@@ -122,7 +123,7 @@ def _pick(logits_LV: Tensor, rows: Sequence[Row]) -> Tensor:
         return to_device(torch.tensor(values, dtype=dtype), device)[:, None]
 
     scores = logits_LV.float() / column([row.job.temperature for row in rows], torch.float32)
-    draws = column([draw(row.job.seed, row.job.index, row.made) for row in rows], torch.float64)
+    draws = column([draw(row.job.seed, row.job.index, row.made) for row in rows], torch.float64)[:, 0]
     if most := min(max(row.job.top_k for row in rows), scores.shape[-1]):
         keep = column([row.job.top_k or scores.shape[-1] for row in rows], torch.int64)  # more than `most`: all
         last = scores.topk(most).values.gather(-1, keep.clamp(max=most) - 1)
@@ -130,17 +131,7 @@ def _pick(logits_LV: Tensor, rows: Sequence[Row]) -> Tensor:
     p = scores.softmax(-1)
     cut = [i for i, row in enumerate(rows) if row.job.top_p < 1]
     if not cut:
-        return _inverse(p, draws)
+        return nucleus.inverse(p, draws)
     at = to_device(torch.tensor(cut), device)
-    ordered, ids = p[at].sort(dim=-1, descending=True, stable=True)
-    outside = ordered.cumsum(-1) - ordered >= column([rows[i].job.top_p for i in cut], torch.float32)  # who crosses top_p stays in
-    outside[:, 0] = False  # a top_p that float32 rounds to 0
-    picked = ids.gather(-1, _inverse(ordered.masked_fill(outside, 0.0), draws[at])[:, None])[:, 0]
-    return picked if len(cut) == len(rows) else _inverse(p, draws).index_copy(0, at, picked)
-
-
-def _inverse(p_LV: Tensor, draws_L1: Tensor) -> Tensor:
-    """The first index whose running sum passes the draw's share of the whole; in float64, for sums over 128,000 tokens."""
-    sums = p_LV.double().cumsum(-1)
-    found = torch.searchsorted(sums, draws_L1 * sums[:, -1:], right=True)[:, 0]
-    return found.clamp_(max=p_LV.shape[-1] - 1)
+    picked = nucleus.pick(p if len(cut) == len(rows) else p[at], [rows[i].job.top_p for i in cut], draws[at])
+    return picked if len(cut) == len(rows) else nucleus.inverse(p, draws).index_copy(0, at, picked)

@@ -118,12 +118,12 @@ class Service:
             if self.search is not None and request.docs is not False and messages[-1]["role"] == "user":
                 self._look_up(question, messages)
             question.prompts = [served.renderer.prompt(messages, offered)]
-            if schema is not None:
-                question.settings["grammar"] = self._grammar(served, schema)
-                if question.canned is not None:
-                    raise ApiError(
-                        422, "no passage fits the question, so no model was asked and there is no JSON", code="no_passage"
-                    )
+            grammars = None if schema is None else self._grammars_of(served)
+        if grammars is not None:
+            if question.canned is not None:
+                raise ApiError(422, "no passage fits the question, so no model was asked and there is no JSON", code="no_passage")
+            with _told():  # a large one takes a second, in which others ask
+                question.settings["grammar"] = self._grammar(grammars, schema)
         if offered:
             templates = served.renderer.templates
             question.family = tools.family(templates.get("tool_use") or templates["default"])
@@ -151,16 +151,23 @@ class Service:
         else:
             question.canned = cite.ABSTAIN
 
-    def _grammar(self, served: Served, schema: dict[str, Any]) -> Callable[[], Any]:
-        """A follower for each answer. One set of grammars for each name that is served: one loaded again has another renderer."""
+    def _grammars_of(self, served: Served) -> Any:
+        """One set for each name that is served: one loaded again has another renderer."""
         from tunesmith.serve.grammar import Grammars
 
         renderer, grammars = self._grammars.get(served.name, (None, None))
         if renderer is not served.renderer:
             grammars = Grammars(served.renderer.tokenizer, served.renderer.stop_ids)
             self._grammars[served.name] = served.renderer, grammars
-        text = grammars.compile(schema)
-        return lambda: grammars.follow(text)
+        return grammars
+
+    @staticmethod
+    def _grammar(grammars: Any, schema: dict[str, Any]) -> Callable[[], Any]:
+        """A follower for each answer."""
+        from tunesmith.serve.grammar import Patience
+
+        grammar, patience = grammars.compile(schema), Patience()
+        return lambda: grammars.follow(grammar, patience)
 
     @staticmethod
     def _ids(served: Served, ids: Sequence[int]) -> list[int]:
