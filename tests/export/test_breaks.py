@@ -112,8 +112,8 @@ def written(module, change):
     def patch(monkeypatch):
         write = module.write
 
-        def broken(source, folder, *how):
-            write(source, folder, *how)
+        def broken(source, folder, *how, **more):
+            write(source, folder, *how, **more)
             change(folder)
 
         monkeypatch.setattr(module, "write", broken)
@@ -215,7 +215,7 @@ def test_the_command_line_says_not_verified_and_ends_with_1(trained, tmp_path, m
     )
     for to in ("merged", "adapter", "gguf"):
         assert cli.main(["export", str(trained("llama")), "--to", to, "--out", str(tmp_path / to)]) == 1
-        assert "\nnot verified: " in (said := capsys.readouterr().out) and "--push" not in said
+        assert "\nnot verified: " in (said := capsys.readouterr().out) and "pushed" not in said
         kept = json.loads((tmp_path / to / "parity.json").read_text())
         assert kept["state"] == "not verified" and "not installed: " in kept["reasons"][0]
 
