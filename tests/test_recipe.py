@@ -274,11 +274,9 @@ def test_instruction_rows_are_short_plain_and_never_from_the_test_split(recipe, 
     assert len(reading) == 100 and "test" not in "".join(re.findall(r"Who in (\w+)", json.dumps(reading)))
     cited = [a for a in answers if re.search(r" \[[123]\]$", a)]
     without = [a for a in answers if a in instruct.NO_ANSWER]
-    assert (
-        5 <= len(cited) <= 25
-        and 2 <= len(without) <= 15
-        and sum(a in ("Cat.", "A cat.", "The cat.") for a in answers) == 100 - len(cited) - len(without)
-    )
+    drawn = [row for seed in range(10) for row in instruct.reading(data, "train", random.Random(seed), mixed=True)]
+    assert 3 <= sum(row["messages"][-1]["content"] in instruct.NO_ANSWER for row in drawn) <= 25  # one in 100 of 1,000
+    assert 5 <= len(cited) <= 25 and sum(a in ("Cat.", "A cat.", "The cat.") for a in answers) == 100 - len(cited) - len(without)
     golds = [story["sections"][0]["text"] for story in rows(data / "rag/fairytaleqa/documents.jsonl")[:4]]
     for row, answer in zip(reading, answers, strict=True):
         prompt = row["messages"][0]["content"]
@@ -418,6 +416,7 @@ def test_readme_names_the_files_we_have(shared_data):
     ("The broken rake", "broken rake"),
     ("He had a triangular hat", ""),  # nothing is near enough: as it was
     ("Old rake", "an old broken rake"),
+    ("His mouth had a grin.", ""),  # `His mouth`, near enough by F1, says nothing
 ])  # fmt: skip
 def test_answers_take_the_words_of_their_passage(recipe, answer, said):
     passage = '"It is so delightfully cold," said the Snow Man. His mouth was made of an old broken rake, and had teeth! He sang.'
