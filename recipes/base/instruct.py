@@ -27,9 +27,13 @@ from prepare import documents, held_out_keys, runs_of, shares_run, test_runs
 Row = dict[str, list[dict[str, str]]]
 ALIKE, LONGEST = 0.6, 24  # least F1 of a run of words with the answer it stands for; most words of it
 KEPT = 0.75  # of the answer's words that say something: `girl was` is no answer where a person wrote `The girl was crying.`
-SMALL = frozenset("""am and are as at be because been but by can could did do does for from had has have he her hers herself him himself his
-    how i if in into is it its me my of off on or our out she so some than that their them then there they this to too up upon very was we
-    were what when where which who why will with would you your""".split())
+SMALL = frozenset(
+    """
+    am and are as at be because been but by can could did do does for from had has have he her hers herself him
+    himself his how i if in into is it its me my of off on or our out she so some than that their them then there they
+    this to too up upon very was we were what when where which who why will with would you your
+    """.split()
+)
 NONE = 0.01  # share of questions without an answer
 SENTENCE = re.compile(r"(?<=[.!?])[\"')\u201d\u2019]*\s+")
 PLAIN = re.compile(r"[A-Za-z0-9 \n.,;:!?'\"()$%/+-]*\Z")  # no code, no tables, no other scripts
