@@ -32,7 +32,7 @@ SMALL = frozenset(
     am and are as at be because been but by can could did do does for from had has have he her hers herself him
     himself his how i if in into is it its me my of off on or our out she so some than that their them then there they
     this to too up upon very was we were what when where which who why will with would you your
-    """.split()
+    """.split()  # noqa: SIM905 - words are easier to read in a row
 )
 NONE = 0.01  # share of questions without an answer
 SENTENCE = re.compile(r"(?<=[.!?])[\"')\u201d\u2019]*\s+")
