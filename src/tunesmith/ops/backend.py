@@ -81,6 +81,11 @@ def triton_for(x: Tensor, needs: tuple[int, int] = NEEDS) -> bool:
     return not reason and (x.is_cuda or _mode == "triton")
 
 
+def asked() -> bool:
+    """Whether kernels are asked for by name: `auto` takes those alone that have run on a card."""
+    return _mode == "triton"
+
+
 @cache
 def obstacle(device: torch.device, needs: tuple[int, int] = NEEDS) -> str:
     """Why no Triton kernel can run on `device`, or ''."""

@@ -1,8 +1,9 @@
-"""A draw from the fewest likeliest tokens that hold top_p of a distribution, without sorting it.
+"""A draw from the fewest likeliest tokens that hold top_p of a distribution, without a sort of the vocabulary where that is slow.
 
 A sort of 64 rows of 128,256 takes a CPU core about a second and a GPU milliseconds, at every token. Here a CPU adds up what each of
-16,000 small ranges of probability holds, and sorts the one that the cut falls into; a GPU searches the cut by halves in one launch.
-Neither waits for the other, and no row for another.
+16,000 small ranges of probability holds, and sorts the one that the cut falls into. A GPU sorts: milliseconds, and nobody waits for
+it. The kernel that searches the cut by halves, in one launch, equals the sort in Triton's interpreter and compiles, but has not run
+on a card yet: it must be asked for (`--kernels triton`).
 
 Sums are of whole numbers (shares of 2^48), which come out the same in any order: so do the cut and the draw, whatever the batch,
 the device or the way. What is less likely than 2^-48 is never drawn.
@@ -38,7 +39,7 @@ def reference(p_LV: Tensor, top_p: Sequence[float], draws_L: Tensor) -> Tensor:
 def pick(p_LV: Tensor, top_p: Sequence[float], draws_L: Tensor) -> Tensor:
     """As `reference`, to the bit. p float32, contiguous, each row's sum about 1."""
     target, (rows, vocab) = _target(top_p, p_LV.device), p_LV.shape
-    if backend.triton_for(p_LV):
+    if backend.asked() and backend.triton_for(p_LV):
         ids = torch.empty(rows, dtype=torch.int64, device=p_LV.device)
         tile = min(TILE, backend.round_up(vocab))
         _pick[(rows,)](p_LV, target, draws_L, ids, vocab, p_LV.stride(0), TILE=tile, ONE=float(ONE),
