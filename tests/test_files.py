@@ -194,6 +194,20 @@ def test_without_fsync_of_folders_all_still_works(tmp_path, monkeypatch, refusal
     assert files.verify(tmp_path / "d") == [] and (tmp_path / "d/x").read_text() == "b" and (tmp_path / "y").read_text() == "y"
 
 
+def test_a_folder_that_can_be_made_again_is_whole_and_not_synced(tmp_path, monkeypatch):
+    (tmp_path / "place").mkdir()
+    synced = []
+    monkeypatch.setattr(files.os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    for durable in (False, True):
+        synced.clear()
+        with files.folder_atomic(tmp_path / "place/d", durable=durable) as temp:
+            (temp / "x").write_text("a" * 9)
+        assert files.verify(tmp_path / "place/d") == []
+        assert any(name.endswith("/x") for name in synced) == durable
+    (tmp_path / "place/d/x").write_text("a" * 4 + "\0" * 5)  # as a power failure leaves what was not synced
+    assert files.verify(tmp_path / "place/d")
+
+
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     class Short:
         def __getattr__(self, name):

@@ -137,11 +137,12 @@ def append(path: Path, line: bytes) -> None:
 
 
 @contextmanager
-def folder_atomic(target: Path, *, needed: int | None = None) -> Iterator[Path]:
+def folder_atomic(target: Path, *, needed: int | None = None, durable: bool = True) -> Iterator[Path]:
     """`with folder_atomic(target) as temp:` fill `temp`; at the end it becomes `target`, with a manifest, or nothing happens.
 
     The manifest holds size and sha256 of every file, nested ones too. An existing `target` is replaced. `needed` is the estimate
-    of bytes that is named when the disk is full (DoesNotFit).
+    of bytes that is named when the disk is full (DoesNotFit). `durable=False` skips the fsyncs of what is in it: for what can be
+    made again and is verified before it is used, as when the machine dies it may be there in part.
     """
     make_folder(target.parent)
     settle(target.parent, target.name)
@@ -150,7 +151,7 @@ def folder_atomic(target: Path, *, needed: int | None = None) -> Iterator[Path]:
         try:
             os.mkdir(temp)
             yield temp
-            _seal(temp)
+            _seal(temp, durable)
             _put(temp, target)
             done = True
         finally:
@@ -272,21 +273,22 @@ def _put(temp: Path, target: Path) -> None:
         remove_folder(old)
 
 
-def _seal(temp: Path) -> None:
-    """Write the manifest of all that is in `temp` and make everything durable, the deepest folders first."""
+def _seal(temp: Path, durable: bool) -> None:
+    """Write the manifest of all that is in `temp` and, if `durable`, make everything so, the deepest folders first."""
     files, folders = {}, [temp]
     for path in sorted(temp.rglob("*")):
         if path.is_dir():
             folders.append(path)
         else:
-            fd = os.open(path, os.O_RDWR)  # Windows flushes only what may be written
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            if durable:
+                fd = os.open(path, os.O_RDWR)  # Windows flushes only what may be written
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
             files[path.relative_to(temp).as_posix()] = {"sha256": sha256_file(path), "size": path.stat().st_size}
-    write_file(temp / MANIFEST, [_manifest_bytes(files)])
-    for folder in reversed(folders):
+    write_file(temp / MANIFEST, [_manifest_bytes(files)], durable=durable)
+    for folder in reversed(folders) if durable else ():
         fsync_folder(folder)
 
 

@@ -157,6 +157,35 @@ def test_copies_are_compared_once_and_not_in_every_band(monkeypatch):
     assert sum(compared) < 2 * 600  # all bands together would be 16 * 580 * 2
 
 
+def test_any_number_of_threads_and_of_pairs_at_once_finds_the_same(tmp_path, monkeypatch):
+    a = texts(300, 60)
+    many = a + [changed(t, 0.05, i) for i, t in enumerate(a)] + a[:50]
+    hashes, signed = text_hashes(many), signatures(many)
+    want = clustered(hashes, signed)
+    assert want.exact_duplicates == 50 and want.near_duplicates > 250
+    monkeypatch.setattr(clusters, "PART_ROWS", 64)
+    for threads, pairs, run in ((1, 5, 256), (3, 1 << 16, 1), (9, 64, 7)):
+        monkeypatch.setattr(clusters, "PAIRS", pairs)
+        monkeypatch.setattr(clusters, "RUN", run)
+        finder = Finder(tmp_path / str(threads))
+        finder.add(hashes, signed)
+        c = finder.clusters(threads)
+        assert np.array_equal(c.exact, want.exact) and np.array_equal(c.near, want.near)
+
+
+def test_signatures_that_are_read_in_runs_are_those_of_the_pairs(tmp_path):
+    draw = np.random.default_rng(3)
+    signed = draw.integers(0, 3, (2_000, PERMUTATIONS), dtype=np.uint32)
+    signed[1000:] = np.where(draw.random((1000, PERMUTATIONS)) < 0.2, 7, signed[:1000])  # half a thousand pairs on either side of NEAR
+    a, b = draw.permutation(1000), np.arange(1000, 2000)
+    a[:500] = b[:500] - 1000
+    (tmp_path / "s").write_bytes(signed.tobytes())
+    want = (signed[a] == signed[b]).mean(1) >= clusters.NEAR
+    assert 300 < want.sum() < 700
+    with (tmp_path / "s").open("rb", buffering=0) as f:
+        assert np.array_equal(clusters._alike(f, a, b), want)
+
+
 def test_memory_a_row_is_small(tmp_path):
     """Eight bytes a row stay; the rest is a part of fixed size."""
     import tracemalloc
@@ -170,7 +199,7 @@ def test_memory_a_row_is_small(tmp_path):
                 draw.integers(0, 1 << 32, (10_000, PERMUTATIONS), dtype=np.uint32),
             )
         tracemalloc.start()
-        near = finder.clusters().near
+        near = finder.clusters(threads=4).near
         held_out_rows(near, 500, 0)
         peaks[n] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

@@ -12,10 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 import string
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +29,9 @@ WORDS = 5  # units in a shingle
 PERMUTATIONS, BANDS = 64, 16  # 16 bands of 4: a pair of similarity 0.7 is found with probability 0.99, one of 0.3 with 0.12
 NEAR = 0.7  # share of equal MinHash values from which two rows are called near duplicates
 PART_ROWS, PARTS = 1 << 16, 16  # rows sorted at once (some 60 bytes each), but no more parts than these: time stays linear
+MAX_THREADS = 4  # of clustering: each holds a part, 40 bytes for each row of it
+PAIRS = 1 << 16  # compared at once: their signatures are up to 32 MiB
+RUN = 256  # signatures read at once, 64 KiB: as quick as five alone
 LONG_UNITS = 16  # bytes per word from which a text is taken to have no spaces (Chinese, Japanese, Thai): its units are characters
 
 PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
@@ -205,44 +212,55 @@ class Finder:
             file.write(column.tobytes())
         self.rows += len(hashes_N)
 
-    def clusters(self) -> Clusters:
-        """Of all rows added. To be called once."""
+    def clusters(self, threads: int = 1) -> Clusters:
+        """Of all rows added, with so many threads (MAX_THREADS at most) that sort keys; the same for any number. To be called once."""
         for file in self._files:
             file.close()
+        parts, threads = min(PARTS, -(-self.rows // PART_ROWS)), min(threads, MAX_THREADS)
         exact = np.arange(self.rows, dtype=np.uint32)
-        for rows, head in self._buckets(self._exact):
+        for rows, head in _ahead(threads, self._bucket, ((self._exact, part, parts) for part in range(parts))):
             exact[rows] = rows[head]
         near = exact.copy()
+        tasks = ((band, part, parts, exact) for band in self._bands for part in range(parts))
         with self._signatures.open("rb", buffering=0) as signatures:
-            for band in self._bands:
-                for rows, head in self._buckets(band, exact):
-                    later = np.flatnonzero(head < np.arange(len(rows)))
-                    third = later[head[later] < later - 1]
-                    _join(near, rows[later], rows[head[later]], signatures)  # each row against the first of its bucket
-                    _join(near, rows[third], rows[third - 1], signatures)  # and against the one before it
+            for rows, head in _ahead(threads, self._bucket, tasks):
+                later = np.flatnonzero(head < np.arange(len(rows)))
+                third = later[head[later] < later - 1]
+                _join(near, rows[later], rows[head[later]], signatures)  # each row against the first of its bucket
+                _join(near, rows[third], rows[third - 1], signatures)  # and against the one before it
         for some in _blocks(self.rows):
             near[some] = _roots(near, near[some])
         return Clusters(exact, near)
 
-    def _buckets(self, path: Path, exact: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Rows sorted by key and number, and for each the place of the first with its key, for each part of the keys. With `exact`:
+    def _bucket(self, path: Path, part: int, parts: int, exact: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of one part of the keys, sorted by key and number, and for each the place of the first with its key. With `exact`:
         only one row of those that are equal."""
-        parts = min(PARTS, -(-self.rows // PART_ROWS))
-        for part in range(parts):
-            rows, keys = [], []
-            with path.open("rb") as f:
-                for some in _blocks(self.rows):
-                    key = np.fromfile(f, np.uint64, some.stop - some.start)
-                    here = ((key >> np.uint64(32)) * np.uint64(parts)) >> np.uint64(32) == part
-                    if exact is not None:
-                        here &= exact[some] == np.arange(some.start, some.stop, dtype=np.uint32)
-                    rows.append((np.flatnonzero(here) + some.start).astype(np.uint32))
-                    keys.append(key[here])
-            key = np.concatenate(keys)
-            order = np.argsort(key, kind="stable")
-            key = key[order]
-            heads = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: len(key)])
-            yield np.concatenate(rows)[order], np.repeat(heads, np.diff(np.append(heads, len(key))))
+        rows, keys = [], []
+        with path.open("rb") as f:
+            for some in _blocks(self.rows):
+                key = np.fromfile(f, np.uint64, some.stop - some.start)
+                here = ((key >> np.uint64(32)) * np.uint64(parts)) >> np.uint64(32) == part
+                if exact is not None:
+                    here &= exact[some] == np.arange(some.start, some.stop, dtype=np.uint32)
+                rows.append((np.flatnonzero(here) + some.start).astype(np.uint32))
+                keys.append(key[here])
+        key = np.concatenate(keys)
+        order = np.argsort(key, kind="stable")
+        key = key[order]
+        heads = np.flatnonzero(np.append(True, key[1:] != key[:-1])[: len(key)])
+        return np.concatenate(rows)[order], np.repeat(heads, np.diff(np.append(heads, len(key))))
+
+
+def _ahead(threads: int, work: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    """`work(*task)` of each in order, done by so many threads; no more results than that wait to be taken."""
+    waiting: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for task in tasks:
+            waiting.append(pool.submit(work, *task))
+            if len(waiting) >= threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _band_keys(signatures_NP: np.ndarray) -> np.ndarray:
@@ -272,9 +290,9 @@ def _roots(label: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _join(label: np.ndarray, a: np.ndarray, b: np.ndarray, signatures: FileIO, size: int = 1 << 12) -> None:
+def _join(label: np.ndarray, a: np.ndarray, b: np.ndarray, signatures: FileIO) -> None:
     """Join the clusters of those pairs whose signatures are alike. Pairs that are in one cluster are not looked at."""
-    for some in _blocks(len(a), size):
+    for some in _blocks(len(a), PAIRS):
         left, right = _roots(label, a[some]), _roots(label, b[some])
         label[a[some]], label[b[some]] = left, right  # the way is shorter next time
         apart = np.flatnonzero(left != right)
@@ -286,15 +304,21 @@ def _join(label: np.ndarray, a: np.ndarray, b: np.ndarray, signatures: FileIO, s
 
 
 def _alike(signatures: FileIO, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Whether the rows of each pair are near duplicates. They are read one by one: pages of a memory map that are touched all over
-    would stay in memory, 256 bytes a row."""
+    """Whether the rows of each pair are near duplicates. Pages of a memory map that are touched all over would stay in memory, 256
+    bytes a row, so they are read: those of RUN rows at once, from the first to the last that is wanted."""
     rows, which = np.unique(np.concatenate([a, b]), return_inverse=True)
     found = np.empty((len(rows), PERMUTATIONS), np.uint32)
-    width, into = found.itemsize * PERMUTATIONS, memoryview(found).cast("B")
-    for k, row in enumerate(rows.tolist()):
-        signatures.seek(row * width)
-        signatures.readinto(into[k * width : (k + 1) * width])
-    return (found[which[: len(a)]] == found[which[len(a) :]]).mean(1) >= NEAR
+    starts = np.flatnonzero(np.diff(rows // RUN, prepend=-1)).tolist()
+    for start, stop in pairwise([*starts, len(rows)]):
+        first, last = int(rows[start]), int(rows[stop - 1])
+        run = np.empty((last - first + 1, PERMUTATIONS), np.uint32)
+        signatures.seek(first * run.itemsize * PERMUTATIONS)
+        signatures.readinto(run)
+        found[start:stop] = run[rows[start:stop] - first]
+    same = np.zeros(len(a), bool)
+    for some in _blocks(len(a), 1 << 12):  # what is compared stays in the cache
+        same[some] = (found[which[: len(a)][some]] == found[which[len(a) :][some]]).mean(1) >= NEAR
+    return same
 
 
 def _components(n: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:

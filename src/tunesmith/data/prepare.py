@@ -646,7 +646,7 @@ def _build(
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(folder.parent)
     own = folder.with_name(f"{folder.name}-{token_hex(4)}")
-    with folder_atomic(own) as temp, no_collector():
+    with folder_atomic(own, durable=False) as temp, no_collector():  # `prepare` verifies it whenever it is used again
         _fill(temp, data, renderer, seed, found, report, make_renderer, look)
     if folder.exists():
         if not verify(folder):
@@ -697,7 +697,7 @@ def _fill(temp: Path, data: Data, renderer: Renders, seed: int, found: list[File
         source.notes = dict(files.notes)
         assert source.rows == source.used + source.fixed + source.truncated + source.refused, "a row is in no class, or in two"
 
-    chosen, repeats = _choose(account, data, seed, finder)
+    chosen, repeats = _choose(account, data, seed, finder, workers)
     held = np.memmap(used_path, np.uint32, "r")[chosen] if len(chosen) else np.zeros(0, np.uint32)
     if look:
         account.findings = [f.as_dict() for f in doctor.found(_places(temp / "store", used_path, repeats))]
@@ -766,11 +766,11 @@ def _shared(a: str, b: str) -> str:
 
 
 def _choose(
-    account: Account, data: Data, seed: int, finder: clusters.Finder
+    account: Account, data: Data, seed: int, finder: clusters.Finder, threads: int
 ) -> tuple[np.ndarray, dict[str, tuple[int, np.ndarray]]]:
     """Count duplicates and choose the held-out rows: which of the rows that are used, sorted. Then, for each finding of this kind,
     its count and its first rows."""
-    found = finder.clusters()
+    found = finder.clusters(threads)
     train = sum(s.rows - s.refused for s in account.sources if not s.held_out)  # rows of the held-out file come behind them
     among = found.among(train)
     account.exact_duplicates, account.near_duplicates = among.exact_duplicates, among.near_duplicates
