@@ -1,6 +1,6 @@
 """The mean of several checkpoints' weights, which began from the same one: better than any of them, for nothing more to run.
 
-    python recipes/base/average.py --out runs/base/model runs/base-3-reading/model runs/base-4-reading/model
+    python recipes/base/average.py --out runs/base/model runs/base-3-a/model runs/base-3-b/model
 
 (Wortsman et al. 2022, Model soups.) Everything else in the folder is the first one's.
 """

@@ -176,7 +176,7 @@ def test_any_number_of_threads_and_of_pairs_at_once_finds_the_same(tmp_path, mon
 def test_signatures_that_are_read_in_runs_are_those_of_the_pairs(tmp_path):
     draw = np.random.default_rng(3)
     signed = draw.integers(0, 3, (2_000, PERMUTATIONS), dtype=np.uint32)
-    signed[1000:] = np.where(draw.random((1000, PERMUTATIONS)) < 0.2, 7, signed[:1000])  # half a thousand pairs on either side of NEAR
+    signed[1000:] = np.where(draw.random((1000, PERMUTATIONS)) < 0.2, 7, signed[:1000])
     a, b = draw.permutation(1000), np.arange(1000, 2000)
     a[:500] = b[:500] - 1000
     (tmp_path / "s").write_bytes(signed.tobytes())

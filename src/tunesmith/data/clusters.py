@@ -213,7 +213,7 @@ class Finder:
         self.rows += len(hashes_N)
 
     def clusters(self, threads: int = 1) -> Clusters:
-        """Of all rows added, with so many threads (MAX_THREADS at most) that sort keys; the same for any number. To be called once."""
+        """Of all rows added; to be called once. At most MAX_THREADS `threads` sort keys: the same comes out for any number."""
         for file in self._files:
             file.close()
         parts, threads = min(PARTS, -(-self.rows // PART_ROWS)), min(threads, MAX_THREADS)
