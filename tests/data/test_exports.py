@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data import sources
+from tunesmith.data import json_rows, sources
 from tunesmith.data.formats import FormatError, conversation
 from tunesmith.data.sources import Refused, Row, find, rows
 from tunesmith.errors import DataError
@@ -179,7 +179,8 @@ def test_a_cut_off_export_names_the_conversation(tmp_path):
 
 
 def test_a_conversation_beyond_the_limit_is_refused_in_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_ROW", 1 << 20)
+    for module in (sources, json_rows):
+        monkeypatch.setattr(module, "MAX_ROW", 1 << 20)
     path = tmp_path / "conversations.json"
     path.write_text(json.dumps([export(*START, ASKED, node("a", "q", "assistant", "x" * (4 << 20)))]))
     with pytest.raises(DataError, match="a row longer than 1 MB"):

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from tunesmith.data import formats, sources
+from tunesmith.data import formats, json_rows, sources
 from tunesmith.data.sources import Refused, Row, chunks, find, rows
 from tunesmith.errors import DataError
 
@@ -156,7 +156,8 @@ def test_deep_but_allowed_and_brackets_in_text_are_read(tmp_path):
 
 
 def test_a_row_over_the_limit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_ROW", 1000)
+    for module in (sources, json_rows):
+        monkeypatch.setattr(module, "MAX_ROW", 1000)
     path = write(tmp_path / "a.jsonl", jsonl([GOOD[0], {"text": "x" * 5000}, GOOD[1]]))
     kinds = [type(r) for r in rows(path)]
     assert kinds == [Row, Refused, Row]
@@ -324,7 +325,8 @@ def test_csv_records_keep_their_first_line_number(tmp_path):
 
 
 def test_a_large_array_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 64)  # every boundary falls somewhere inside a row
+    for module in (sources, json_rows):  # every boundary falls somewhere inside a row
+        monkeypatch.setattr(module, "BLOCK", 64)
     many = [{"text": f'tricky "]}},{{[ \\" é {i}', "n": [i, {"a": -1.5e3}]} for i in range(200)]
     assert values(write(tmp_path / "a.json", json.dumps(many, ensure_ascii=False, indent=1))) == many
     assert values(write(tmp_path / "b.json", json.dumps({"k": {"z": [1]}, "rows": many}))) == many

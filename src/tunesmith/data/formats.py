@@ -15,7 +15,8 @@ from functools import lru_cache
 from typing import Any
 
 from tunesmith.data import exports
-from tunesmith.data.sources import COLUMNS, Row, from_json
+from tunesmith.data.json_rows import from_json
+from tunesmith.data.sources import COLUMNS, Row
 from tunesmith.errors import DataError
 from tunesmith.registry import Registry
 from tunesmith.types import Conversation, Message, Origin
