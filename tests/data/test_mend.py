@@ -18,7 +18,7 @@ from rich.console import Console
 
 import tunesmith
 from tunesmith import cli
-from tunesmith.data import clusters, findings, formats, mend
+from tunesmith.data import clusters, findings, formats, mend, workers
 from tunesmith.data import prepare as prepare_module
 from tunesmith.data.findings.text import Rows
 from tunesmith.data.mend import rows as mend_rows
@@ -489,7 +489,7 @@ def test_mending_text_twice_changes_nothing_more(texts):
 
 
 def test_the_same_bytes_with_one_process_and_two(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "INLINE_ROWS", 50)
+    monkeypatch.setattr(workers, "INLINE_ROWS", 50)
     monkeypatch.setattr(prepare_module.sources, "CHUNK_ROWS", 40)
     data = write(tmp_path / "a.jsonl", planted(), "{bad\n")
     one, two, three = (

@@ -11,6 +11,7 @@ import pytest
 
 from tunesmith.config.schema import Data
 from tunesmith.data import prepare as prepare_module
+from tunesmith.data import workers
 from tunesmith.data.prepare import Prepared, cached_lengths, prepare
 from tunesmith.errors import DataError
 
@@ -168,8 +169,8 @@ METHODS = [
 
 @pytest.mark.parametrize("method", METHODS)
 def test_workers_change_nothing(tmp_path, stub, monkeypatch, method):
-    monkeypatch.setattr(prepare_module, "_start_method", lambda: method)
-    monkeypatch.setattr(prepare_module, "INLINE_ROWS", 100)
+    monkeypatch.setattr(workers, "_start_method", lambda: method)
+    monkeypatch.setattr(workers, "INLINE_ROWS", 100)
     monkeypatch.setattr(prepare_module.sources, "CHUNK_ROWS", 40)
     bad = [{"foo": 1}, {"question": "merge", "answer": "x"}, {"question": "twice", "answer": "z"}]
     train = [write(tmp_path / "a.jsonl", rows(150) + bad), write(tmp_path / "b.jsonl", rows(150, 1, 500) + bad, "junk\n")]
@@ -184,8 +185,8 @@ def test_workers_change_nothing(tmp_path, stub, monkeypatch, method):
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
 def test_a_forked_worker_has_the_renderer_with_all_it_has_seen(tmp_path, stub, monkeypatch):
-    monkeypatch.setattr(prepare_module, "_start_method", lambda: "fork")
-    monkeypatch.setattr(prepare_module, "INLINE_ROWS", 10)
+    monkeypatch.setattr(workers, "_start_method", lambda: "fork")
+    monkeypatch.setattr(workers, "INLINE_ROWS", 10)
     monkeypatch.setattr(prepare_module.sources, "CHUNK_ROWS", 10)
     made = []
     prepare(
@@ -200,27 +201,27 @@ def test_a_forked_worker_has_the_renderer_with_all_it_has_seen(tmp_path, stub, m
 def test_workers_are_forked_only_where_that_is_safe(monkeypatch):
     import threading
 
-    monkeypatch.setattr(prepare_module.threading, "active_count", lambda: 1)
+    monkeypatch.setattr(workers.threading, "active_count", lambda: 1)
     for system, method in (("linux", "fork"), ("darwin", "spawn"), ("win32", "spawn")):
-        monkeypatch.setattr(prepare_module.sys, "platform", system)
-        assert prepare_module._start_method() == method
+        monkeypatch.setattr(workers.sys, "platform", system)
+        assert workers._start_method() == method
     monkeypatch.undo()
-    monkeypatch.setattr(prepare_module.sys, "platform", "linux")
+    monkeypatch.setattr(workers.sys, "platform", "linux")
     end = threading.Event()
     thread = threading.Thread(target=end.wait)
     thread.start()
-    assert prepare_module._start_method() == "spawn"
+    assert workers._start_method() == "spawn"
     end.set()
     thread.join()
 
 
 def test_auto_gives_each_worker_enough_to_be_worth_its_start(monkeypatch):
-    monkeypatch.setattr(prepare_module.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: range(64), raising=False)
     for method, some in (("fork", 4), ("spawn", 1)):
-        monkeypatch.setattr(prepare_module, "_start_method", lambda method=method: method)
+        monkeypatch.setattr(workers, "_start_method", lambda method=method: method)
         sizes = (0, 900_000, 4_200_000, 1 << 40)
-        assert [prepare_module.worker_count("auto", size) for size in sizes] == [1, 1, some, prepare_module.MAX_WORKERS]
-        assert prepare_module.worker_count(0, 1 << 40) == 1 and prepare_module.worker_count(3, 0) == 3
+        assert [workers.worker_count("auto", size) for size in sizes] == [1, 1, some, workers.MAX_WORKERS]
+        assert workers.worker_count(0, 1 << 40) == 1 and workers.worker_count(3, 0) == 3
 
 
 def test_the_bar_starts_no_thread_so_that_workers_can_be_forked(tmp_path, stub, monkeypatch):
@@ -242,14 +243,14 @@ import os, sys, time
 from pathlib import Path
 from stub_for_prepare import Stub
 from tunesmith.config.schema import Data
-from tunesmith.data import prepare as p
+from tunesmith.data import prepare as p, workers
 
 def slow(chunk, renderer, real=p._process):
     print(os.getpid(), flush=True)
     time.sleep(0.2)
     return real(chunk, renderer)
 
-p._start_method, p.INLINE_ROWS, p.sources.CHUNK_ROWS = lambda: "fork", 10, 10
+workers._start_method, workers.INLINE_ROWS, p.sources.CHUNK_ROWS = lambda: "fork", 10, 10
 p._process = slow
 p.prepare(Data(train=sys.argv[1], workers=2), Stub, seed=0, cache_dir=Path(sys.argv[2]))
 """
@@ -277,7 +278,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path, stub):
 
 
 def test_a_worker_that_dies_is_an_error_with_a_fix(tmp_path, stub, monkeypatch):
-    monkeypatch.setattr(prepare_module, "INLINE_ROWS", 10)
+    monkeypatch.setattr(workers, "INLINE_ROWS", 10)
     monkeypatch.setattr(prepare_module.sources, "CHUNK_ROWS", 10)
     path = write(tmp_path / "a.jsonl", [*rows(30), {"question": "crash", "answer": "a"}])
     with pytest.raises(DataError, match="has died") as e:

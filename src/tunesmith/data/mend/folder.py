@@ -30,8 +30,9 @@ from tunesmith.config.schema import Data
 from tunesmith.data import clusters
 from tunesmith.data.findings import whole
 from tunesmith.data.mend import chunk, split
-from tunesmith.data.prepare import bar, find_all, no_collector, results, tagged, worker_count
+from tunesmith.data.prepare import bar, find_all, tagged
 from tunesmith.data.sources import Files, raise_all
+from tunesmith.data.workers import no_collector, results, worker_count
 from tunesmith.errors import DataError
 from tunesmith.files import folder_atomic, sha256_file
 from tunesmith.wording import counted
