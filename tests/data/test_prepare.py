@@ -599,6 +599,12 @@ def test_lengths_are_read_without_a_tokenizer(tmp_path, stub):
     assert cached_lengths(data, "models/m", 0, tmp_path / "c").tolist() == p.train.lengths.tolist()
     assert cached_lengths(data, "models/other", 0, tmp_path / "c") is None
     assert cached_lengths(Data(train=path, max_length=99), "models/m", 0, tmp_path / "c") is None
+    index = p.folder / "store/index.bin"
+    whole = index.read_bytes()
+    index.write_bytes(whole[:-32] + bytes(32))  # as a power failure may leave what was not synced
+    assert cached_lengths(data, "models/m", 0, tmp_path / "c") is None
+    again = prepare(data, stub, seed=0, cache_dir=tmp_path / "c", model="models/m")
+    assert (again.folder / "store/index.bin").read_bytes() == whole
     shutil.rmtree(p.folder)
     assert cached_lengths(data, "models/m", 0, tmp_path / "c") is None
 

@@ -227,9 +227,10 @@ def cached_lengths(data: Data, model: str | Path, seed: int = 0, cache_dir: Path
     root = cache_folder(cache_dir)
     try:
         name = json.loads((root / f"latest-{_question(data, model, seed)}.json").read_text())["folder"]
-        return _load(root / str(name), data).train.lengths
+        lengths = _load(root / str(name), data).train.lengths
     except (OSError, ValueError, KeyError, TypeError, DataError):
         return None
+    return lengths if lengths.all() else None  # zeros: the machine died before they were on the disk
 
 
 def prepare(
