@@ -208,6 +208,21 @@ def test_a_folder_that_can_be_made_again_is_whole_and_not_synced(tmp_path, monke
     assert files.verify(tmp_path / "place/d")
 
 
+def test_sums_that_are_known_are_not_taken_again(tmp_path, monkeypatch):
+    known: dict[str, str] = {}
+    with files.folder_atomic(tmp_path / "f", known=known) as temp:
+        (temp / "a.bin").write_bytes(b"as written")
+        (temp / "b.bin").write_bytes(b"read once more")
+        known["a.bin"] = files.sha256(b"as written")
+        read = []
+        monkeypatch.setattr(files, "sha256_file", lambda path: read.append(path.name) or files.sha256(path.read_bytes()))
+    assert read == ["b.bin"]
+    monkeypatch.undo()
+    assert files.verify(tmp_path / "f") == []
+    (tmp_path / "f" / "a.bin").write_bytes(b"as wr1tten")
+    assert files.verify(tmp_path / "f") == ["f/a.bin: damaged (sha256 differs)"]
+
+
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     class Short:
         def __getattr__(self, name):

@@ -17,10 +17,11 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from secrets import token_hex
+from types import MappingProxyType
 from typing import Any
 
 from tunesmith.errors import DoesNotFit, RunError
@@ -137,12 +138,15 @@ def append(path: Path, line: bytes) -> None:
 
 
 @contextmanager
-def folder_atomic(target: Path, *, needed: int | None = None, durable: bool = True) -> Iterator[Path]:
+def folder_atomic(
+    target: Path, *, needed: int | None = None, durable: bool = True, known: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Path]:
     """`with folder_atomic(target) as temp:` fill `temp`; at the end it becomes `target`, with a manifest, or nothing happens.
 
     The manifest holds size and sha256 of every file, nested ones too. An existing `target` is replaced. `needed` is the estimate
     of bytes that is named when the disk is full (DoesNotFit). `durable=False` skips the fsyncs of what is in it: for what can be
-    made again and is verified before it is used, as when the machine dies it may be there in part.
+    made again and is verified before it is used, as when the machine dies it may be there in part. `known`: the sha256 of files by
+    their names in the folder, where it was taken meanwhile; those are not read again.
     """
     make_folder(target.parent)
     settle(target.parent, target.name)
@@ -151,7 +155,7 @@ def folder_atomic(target: Path, *, needed: int | None = None, durable: bool = Tr
         try:
             os.mkdir(temp)
             yield temp
-            _seal(temp, durable)
+            _seal(temp, durable, known)
             _put(temp, target)
             done = True
         finally:
@@ -273,7 +277,7 @@ def _put(temp: Path, target: Path) -> None:
         remove_folder(old)
 
 
-def _seal(temp: Path, durable: bool) -> None:
+def _seal(temp: Path, durable: bool, known: Mapping[str, str]) -> None:
     """Write the manifest of all that is in `temp` and, if `durable`, make everything so, the deepest folders first."""
     files, folders = {}, [temp]
     for path in sorted(temp.rglob("*")):
@@ -286,7 +290,8 @@ def _seal(temp: Path, durable: bool) -> None:
                     os.fsync(fd)
                 finally:
                     os.close(fd)
-            files[path.relative_to(temp).as_posix()] = {"sha256": sha256_file(path), "size": path.stat().st_size}
+            name = path.relative_to(temp).as_posix()
+            files[name] = {"sha256": known.get(name) or sha256_file(path), "size": path.stat().st_size}
     write_file(temp / MANIFEST, [_manifest_bytes(files)], durable=durable)
     for folder in reversed(folders) if durable else ():
         fsync_folder(folder)

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.store import ExampleStore, Packed, StoreWriter
+from tunesmith.data.store import PARTS, ExampleStore, Packed, StoreWriter
 from tunesmith.errors import DataError
+from tunesmith.files import sha256_file
 from tunesmith.types import Example, Origin
 
 
@@ -26,6 +27,7 @@ def written(folder, groups):
         writer.append(Packed.of(group, range(row, row + len(group))), file=f"f{i % 3}.jsonl", source=i % 2)
         row += len(group)
     writer.close()
+    assert writer.sums == {name: sha256_file(folder / name) for name in PARTS}
     return ExampleStore(folder)
 
 

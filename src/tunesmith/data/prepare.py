@@ -515,8 +515,9 @@ def _build(
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(folder.parent)
     own = folder.with_name(f"{folder.name}-{token_hex(4)}")
-    with folder_atomic(own, durable=False) as temp, no_collector():  # `prepare` verifies it whenever it is used again
-        _fill(temp, data, renderer, seed, found, report, make_renderer, look)
+    sums: dict[str, str] = {}
+    with folder_atomic(own, durable=False, known=sums) as temp, no_collector():  # `prepare` verifies it whenever it is used again
+        sums |= _fill(temp, data, renderer, seed, found, report, make_renderer, look)
     if folder.exists():
         if not verify(folder):
             remove_folder(own)
@@ -537,7 +538,10 @@ def _clear_leftovers(root: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _fill(temp: Path, data: Data, renderer: Renders, seed: int, found: list[Files], report, make_renderer, look: bool) -> None:
+def _fill(
+    temp: Path, data: Data, renderer: Renders, seed: int, found: list[Files], report, make_renderer, look: bool
+) -> dict[str, str]:
+    """Everything that a prepared folder holds. Returns the sha256 of the store's files by their names in it."""
     held_source = len(data.train) if isinstance(data.held_out, str) else -1
     account = Account([SourceAccount(f.label, n == held_source, skipped=list(f.skipped)) for n, f in enumerate(found)])
     faults: list[DataError] = []
@@ -575,6 +579,7 @@ def _fill(temp: Path, data: Data, renderer: Renders, seed: int, found: list[File
     _write_conversations(temp / "held_out.jsonl", found, held)
     account.held_out_rows = len(held)
     account.save(temp / "account.json")
+    return {f"store/{name}": digest for name, digest in writer.sums.items()}
 
 
 def _places(store: Path, used: Path, repeats: dict[str, tuple[int, np.ndarray]]) -> dict[str, tuple[int, list[str]]]:

@@ -8,12 +8,13 @@ store.json    written last: the index's columns, file names and sizes; a folder 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,7 @@ class StoreWriter:
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.files = folder, dict[str, int]()
-        self._ids, self._learn, self._index = ((folder / p).open("wb") for p in PARTS)
+        self._open = {p: ((folder / p).open("wb"), hashlib.sha256()) for p in PARTS}
         self._bits = np.zeros(0, bool)  # fewer than 8 that do not fill a byte yet
         self._tokens = 0
 
@@ -87,20 +88,27 @@ class StoreWriter:
         bits = np.concatenate([self._bits, packed.learn])
         whole = len(bits) // 8 * 8
         self._bits = bits[whole:]
-        self._write(self._ids, packed.ids.astype("<u4"))
-        self._write(self._learn, np.packbits(bits[:whole]))
-        self._write(self._index, packed.index)
+        self._write("ids.bin", packed.ids.astype("<u4"))
+        self._write("learn.bin", np.packbits(bits[:whole]))
+        self._write("index.bin", packed.index)
 
     def close(self) -> None:
-        self._write(self._learn, np.packbits(self._bits))
-        for f in (self._ids, self._learn, self._index):
+        self._write("learn.bin", np.packbits(self._bits))
+        for f, _ in self._open.values():
             f.close()
         meta = {"columns": _COLUMNS, "files": list(self.files), "sizes": {p: (self.folder / p).stat().st_size for p in PARTS}}
         (self.folder / "store.json").write_text(json.dumps(meta, indent=1))
 
-    @staticmethod
-    def _write(f: BinaryIO, array: np.ndarray) -> None:
-        f.write(memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b"")
+    @property
+    def sums(self) -> dict[str, str]:
+        """sha256 of what was written to each of PARTS: taken as it comes, while worker processes are at work, not at the end."""
+        return {name: digest.hexdigest() for name, (_, digest) in self._open.items()}
+
+    def _write(self, name: str, array: np.ndarray) -> None:
+        content = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b""
+        f, digest = self._open[name]
+        f.write(content)
+        digest.update(content)
 
 
 class ExampleStore(Sequence[Example]):
