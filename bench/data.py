@@ -18,7 +18,7 @@ is what two workers gain without the packing, which the training loop does step 
 
 --cores 1 2 4 8 prepares `--rows` of the first set with so many workers each, one after the other, `--rounds` times; no peer is
 needed. The table holds prepare() from the file to the store, with findings and without, and what so many processes at once do
-without workers; it is added to what --json holds.
+without workers; it is added to what --json holds, round by round.
 
 --memory prepares so many short rows, none like another, with findings and two workers, and tells the most that all processes held
 together: `rss` counts pages that they share once for each of them, `pss` once.
@@ -36,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -287,25 +288,33 @@ def one_set(path: Path, o: argparse.Namespace, scratch: Path) -> dict:
     return {"set": path.name, "rows": o.rows, "more": o.more, "equal": equal, "rows per CPU-second": rates, "runs": found}
 
 
-def cores(counts: list[int], o: argparse.Namespace, scratch: Path) -> dict:
-    """Rows a second by the number of workers, and its table. The best of the rounds: other programs can only make a run slower.
-    Beside them what the machine itself allows: so many processes at once, each alone with its share of the rows."""
-    rows, said = scratch / "rows.jsonl", chats(o.data[0])
+def cores(counts: list[int], o: argparse.Namespace, scratch: Path) -> Iterator[dict]:
+    """Rows a second by the number of workers, all counts once in each round, so that a machine that grows slower does so for all of
+    them; a result after each round. Beside them what the machine itself allows: so many processes at once, each alone with its
+    share of the rows (for one worker that is the same work, and not done twice)."""
+    arms, rows, said = ("ours", "ours, check", "apart"), scratch / "rows.jsonl", chats(o.data[0])
     write(rows, said, o.rows)
-    found: dict[str, dict[int, float]] = {"ours": {}, "ours, check": {}, "apart": {}}
-    print("| workers | " + " | ".join(f"{arm}, rows a second | x one" for arm in found) + " |")
-    print("|" + "---|" * (1 + 2 * len(found)))
-    for count in counts:
-        for arm in ("ours", "ours, check"):
-            found[arm][count] = o.rows / min(
-                measure(f"{arm}, cores, {count} workers", rows, o.tokenizer)["wall"] for _ in range(o.rounds)
-            )
-        share = scratch / "share.jsonl"
-        write(share, said, o.rows // count)
-        found["apart"][count] = max(apart(count, share, o.rows // count, o.tokenizer) for _ in range(o.rounds))
-        shown = (f"{rates[count]:,.0f} | {rates[count] / rates[counts[0]]:.2f}" for rates in found.values())
+    runs: dict[str, dict[int, list[float]]] = {arm: {count: [] for count in counts} for arm in arms}
+    for turn in range(o.rounds):
+        for count in counts[::-1] if turn % 2 else counts:
+            for arm in arms[:2]:
+                runs[arm][count].append(o.rows / measure(f"{arm}, cores, {count} workers", rows, o.tokenizer)["wall"])
+            if count > 1:
+                share = scratch / "share.jsonl"
+                write(share, said, o.rows // count)
+                runs["apart"][count].append(apart(count, share, o.rows // count, o.tokenizer))
+        runs["apart"][1] = runs["ours"].get(1, [])
+        yield {"set": o.data[0].name, "rows": o.rows, "rounds": turn + 1, "cores": os.cpu_count(), "rows a second": runs}
+
+
+def show_cores(found: dict) -> None:
+    """The table, of the best of the rounds: other programs can only make a run slower."""
+    best = {arm: {count: max(r) for count, r in of.items() if r} for arm, of in found["rows a second"].items()}
+    print(f"{found['rounds']} of the rounds:\n| workers | " + " | ".join(f"{arm}, rows a second | x one" for arm in best) + " |")
+    print("|" + "---|" * (1 + 2 * len(best)))
+    for count in sorted(best["ours"]):
+        shown = (f"{r[count]:,.0f} | {r[count] / r[min(r)]:.2f}" for r in best.values())
         print(f"| {count} | {' | '.join(shown)} |", flush=True)
-    return {"set": o.data[0].name, "rows": o.rows, "rounds": o.rounds, "cores": os.cpu_count(), "rows a second": found}
 
 
 def apart(count: int, rows: Path, each: int, tokenizer: str) -> float:
@@ -336,9 +345,11 @@ def main() -> None:
             return
         if o.cores:
             held = json.loads(o.json.read_text()) if o.json and o.json.is_file() else {}
-            held["cores"] = {"date": datetime.date.today().isoformat()} | cores(o.cores, o, scratch)
-            if o.json:
-                o.json.write_text(json.dumps(held, indent=1) + "\n")
+            for found in cores(o.cores, o, scratch):
+                show_cores(found)
+                held["cores"] = {"date": datetime.date.today().isoformat()} | found
+                if o.json:
+                    o.json.write_text(json.dumps(held, indent=1) + "\n")
             return
         if missing := [m for m in ("trl", "axolotl", "datasets", "transformers", "accelerate") if find_spec(m) is None]:
             sys.exit(f"skipped: {', '.join(missing)} not installed (pip install trl datasets addict colorama; --no-deps axolotl)")
